@@ -1,0 +1,102 @@
+"""Which implementation computes an operator.
+
+Every backend is a module with the same functions, held against `reference` by the same tests. One is chosen, in this
+order, by the `backend=` argument, by the `use_backend` context manager, by the environment variable `VMAMBA_BACKEND`,
+or automatically: the first of `BACKENDS` that can run on the tensor's device. "auto" in any of the first three places
+means the automatic choice.
+
+A compiled or exported graph keeps the backend that was chosen when it was traced.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from vmamba.ops.backends import eager, reference
+
+ENVIRONMENT_VARIABLE = "VMAMBA_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operators.
+
+    Attributes:
+        name: what users call it.
+        module: has `ss2d_scan`, `selective_scan` and, unless `traceable`, their `*_backward`.
+        traceable: autograd and tracing go through the implementation itself, so it is called directly and not as a
+            registered operator.
+        automatic: whether the automatic choice may take it.
+        unavailable: for a device, why the backend cannot run there, or None when it can.
+    """
+
+    name: str
+    module: ModuleType
+    traceable: bool = False
+    automatic: bool = True
+    unavailable: Callable[[torch.device], str | None] = lambda device: None
+
+
+BACKENDS: dict[str, Backend] = {
+    "eager": Backend("eager", eager),
+    "reference": Backend("reference", reference, traceable=True, automatic=False),
+}
+
+_override: ContextVar[str | None] = ContextVar("vmamba_backend", default=None)
+
+
+def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """Every backend's name, with None where it can run on `device` and the reason where it cannot."""
+    return {name: backend.unavailable(torch.device(device)) for name, backend in BACKENDS.items()}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend of every operator called in the `with` block (of this thread or task).
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    _known(name, "use_backend()")
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def choose_backend(argument: str | None, device: torch.device) -> Backend:
+    """The backend for a call; see the module's docstring for the order of precedence.
+
+    Raises:
+        ValueError: no backend has the name asked for.
+        RuntimeError: the backend asked for cannot run on `device`; the message says why.
+    """
+    override, environment = _override.get(), os.environ.get(ENVIRONMENT_VARIABLE)
+    if argument is not None:
+        name, source = argument, "the argument backend="
+    elif override is not None:
+        name, source = override, "use_backend()"
+    elif environment:
+        name, source = environment, f"the environment variable {ENVIRONMENT_VARIABLE}"
+    else:
+        name, source = "auto", "the default"
+    _known(name, source)
+    if name == "auto":
+        return next(b for b in BACKENDS.values() if b.automatic and b.unavailable(device) is None)
+    reason = BACKENDS[name].unavailable(device)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} (from {source}) cannot run on {device}: {reason}")
+    return BACKENDS[name]
+
+
+def _known(name: str, source: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source} names the backend {name!r}; expected 'auto' or one of {sorted(BACKENDS)}")

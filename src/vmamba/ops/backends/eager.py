@@ -1,0 +1,348 @@
+"""Pure torch, for any device: no loop over the sequence, nothing that overflows, traceable by torch.export.
+
+Everything rests on `linear_recurrence`, h_t = a_t·h_{t-1} + b_t, which is solved by chunks: each chunk is reduced to the
+pair (Π a, h at its end) by a loop over positions within the chunk that treats all chunks at once; the same recurrence
+over the chunks' pairs, shorter by the chunk's length, gives the state that enters each chunk; a second loop replays the
+chunks from there. Only products of factors are formed, never quotients, logarithms or running sums of Δ·A, so a long
+sequence or a large Δ underflows to the 0 it stands for.
+
+Layout: time second, (batch, L, G, P) for G groups of P channels that share B and C; channels are contiguous. One state
+of the N is held at a time, so memory does not grow with N.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmamba.ops.checks import state_dtype
+from vmamba.ops.routes import Route, get_routes
+
+_CHUNK = 16
+# While tracing with a symbolic length the depth of the recursion must be a constant: 16⁵ positions are enough for a
+# 4096×4096 image at stride 4.
+_TRACED_LEVELS = 5
+
+
+def linear_recurrence(a: Tensor, b: Tensor, backwards: bool = False) -> Tensor:
+    """Solve h_t = a_t·h_{t-1} + b_t with h before the first step 0.
+
+    Args:
+        a, b: (batch, L, ...), one floating-point dtype, equal shapes.
+        backwards: run from the last position to the first, h_t = a_t·h_{t+1} + b_t.
+
+    Returns:
+        h, shaped as `b`.
+    """
+    length = b.shape[1]
+    levels = None
+    if isinstance(length, torch.SymInt):
+        levels = _TRACED_LEVELS
+        torch._check(length <= _CHUNK**levels, lambda: f"a traced scan takes at most {_CHUNK**_TRACED_LEVELS} positions")
+    return _recurrence(a.flatten(2), b.flatten(2), backwards, levels).view_as(b)
+
+
+def _recurrence(a: Tensor, b: Tensor, backwards: bool, levels: int | None) -> Tensor:
+    batch, length, features = b.shape
+    if levels == 0:
+        return b  # _TRACED_LEVELS halvings by 16 have left a single position, which starts from h = 0
+    if levels is None and length <= _CHUNK:
+        return torch.stack(_steps(a.unbind(1), b.unbind(1), None, backwards), dim=1) if length else b
+
+    chunks = (length + _CHUNK - 1) // _CHUNK
+    # Without a symbolic length, the chunk that wastes least: 49 positions are 4 chunks of 13.
+    size = _CHUNK if levels is not None else (length + chunks - 1) // chunks
+    padding = (0, 0, 0, chunks * size - length)
+    a_steps = F.pad(a, padding).view(batch, chunks, size, features).unbind(2)
+    b_steps = F.pad(b, padding).view(batch, chunks, size, features).unbind(2)
+
+    order = range(size - 1, -1, -1) if backwards else range(size)
+    product, state = a_steps[order[0]], b_steps[order[0]]
+    for t in order[1:]:
+        product, state = product * a_steps[t], torch.addcmul(b_steps[t], a_steps[t], state)
+    leaving = _recurrence(product, state, backwards, None if levels is None else levels - 1)
+    nothing = torch.zeros_like(leaving[:, :1])
+    entering = torch.cat([leaving[:, 1:], nothing] if backwards else [nothing, leaving[:, :-1]], dim=1)
+
+    states = torch.stack(_steps(a_steps, b_steps, entering, backwards), dim=2)
+    return states.view(batch, chunks * size, features)[:, :length]
+
+
+def _steps(
+    a: tuple[Tensor, ...], b: tuple[Tensor, ...], state: Tensor | None, backwards: bool
+) -> list[Tensor]:
+    """The recurrence step by step from a given state; returns the states in the order of the positions."""
+    states = []
+    for a_t, b_t in zip(reversed(a), reversed(b), strict=True) if backwards else zip(a, b, strict=True):
+        state = b_t if state is None else torch.addcmul(b_t, a_t, state)
+        states.append(state)
+    return states[::-1] if backwards else states
+
+
+class _ScanGradients(NamedTuple):
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+
+
+def _scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, backwards: bool
+) -> tuple[Tensor, Tensor]:
+    """S6 without the skip: u, delta (batch, L, G, P); A (G, P, N); B, C (batch, L, G, N), all in the state's dtype.
+
+    Returns y (batch, L, G, P) and the state at every route's end, (batch, G, P, N).
+    """
+    weighted = delta * u
+    y = torch.zeros_like(u)
+    last = []
+    for n in range(A.shape[-1]):
+        h = linear_recurrence(torch.exp(delta * A[..., n]), weighted * B[..., n, None], backwards)
+        y = torch.addcmul(y, C[..., n, None], h)
+        last.append(h[:, 0 if backwards else -1] if h.shape[1] else torch.zeros_like(h.sum(1)))
+    return y, torch.stack(last, dim=-1)
+
+
+def _scan_backward(
+    grad_y: Tensor,
+    grad_last: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    backwards: bool,
+) -> _ScanGradients:
+    """Gradients of `_scan`, from its inputs alone: the states are computed again, one n at a time.
+
+    With g the gradient that reaches h from y and the last state, the adjoint is the same recurrence run the other way,
+    G_t = g_t + a_{t+1}·G_{t+1}; and a_t·h_{t-1} is h_t - b_t.
+    """
+    weighted = delta * u
+    grad_weighted, grad_delta = torch.zeros_like(u), torch.zeros_like(u)
+    grad_A, grad_B, grad_C = [], [], []
+    for n in range(A.shape[-1]):
+        a, b = torch.exp(delta * A[..., n]), weighted * B[..., n, None]
+        h = linear_recurrence(a, b, backwards)
+        g = grad_y * C[..., n, None]
+        if grad_last is not None:
+            end, rest = grad_last[:, None, ..., n], torch.zeros_like(g[:, 1:])
+            g = g + torch.cat([end, rest] if backwards else [rest, end], dim=1)
+        edge = torch.zeros_like(a[:, :1])
+        following = torch.cat([edge, a[:, :-1]] if backwards else [a[:, 1:], edge], dim=1)
+        G = linear_recurrence(following, g, not backwards)
+        grad_C.append((grad_y * h).sum(-1))
+        grad_B.append((G * weighted).sum(-1))
+        grad_weighted = torch.addcmul(grad_weighted, G, B[..., n, None])
+        grad_log_a = G * (h - b)
+        grad_delta = torch.addcmul(grad_delta, grad_log_a, A[..., n])
+        grad_A.append((grad_log_a * delta).sum((0, 1)))
+    return _ScanGradients(
+        u=grad_weighted * delta,
+        delta=torch.addcmul(grad_delta, grad_weighted, u),
+        A=torch.stack(grad_A, dim=-1),
+        B=torch.stack(grad_B, dim=-1),
+        C=torch.stack(grad_C, dim=-1),
+    )
+
+
+# --- one sequence ----------------------------------------------------------------------------------------------------
+
+
+class _Sequence(NamedTuple):
+    """Arguments of `selective_scan` in this file's layout and the state's dtype."""
+
+    u: Tensor
+    raw: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+
+
+def _time_first(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_bias: Tensor | None, delta_softplus: bool,
+    dtype: torch.dtype,
+) -> _Sequence:  # fmt: skip
+    groups = B.shape[1]
+    u, raw = (x.to(dtype).transpose(1, 2).contiguous().unflatten(2, (groups, -1)) for x in (u, delta))
+    B, C = (x.to(dtype).permute(0, 3, 1, 2) for x in (B, C))
+    if delta_bias is not None:
+        raw = raw + delta_bias.to(dtype).unflatten(0, (groups, -1))
+    return _Sequence(u, raw, F.softplus(raw) if delta_softplus else raw, A.to(dtype).unflatten(0, (groups, -1)), B, C)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """Selective scan; arguments and results as in `reference.selective_scan`."""
+    dtype = state_dtype(u, delta, A, B, C, D, z, delta_bias)
+    s = _time_first(u, delta, A, B, C, delta_bias, delta_softplus, dtype)
+    y, last = _scan(s.u, s.delta, s.A, s.B, s.C, backwards=False)
+    y = y.flatten(2).transpose(1, 2)
+    if D is not None:
+        y = torch.addcmul(y, D.to(dtype)[:, None], u.to(dtype))
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(u.dtype).contiguous(), last.flatten(1, 2)
+
+
+def selective_scan_backward(
+    grad_y: Tensor,
+    grad_last: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> list[Tensor]:
+    """Gradients of `selective_scan` for u, delta, A, B, C and those of D, z and delta_bias that are given, in order."""
+    dtype = state_dtype(u, delta, A, B, C, D, z, delta_bias)
+    s = _time_first(u, delta, A, B, C, delta_bias, delta_softplus, dtype)
+    groups = B.shape[1]
+    x, grad = u.to(dtype), grad_y.to(dtype)
+    grad_z = None
+    if z is not None:
+        y, _ = _scan(s.u, s.delta, s.A, s.B, s.C, backwards=False)
+        y = y.flatten(2).transpose(1, 2)
+        y = y if D is None else torch.addcmul(y, D.to(dtype)[:, None], x)
+        gate = torch.sigmoid(z.to(dtype))
+        silu = z.to(dtype) * gate
+        grad_z = grad * y * (gate + silu * (1 - gate))
+        grad = grad * silu
+
+    grad_time_first = grad.transpose(1, 2).contiguous().unflatten(2, (groups, -1))
+    grads = _scan_backward(
+        grad_time_first, grad_last.to(dtype).unflatten(1, (groups, -1)), s.u, s.delta, s.A, s.B, s.C, backwards=False
+    )
+    grad_raw = grads.delta * torch.sigmoid(s.raw) if delta_softplus else grads.delta
+    grad_u = grads.u.flatten(2).transpose(1, 2)
+    if D is not None:
+        grad_u = torch.addcmul(grad_u, D.to(dtype)[:, None], grad)
+    results = [
+        (grad_u, u),
+        (grad_raw.flatten(2).transpose(1, 2), delta),
+        (grads.A.flatten(0, 1), A),
+        (grads.B.permute(0, 2, 3, 1), B),
+        (grads.C.permute(0, 2, 3, 1), C),
+    ]
+    if D is not None:
+        results.append(((grad * x).sum((0, 2)), D))
+    if z is not None:
+        assert grad_z is not None
+        results.append((grad_z, z))
+    if delta_bias is not None:
+        results.append((grad_raw.sum((0, 1)).flatten(), delta_bias))
+    return [value.to(like.dtype).contiguous() for value, like in results]
+
+
+# --- four routes over a grid -----------------------------------------------------------------------------------------
+
+
+class _RouteInputs(NamedTuple):
+    """What route k scans, in the order of its axis (rows or columns) and without a copy for the way back."""
+
+    u: Tensor
+    dt_low: Tensor
+    raw: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+
+
+def _sequence(grid: Tensor, columns: bool) -> Tensor:
+    """(batch, H, W, ...) as (batch, L, ...), by rows or by columns."""
+    return (grid.transpose(1, 2) if columns else grid).flatten(1, 2)
+
+
+def _grid(sequence: Tensor, columns: bool, height: int, width: int) -> Tensor:
+    """The inverse of `_sequence`."""
+    return sequence.unflatten(1, (width, height)).transpose(1, 2) if columns else sequence.unflatten(1, (height, width))
+
+
+def _route_inputs(
+    k: int, route: Route, u: Tensor, projected: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A: Tensor
+) -> _RouteInputs:
+    R, N = dt_proj_weight.shape[-1], A.shape[-1]
+    dt_low, B, C = _sequence(projected[:, :, :, k], route.columns).split([R, N, N], dim=-1)
+    raw = F.linear(dt_low, dt_proj_weight[k], dt_proj_bias[k]).unsqueeze(2)
+    x = _sequence(u, route.columns).unsqueeze(2)
+    return _RouteInputs(x, dt_low, raw, F.softplus(raw), A[k : k + 1], B.unsqueeze(2), C.unsqueeze(2))
+
+
+def ss2d_scan(
+    u: Tensor, projected: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A: Tensor, D: Tensor, pattern: str
+) -> Tensor:
+    """SS2D's operator on a grid; arguments and result as in `reference.ss2d_scan`.
+
+    Opposite routes read the same sequence, one of them backwards, so at most one transposed copy is made of the grid.
+    """
+    dtype = state_dtype(u, projected, dt_proj_weight, dt_proj_bias, A, D)
+    height, width = u.shape[1:3]
+    x, projected, dt_proj_weight, dt_proj_bias, A = (
+        v.to(dtype) for v in (u, projected, dt_proj_weight, dt_proj_bias, A)
+    )
+    y = x * D.to(dtype).sum(0)
+    for k, route in enumerate(get_routes(pattern)):
+        r = _route_inputs(k, route, x, projected, dt_proj_weight, dt_proj_bias, A)
+        y_k, _ = _scan(r.u, r.delta, r.A, r.B, r.C, route.backwards)
+        y = y + _grid(y_k.squeeze(2), route.columns, height, width)
+    return y.to(u.dtype).contiguous()
+
+
+def ss2d_scan_backward(
+    grad_y: Tensor,
+    u: Tensor,
+    projected: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    pattern: str,
+) -> list[Tensor]:
+    """Gradients of `ss2d_scan` for its six tensors, in order. Only the inputs are needed: the states are recomputed."""
+    inputs = (u, projected, dt_proj_weight, dt_proj_bias, A, D)
+    dtype = state_dtype(*inputs)
+    height, width = u.shape[1:3]
+    x, projected, dt_proj_weight, dt_proj_bias, A, D = (v.to(dtype) for v in inputs)
+    grad = grad_y.to(dtype)
+    grad_u = grad * D.sum(0)
+    grad_D = (grad * x).sum((0, 1, 2)).expand_as(D)
+    grad_projected, grad_weight, grad_bias, grad_A = [], [], [], []
+    for k, route in enumerate(get_routes(pattern)):
+        r = _route_inputs(k, route, x, projected, dt_proj_weight, dt_proj_bias, A)
+        grad_k = _sequence(grad, route.columns).unsqueeze(2)
+        g = _scan_backward(grad_k, None, r.u, r.delta, r.A, r.B, r.C, route.backwards)
+        grad_raw = (g.delta * torch.sigmoid(r.raw)).squeeze(2)
+        grad_weight.append(torch.einsum("bld,blr->dr", grad_raw, r.dt_low))
+        grad_bias.append(grad_raw.sum((0, 1)))
+        grad_A.append(g.A[0])
+        grad_parameters = torch.cat([grad_raw @ dt_proj_weight[k], g.B.squeeze(2), g.C.squeeze(2)], dim=-1)
+        grad_projected.append(_grid(grad_parameters, route.columns, height, width))
+        grad_u = grad_u + _grid(g.u.squeeze(2), route.columns, height, width)
+    results = (
+        grad_u,
+        torch.stack(grad_projected, dim=3),
+        torch.stack(grad_weight),
+        torch.stack(grad_bias),
+        torch.stack(grad_A),
+        grad_D,
+    )
+    return [value.to(like.dtype).contiguous() for value, like in zip(results, inputs, strict=True)]

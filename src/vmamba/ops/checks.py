@@ -1,0 +1,51 @@
+"""Argument checks shared by the public operators: each message names the argument, what it had and what it should have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def ndim(name: str, value: Tensor, expected: int, meaning: str) -> None:
+    """Require a tensor of `expected` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor of shape {meaning}")
+    if value.ndim != expected:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {expected} dimensions {meaning}")
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int | None], meaning: str) -> None:
+    """Require a shape; None stands for any size."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor of shape {meaning}")
+    fits = value.ndim == len(expected) and all(
+        want is None or have == want for have, want in zip(value.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in expected)
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {meaning} = ({wanted})")
+
+
+def real_and_together(tensors: dict[str, Tensor | None]) -> None:
+    """Require real floating-point tensors that all live on one device."""
+    first_name, first = next((name, value) for name, value in tensors.items() if value is not None)
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{name} has dtype {value.dtype}; expected a real floating-point dtype"
+                " (float16, bfloat16, float32 or float64)"
+            )
+        if value.device != first.device:
+            raise ValueError(
+                f"{name} is on {value.device} but {first_name} is on {first.device}; move them to one device"
+            )
+
+
+def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of the recurrence: float32, or float64 as soon as one argument is float64."""
+    is_double = any(value is not None and value.dtype == torch.float64 for value in tensors)
+    return torch.float64 if is_double else torch.float32

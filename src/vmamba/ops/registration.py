@@ -1,0 +1,66 @@
+"""Differentiation rules for the registered operators, `torch.ops.vmamba.*`.
+
+A backend writes a forward and a backward; neither keeps anything for the other but the inputs. The rules here join them:
+the forward's gradient is the backward operator, and the backward's own gradient (for second and higher derivatives) is
+taken through the eager backend's backward, which is plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_tracing_for_export() -> bool:
+    """Whether the graph being traced must stand without this package: torch.export, ONNX or torch.jit.trace."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def register_gradients(
+    forward: Any, backward: Any, traceable_backward: Callable[..., list[Tensor]], outputs: int
+) -> None:
+    """Register fake and autograd rules for a pair of custom operators.
+
+    Args:
+        forward: custom_op(*tensors, *options, backend); tensors may be None, options are strings or booleans.
+        backward: custom_op(*gradients of the outputs, *tensors, *options, backend), returning the gradients of those
+            tensors that are not None, in order.
+        traceable_backward: the same without `backend`, in differentiable torch functions.
+        outputs: how many tensors `forward` returns.
+    """
+
+    def is_tensor_slot(value: object) -> bool:
+        return not isinstance(value, (str, bool))
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = [value for value in inputs if is_tensor_slot(value)]
+        ctx.save_for_backward(*tensors)
+        ctx.options = inputs[len(tensors) :]
+
+    def spread(gradients: list[Tensor], tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+        remaining = iter(gradients)
+        return (*(None if tensor is None else next(remaining) for tensor in tensors), *(None for _ in options))
+
+    def forward_gradient(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        return spread(backward(*(g.contiguous() for g in grads), *tensors, *ctx.options), tensors, ctx.options)
+
+    def backward_gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+        tensors, (*options, _) = ctx.saved_tensors, ctx.options
+
+        def function(*given: Tensor) -> list[Tensor]:
+            return traceable_backward(*spread(list(given), tensors, ())[: len(tensors)], *options)
+
+        _, pull_back = torch.func.vjp(function, *(t for t in tensors if t is not None))
+        return spread(list(pull_back(list(grads))), tensors, ctx.options)
+
+    def fake_backward(*arguments: Any) -> list[Tensor]:
+        tensors = [value for value in arguments if is_tensor_slot(value)][outputs:]
+        return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors if t is not None]
+
+    backward.register_fake(fake_backward)
+    forward.register_autograd(forward_gradient, setup_context=save)
+    backward.register_autograd(backward_gradient, setup_context=save)

@@ -1,0 +1,147 @@
+"""The S6 recurrence over one sequence (paper, section 3; Mamba, algorithm 2)."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from vmamba.ops import checks
+from vmamba.ops.backends import BACKENDS, choose_backend, eager
+from vmamba.ops.registration import is_tracing_for_export, register_gradients
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: Literal[False] = False,
+    *, backend: str | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool = False,
+    *, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_t · h_t + D u_t along a sequence, from h_0 = 0.
+
+    Names, order and shapes are those of mamba's `selective_scan_fn`. Gradients reach every argument, through the last
+    state too, and can be differentiated again.
+
+    Args:
+        u: (batch, D, L), float16, bfloat16, float32 or float64.
+        delta: (batch, D, L), the step before bias and softplus.
+        A: (D, N), negative.
+        B: (D, N), the same at every step; (batch, N, L), shared by all channels; or (batch, G, N, L), each group shared
+            by D / G neighbouring channels.
+        C: as `B`, independently of it.
+        D: (D,), the skip, or None.
+        z: (batch, D, L), a gate: the result is multiplied by SiLU(z); or None.
+        delta_bias: (D,), added to `delta`, or None.
+        delta_softplus: whether the step is softplus(delta + delta_bias).
+        return_last_state: whether to return the state after the last step as well.
+        backend: "auto", or a name from `available_backends()`; None leaves the choice to `use_backend`, the environment
+            variable VMAMBA_BACKEND and the device, in that order.
+
+    Returns:
+        y, (batch, D, L) in the dtype of `u`; with `return_last_state`, (y, h_L) with h_L (batch, D, N). States are
+        float32, or float64 as soon as one argument is float64.
+
+    Raises:
+        ValueError: a shape or device that does not fit, or an unknown backend.
+        TypeError: an argument that is not a real floating-point tensor.
+        RuntimeError: the backend asked for cannot run on this device.
+    """
+    checks.ndim("u", u, 3, "(batch, D, L)")
+    checks.ndim("A", A, 2, "(D, N)")
+    batch, channels, length = u.shape
+    states = A.shape[1]
+    checks.shape("delta", delta, (batch, channels, length), "(batch, D, L)")
+    checks.shape("A", A, (channels, states), "(D, N)")
+    for name, vector in (("D", D), ("delta_bias", delta_bias)):
+        if vector is not None:
+            checks.shape(name, vector, (channels,), "(D,)")
+    if z is not None:
+        checks.shape("z", z, (batch, channels, length), "(batch, D, L)")
+    checks.real_and_together(
+        {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    )
+    B, C = (_as_groups(name, value, u, states) for name, value in (("B", B), ("C", C)))
+    groups = max(B.shape[1], C.shape[1])
+    if groups % B.shape[1] or groups % C.shape[1]:
+        groups = channels
+    B, C = (value.repeat_interleave(groups // value.shape[1], dim=1) for value in (B, C))
+
+    chosen = choose_backend(backend, u.device)
+    arguments = (u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))
+    with torch.autocast(u.device.type, enabled=False):
+        if chosen.traceable:
+            y, last_state = chosen.module.selective_scan(*arguments)
+        elif is_tracing_for_export():
+            y, last_state = eager.selective_scan(*arguments)
+        else:
+            y, last_state = torch.ops.vmamba.selective_scan(*arguments, chosen.name)
+    return (y, last_state) if return_last_state else y
+
+
+def _as_groups(name: str, value: Tensor, u: Tensor, states: int) -> Tensor:
+    """B or C in any of its three forms as (batch, G, N, L)."""
+    batch, channels, length = u.shape
+    if value.ndim == 2:
+        checks.shape(name, value, (channels, states), "(D, N)")
+        return value[None, :, :, None].expand(batch, channels, states, length)
+    if value.ndim == 3:
+        checks.shape(name, value, (batch, states, length), "(batch, N, L)")
+        return value.unsqueeze(1)
+    checks.shape(name, value, (batch, None, states, length), "(D, N), (batch, N, L) or (batch, G, N, L)")
+    groups = value.shape[1]
+    if groups == 0 or channels % groups:
+        raise ValueError(f"{name} has {groups} groups; expected a divisor of the {channels} channels of u")
+    return value
+
+
+@torch.library.custom_op("vmamba::selective_scan", mutates_args=())
+def _forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    with torch.autocast(u.device.type, enabled=False):
+        return BACKENDS[backend].module.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+@torch.library.custom_op("vmamba::selective_scan_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor, grad_last: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    with torch.autocast(u.device.type, enabled=False):
+        return BACKENDS[backend].module.selective_scan_backward(
+            grad_y, grad_last, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+        )
+
+
+@_forward.register_fake
+def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+      delta_bias: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = checks.state_dtype(u, delta, A, B, C, D, z, delta_bias)
+    return torch.empty(u.shape, dtype=u.dtype, device=u.device), u.new_empty((*u.shape[:2], A.shape[1]), dtype=dtype)
+
+
+register_gradients(_forward, _backward, eager.selective_scan_backward, outputs=2)
