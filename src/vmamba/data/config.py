@@ -1,0 +1,90 @@
+"""Settings for data and augmentation: plain dataclasses, free of heavy imports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class DataConfig:
+    """Where the images come from and how they are fed."""
+
+    root: str | None = None
+    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or a .tar file, or what the data set below expects."""
+    val_root: str | None = None
+    """Folder or .tar file of the validation images, where they are not under root; root then holds the training
+    images alone."""
+    dataset: str = ""
+    """Empty for folders and .tar files; else a name for timm's factory: torch/fashion_mnist, wds/, hfds/NAME,
+    hfids/NAME, tfds/NAME."""
+    train_split: str = "train"
+    """Name of the training split, or sub-folder, or for wds/ the shards."""
+    val_split: str = "val"
+    """Name of the validation split, or sub-folder, or for wds/ the shards."""
+    download: bool = False
+    """Let torch/ and tfds/ data sets download, or unpack, what is missing."""
+    num_classes: int | None = None
+    """Number of classes, where the data set does not name them (wds/)."""
+    num_samples: int | None = None
+    """Number of training images, where the data set cannot tell (wds/)."""
+    input_key: str | None = None
+    """Column or file ending that holds the image (hfds/, wds/)."""
+    target_key: str | None = None
+    """Column that holds the label (hfds/, wds/)."""
+    img_size: int | tuple[int, int] | None = None
+    """Side, or height and width, that the network sees; null for what the model is meant for."""
+    in_chans: int | None = None
+    """1 for grey images, 3 for RGB; null for what the model is meant for."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel, on a scale from 0 to 1; null for the model's."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel; null for the model's."""
+    interpolation: str | None = None
+    """How validation images are resized: bicubic, bilinear or nearest; null for the model's."""
+    crop_pct: float | None = None
+    """Validation resizes the short side to img_size / crop_pct and crops the centre; null for the model's."""
+    batch_size: int = 128
+    """Images on each device in one step."""
+    val_batch_size: int | None = None
+    """The same for validation; null for batch_size."""
+    workers: int = 4
+    """Processes on each device that read and augment images; 0 to do it in the training process."""
+    in_memory: bool = False
+    """Decode every image once, at img_size, and keep it as bytes: for small images, where reading would cost more
+    than training. Augmentation is then augment.crop_padding and flips, on whole batches."""
+    check_files: bool = False
+    """Before the first epoch, decode every image and list those that cannot be used."""
+
+
+@dataclass
+class AugmentConfig:
+    """How training images are varied. The defaults are those of the published ImageNet results."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area that the random resized crop keeps, from and to."""
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    """Aspect ratio of that crop, from and to."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    vflip: float = 0.0
+    """Probability of a vertical flip."""
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """timm's name of a RandAugment, AutoAugment or AugMix policy; null for none."""
+    color_jitter: float = 0.4
+    """Strength of brightness, contrast and saturation changes; used where rand_augment is null."""
+    interpolation: str = "bicubic"
+    """How training images are resized: bicubic, bilinear, nearest, or random."""
+    crop_padding: int = 0
+    """For data held in memory only: pad by so many pixels and crop at random back to size."""
+    random_erasing: float = 0.25
+    """Probability that a rectangle of the image is replaced by noise."""
+    mixup: float = 0.8
+    """Alpha of mixup; 0 for none."""
+    cutmix: float = 1.0
+    """Alpha of cutmix; 0 for none."""
+    mixup_prob: float = 1.0
+    """Probability that a batch is mixed at all."""
+    switch_prob: float = 0.5
+    """Where both are on: probability that a batch gets cutmix rather than mixup."""
+    label_smoothing: float = 0.1
+    """Share of the target spread evenly over the classes."""

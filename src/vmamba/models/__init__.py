@@ -1,0 +1,1 @@
+"""The models: backbone and classifier, their variants, and the reading of weights."""

@@ -1,0 +1,417 @@
+"""The backbone and classifier, with timm's model contract, and its registration with timm.
+
+`VMamba` reads top-down: stem, stages, norm, head. Everything built on timm models (feature extraction, layer-wise
+learning rates, optimizers, its training scripts) finds what it looks for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from os import PathLike
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, calculate_drop_path_rates
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from vmamba.models.checkpoints import download, load_checkpoint
+from vmamba.models.variants import VARIANTS, Variant
+from vmamba.nn import ConvDownsample, ConvStem, PatchMerging, PatchStem, VSSBlock
+
+__all__ = ["VMamba", "create_model", "list_models"]
+
+_STEMS = {"conv": ConvStem, "patch": PatchStem}
+_DOWNSAMPLES = {"conv": ConvDownsample, "merge": PatchMerging}
+
+
+class Stage(nn.Module):
+    """Downsampling (except in the first stage), then blocks; all on (B, H, W, C)."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, C'), or to the same size in the first stage."""
+        x = self.downsample(x)
+        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+
+
+class VMamba(nn.Module):
+    """VMamba (Liu et al., NeurIPS 2024, arXiv 2401.10166).
+
+    Args:
+        img_size: height and width that the model is meant for. Kept for tools that ask; any size from the total stride
+            up works, square or not, odd or even.
+        in_chans: channels of the image.
+        num_classes: outputs of the classifier; 0 for none.
+        global_pool: pooling before the classifier, as in timm ("avg", "max", "avgmax", "catavgmax", "" for none).
+        depths, dims: blocks and channels per stage.
+        d_state, ssm_ratio, conv_bias, gated, init, pattern: see `vmamba.nn.SS2D`.
+        mlp_ratio: see `vmamba.nn.VSSBlock`.
+        stem, stem_stride: "conv" or "patch"; 4, 2 or 1.
+        downsample: "conv" or "merge".
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after each SS2D and in each MLP.
+        drop_path_rate: stochastic depth of the last block; it grows linearly over the blocks from 0.
+        device, dtype: where and as what the parameters are made.
+
+    Attributes:
+        variant: name in `VARIANTS`, or None for a model of your own making.
+        feature_info: channels and reduction of each stage.
+        output_fmt: "NHWC", the layout of `forward_features`.
+    """
+
+    output_fmt = "NHWC"
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: Sequence[int] = (2, 2, 8, 2),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        mlp_ratio: float = 4.0,
+        gated: bool = False,
+        conv_bias: bool = False,
+        stem: Literal["conv", "patch"] = "conv",
+        stem_stride: Literal[1, 2, 4] = 4,
+        downsample: Literal["conv", "merge"] = "conv",
+        init: Literal["v0", "v1", "v2"] = "v0",
+        pattern: str = "cross",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        for name, value, known in (("stem", stem, _STEMS), ("downsample", downsample, _DOWNSAMPLES)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+        if len(depths) != len(dims):
+            raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} differ in length; expected one per stage")
+        self.variant: str | None = None
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.num_features = dims[-1]
+        self.total_stride = stem_stride * 2 ** (len(dims) - 1)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+        self.set_input_size(img_size)
+
+        self.stem = _STEMS[stem](in_chans, dims[0], stem_stride, **dd)
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+            between = _DOWNSAMPLES[downsample](dims[i - 1], dim, **dd) if i else nn.Identity()
+            blocks = [
+                VSSBlock(
+                    dim, mlp_ratio, drop_path=rate, proj_drop=proj_drop_rate, dd=dd, d_state=d_state,
+                    ssm_ratio=ssm_ratio, conv_bias=conv_bias, gated=gated, init=init, pattern=pattern,
+                )  # fmt: skip
+                for rate in itertools.islice(rates, depth)
+            ]
+            stages.append(Stage(between, blocks))
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.LayerNorm(self.num_features, **dd)
+        self.head = ClassifierHead(
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd
+        )
+        self.head_hidden_size = self.num_features
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                _init_linear(module)
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Record the height and width that the model is meant for; nothing in the network depends on it.
+
+        Raises:
+            ValueError: a side smaller than the total stride.
+        """
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if min(height, width) < self.total_stride:
+            raise ValueError(
+                f"img_size is {height}×{width}; this model needs at least {self.total_stride} pixels a side"
+            )
+        self.img_size = (height, width)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters without weight decay beyond the one-dimensional ones: A_log, D and Δ's bias."""
+        return {
+            name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("A_log", "D", "dt_proj_bias")
+        }
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's grouping of parameters by depth, for layer-wise learning rates."""
+        blocks: Any = r"^stages\.(\d+)"
+        if not coarse:
+            blocks = [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ]
+        return {"stem": r"^stem", "blocks": blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one; 0 classes for none. `global_pool` changes the pooling as well."""
+        self.num_classes = num_classes
+        # ClassifierHead.reset() keeps the width it was built with, which pruning changes.
+        reference = next(self.parameters())
+        self.head = ClassifierHead(
+            self.num_features, num_classes, pool_type=self.global_pool if global_pool is None else global_pool,
+            drop_rate=self.head.drop.p, input_fmt=self.output_fmt, device=reference.device, dtype=reference.dtype,
+        ).train(self.training)  # fmt: skip
+        if global_pool is not None:
+            self.global_pool = global_pool
+        if isinstance(self.head.fc, nn.Linear):
+            _init_linear(self.head.fc)
+
+    def load_pretrained(self, path: str | PathLike[str], prefix: str = "") -> None:
+        """timm's hook for `pretrained=True`: everything but a head of another size, first convolution adapted."""
+        load_checkpoint(self, path, reset_head=True, adapt_input=True)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of the stages, as timm's method of this name gives them.
+
+        Args:
+            x: (B, in_chans, H, W).
+            indices: the last n stages, the listed stages (negative ones count from the end), or all.
+            norm: whether the last stage's output passes through the final LayerNorm.
+            stop_early: whether to stop after the last stage asked for.
+            output_fmt: "NCHW" or "NHWC", of the intermediates.
+            intermediates_only: whether to leave out the final features.
+
+        Returns:
+            The intermediates, or (final features (B, H', W', C), intermediates).
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt is {str(output_fmt)!r}; expected 'NCHW' or 'NHWC'")
+        last = len(self.stages) - 1
+        wanted, deepest = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        x = self.stem(_channels_last(x, self.in_chans, self.total_stride))
+        for i, stage in enumerate(self.stages):
+            if stop_early and i > deepest:
+                break
+            x = stage(x)
+            if i in wanted:
+                feature = self.norm(x) if norm and i == last else x
+                intermediates.append(feature.permute(0, 3, 1, 2) if output_fmt == "NCHW" else feature)
+        if intermediates_only:
+            return intermediates
+        reached_the_end = not (stop_early and deepest < last)
+        return (self.norm(x) if reached_the_end else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the intermediates at `indices` do not need; returns these indices, counted from the start."""
+        kept, deepest = feature_take_indices(len(self.stages), indices)
+        shortened = deepest < len(self.stages) - 1
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        self.stages = self.stages[: deepest + 1]
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[deepest]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return kept
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) to the normalised output of the last stage, (B, H', W', C)."""
+        x = self.stem(_channels_last(x, self.in_chans, self.total_stride))
+        return self.norm(self.stages(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, H', W', C) to logits (B, num_classes), or with `pre_logits` to the pooled features (B, C)."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify images: (B, in_chans, H, W) to logits (B, num_classes).
+
+        Raises:
+            ValueError: `x` is not such a batch, or is smaller than the total stride (32 for the published models).
+        """
+        return self.forward_head(self.forward_features(x))
+
+
+@torch.fx.wrap
+def _channels_last(x: Tensor, in_chans: int, total_stride: int) -> Tensor:
+    """Check a batch of images and lay it out as the network wants it, (B, H, W, C)."""
+    # While a graph is traced, a comparison would pin the very sizes that it is to leave open.
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if x.ndim != 4 or x.shape[1] != in_chans:
+            raise ValueError(f"the model was given {tuple(x.shape)}; expected images of shape (B, {in_chans}, H, W)")
+        if min(x.shape[2:]) < total_stride:
+            raise ValueError(
+                f"the images are {x.shape[2]}×{x.shape[3]} pixels; this model needs at least {total_stride} a side:"
+                " enlarge them, or choose a variant with a smaller stem stride"
+            )
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _init_linear(module: nn.Linear) -> None:
+    nn.init.trunc_normal_(module.weight, std=0.02)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+# --- timm's registry -------------------------------------------------------------------------------------------------
+
+
+def _default_cfg(variant: Variant) -> dict[str, Any]:
+    height, width = variant.img_size
+    total_stride = variant.stem_stride * 2 ** (len(variant.dims) - 1)
+    cfg = {
+        "url": variant.release.url if variant.release else "",
+        "custom_load": True,
+        "num_classes": 1000,
+        "input_size": (3, height, width),
+        "min_input_size": (3, total_stride, total_stride),
+        "pool_size": (-(-height // total_stride), -(-width // total_stride)),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1" if variant.stem == "conv" else "stem.conv",
+        "classifier": "head.fc",
+        "license": "mit",
+        "paper_name": "VMamba: Visual State Space Model",
+        "paper_ids": "arXiv:2401.10166",
+        "origin_url": "https://github.com/MzeroMiko/VMamba",
+    }
+    return cfg
+
+
+default_cfgs = generate_default_cfgs(
+    {f"{name}.in1k" if variant.release else name: _default_cfg(variant) for name, variant in VARIANTS.items()}
+)
+
+
+def _build(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a variant as timm's `create_model` asks for it."""
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    if pretrained:
+        cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
+        if not (cfg.has_weights or cfg.state_dict):
+            raise RuntimeError(
+                f"{name} has no published weights; create it with pretrained=False, or load your own with"
+                " vmamba.create_model(..., checkpoint=PATH)"
+            )
+        if cfg.url and not (cfg.file or cfg.state_dict or cfg.hf_hub_id):
+            overlay["file"] = str(download(cfg.url))
+        overlay.setdefault("custom_load", bool(overlay.get("file")))
+
+    arguments = asdict(VARIANTS[name])
+    del arguments["release"]
+
+    def make(**options: Any) -> VMamba:
+        model = VMamba(**{**arguments, **options})
+        model.variant = name
+        return model
+
+    return build_model_with_cfg(
+        make, name, pretrained, pretrained_cfg_overlay=overlay,
+        feature_cfg={"out_indices": tuple(range(len(arguments["dims"]))), "feature_cls": "getter"}, **kwargs,
+    )  # fmt: skip
+
+
+def _entrypoint(name: str) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _build(name, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"VMamba variant {name}; see `vmamba.models.variants.VARIANTS`."
+    return create
+
+
+for _name in VARIANTS:
+    register_model(_entrypoint(_name))
+__all__ = ["VMamba", "create_model", "list_models"]  # register_model() adds functions this module does not have
+
+
+def list_models() -> list[str]:
+    """Names of the variants, published ones first."""
+    return list(VARIANTS)
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    checkpoint: str | PathLike[str] | None = None,
+    num_classes: int = 1000,
+    **kwargs: Any,
+) -> nn.Module:
+    """Create a VMamba, with random, published or your own weights.
+
+    Args:
+        name: one of `list_models()`.
+        pretrained: whether to download the published ImageNet-1K weights (once; they are kept in torch's cache). With
+            another number of classes, the head is new; with other than three channels, the first convolution is adapted.
+        checkpoint: a file to load instead, of any kind that `load_checkpoint` reads; strictly, so a file for another
+            number of classes is refused (call `load_checkpoint(..., reset_head=True)` for a new head).
+        num_classes: outputs of the classifier; 0 for none.
+        **kwargs: timm's (`features_only`, `out_indices`, `in_chans`, `img_size`, `global_pool`, `drop_rate`,
+            `drop_path_rate`, ...) and `VMamba`'s.
+
+    Returns:
+        The model, in training mode on the CPU, or with `features_only` timm's feature extractor around it. Stochastic
+        depth has the rate of the published recipe unless `drop_path_rate` says otherwise.
+
+    Raises:
+        ValueError: no variant has that name, or both weights and checkpoint are asked for.
+        CheckpointError: the file does not fit; see `load_checkpoint`.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"there is no variant {name!r}; expected one of {', '.join(VARIANTS)}")
+    if pretrained and checkpoint is not None:
+        raise ValueError("pretrained=True and checkpoint= are both given; choose one source of weights")
+    if checkpoint is not None and kwargs.get("features_only"):
+        kwargs["pretrained_cfg_overlay"] = {**kwargs.get("pretrained_cfg_overlay", {}), "file": str(checkpoint)}
+        return timm.create_model(name, pretrained=True, num_classes=num_classes, **kwargs)
+    model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    return model

@@ -1,0 +1,8 @@
+"""The modules a VMamba is built of; all of them work on channels-last grids, (B, H, W, C)."""
+
+from vmamba.nn.block import VSSBlock
+from vmamba.nn.downsample import ConvDownsample, PatchMerging
+from vmamba.nn.ss2d import SS2D
+from vmamba.nn.stem import ConvStem, PatchStem
+
+__all__ = ["SS2D", "ConvDownsample", "ConvStem", "PatchMerging", "PatchStem", "VSSBlock"]

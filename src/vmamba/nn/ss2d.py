@@ -1,0 +1,113 @@
+"""SS2D: the token mixer (paper, section 4.2 and figure 3)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmamba.nn.conv import GridConv2d
+from vmamba.ops import PATTERNS, ss2d_scan
+from vmamba.ops.checks import state_dtype
+
+torch.fx.wrap("ss2d_scan")  # one node in a torch.fx graph, as timm's and torchvision's feature extractors make them
+
+_ROUTES = 4
+_STEP_RANGE, _STEP_FLOOR = (1e-3, 1e-1), 1e-4  # of the initial Δ
+
+
+class SS2D(nn.Module):
+    """Projection, depthwise convolution, SiLU, selective scans along four routes, LayerNorm, projection.
+
+    Args:
+        dim: channels C.
+        d_state: states per channel N.
+        ssm_ratio: inner channels over outer ones: D = ssm_ratio · C.
+        conv_bias: whether the depthwise convolution has a bias.
+        gated: whether the result is multiplied by SiLU of a second projection of the input.
+        dropout: rate of the dropout after the last projection.
+        init: how the state space parameters start, "v0", "v1" or "v2" (`reset_scan_parameters`).
+        pattern: the routes, a key of `vmamba.ops.PATTERNS`.
+
+    Parameters of the scan, with R = ⌈C / 16⌉:
+        x_proj_weight: (4, R + 2N, D), makes dt_low, B and C of each route.
+        dt_proj_weight, dt_proj_bias: (4, D, R) and (4, D), make the step Δ.
+        A_log: (4, D, N), A = -exp(A_log).
+        D: (4, D), the skip.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        conv_bias: bool = False,
+        gated: bool = False,
+        dropout: float = 0.0,
+        init: Literal["v0", "v1", "v2"] = "v0",
+        pattern: str = "cross",
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        if init not in ("v0", "v1", "v2"):
+            raise ValueError(f"init is {init!r}; expected 'v0', 'v1' or 'v2'")
+        if pattern not in PATTERNS:
+            raise ValueError(f"pattern is {pattern!r}; expected one of {', '.join(map(repr, PATTERNS))}")
+        inner, rank = int(ssm_ratio * dim), math.ceil(dim / 16)
+        self.gated, self.init, self.pattern = gated, init, pattern
+        self.in_proj = nn.Linear(dim, 2 * inner if gated else inner, bias=False, **dd)
+        self.conv = GridConv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias, **dd)
+        self.x_proj_weight = nn.Parameter(torch.empty(_ROUTES, rank + 2 * d_state, inner, **dd))
+        self.dt_proj_weight = nn.Parameter(torch.empty(_ROUTES, inner, rank, **dd))
+        self.dt_proj_bias = nn.Parameter(torch.empty(_ROUTES, inner, **dd))
+        self.A_log = nn.Parameter(torch.empty(_ROUTES, inner, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(_ROUTES, inner, **dd))
+        self.norm = nn.LayerNorm(inner, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.dropout = nn.Dropout(dropout)
+        self.reset_scan_parameters()
+
+    @torch.no_grad()
+    def reset_scan_parameters(self) -> None:
+        """Draw the scan's parameters anew.
+
+        v0: A = -(n + 1), Δ log-uniform in [0.001, 0.1], as in Mamba; v1: A_log normal, dt_* a tenth of a normal draw;
+        v2: A = -1, dt_* a tenth of a uniform draw. D is 1.
+        """
+        _, inner, rank = self.dt_proj_weight.shape
+        nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)
+        nn.init.ones_(self.D)
+        if self.init == "v0":
+            states = torch.arange(1, self.A_log.shape[-1] + 1, device=self.A_log.device)
+            self.A_log.copy_(states.log().expand_as(self.A_log))
+            nn.init.uniform_(self.dt_proj_weight, -(rank**-0.5), rank**-0.5)
+            low, high = (math.log(bound) for bound in _STEP_RANGE)
+            step = torch.empty_like(self.dt_proj_bias, dtype=torch.float32).uniform_(low, high).exp_()
+            step.clamp_(min=_STEP_FLOOR)
+            self.dt_proj_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        elif self.init == "v1":
+            nn.init.normal_(self.A_log)
+            nn.init.normal_(self.dt_proj_weight, std=0.1)
+            nn.init.normal_(self.dt_proj_bias, std=0.1)
+        else:
+            nn.init.zeros_(self.A_log)
+            nn.init.uniform_(self.dt_proj_weight, 0.0, 0.1)
+            nn.init.uniform_(self.dt_proj_bias, 0.0, 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the pixels of (B, H, W, C); returns (B, H, W, C)."""
+        x = self.in_proj(x)
+        gate = None
+        if self.gated:
+            x, gate = x.chunk(2, dim=-1)
+        u = F.silu(self.conv(x))
+        A = -torch.exp(self.A_log.to(state_dtype(self.A_log)))
+        y = self.norm(
+            ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, self.pattern)
+        )
+        if gate is not None:
+            y = y * F.silu(gate)
+        return self.dropout(self.out_proj(y))

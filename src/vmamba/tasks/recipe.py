@@ -1,0 +1,202 @@
+"""A training run as data: typed groups of settings that flags and YAML files fill alike.
+
+The defaults are the recipe of the published ImageNet results. Nothing here imports torch or Lightning, so that
+``vmamba --help`` stays quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vmamba.data.config import AugmentConfig, DataConfig
+
+
+class RecipeError(ValueError):
+    """Settings that are wrong or do not go together; the message says which and what to do."""
+
+
+@dataclass
+class ModelConfig:
+    """The model to train and the weights it starts from."""
+
+    name: str = "vmamba_tiny_s1l8"
+    """A variant that `vmamba models` lists, or any model of timm."""
+    pretrained: bool = False
+    """Start from the published weights; the head is new when the number of classes differs."""
+    checkpoint: str | None = None
+    """Start from the weights in this file; the head is new when the number of classes differs."""
+    ema_weights: bool = False
+    """Of the checkpoint, take the averaged weights."""
+    drop_path_rate: float | None = None
+    """Stochastic depth, rising linearly over the blocks; null for the variant's published rate."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """More arguments for the model's constructor."""
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser, schedule and weight averaging."""
+
+    epochs: int = 300
+    """Passes over the training images, warm-up included."""
+    optimizer: str = "adamw"
+    """Any optimiser of timm, by its name."""
+    lr: float = 1e-3
+    """Peak learning rate for a global batch of lr_batch images."""
+    lr_batch: int = 1024
+    """Every learning rate is scaled by global batch / lr_batch, where the global batch counts all devices and
+    accumulated steps; 0 to use the rates as they are."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the schedule."""
+    warmup_epochs: float = 20
+    """Epochs over which the learning rate climbs from warmup_lr to lr."""
+    warmup_lr: float = 1e-6
+    """Learning rate at the first step."""
+    schedule: str = "cosine"
+    """Any schedule of timm: cosine, poly, tanh, step, constant ..."""
+    weight_decay: float = 0.05
+    """Weight decay; biases, norms and what the model lists in no_weight_decay() have none."""
+    betas: tuple[float, float] | None = (0.9, 0.999)
+    """The two momenta of Adam-type optimisers; null for others."""
+    clip_grad: float | None = 5.0
+    """Largest norm of the gradient; null for no clipping."""
+    layer_decay: float | None = None
+    """For fine-tuning: each layer learns at this factor of the rate of the layer above it."""
+    ema_decay: float = 0.9999
+    """Decay of the moving average of the weights, which is what is validated and saved; 0 for none."""
+    ema_warmup: bool = False
+    """Start with a short average that lengthens up to ema_decay; for short runs."""
+
+
+@dataclass
+class TrainerConfig:
+    """Where and how the run is computed."""
+
+    accelerator: str = "auto"
+    """auto, cpu, gpu or mps."""
+    devices: int | Literal["auto"] = "auto"
+    """Devices on each machine. auto: all GPUs, or as many as torchrun or SLURM started processes."""
+    num_nodes: int | Literal["auto"] = "auto"
+    """Machines. auto: what torchrun or SLURM says, else 1."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several devices share the work: ddp keeps a whole model on each, fsdp shards it. auto: ddp if several."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Numbers in the forward and backward pass; weights and optimiser state stay float32."""
+    accumulate: int = 1
+    """Steps whose gradients are added up before an update."""
+    validate_every: int = 1
+    """Validate after every so many epochs, and after the last."""
+    deterministic: bool = False
+    """On GPUs: use only operations whose results do not vary from run to run."""
+    progress: bool = True
+    """Show progress: a live bar on a terminal, plain lines elsewhere."""
+
+
+@dataclass
+class TrainConfig:
+    """Train a classifier."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model and initial weights"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images"""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Augmentation"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimisation"""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Hardware and precision"""
+    run: str | None = None
+    """Folder of the run; null for runs/<model name>."""
+    seed: int = 0
+    """Everything random follows from it: initial weights, order of images, augmentation."""
+    resume: bool = False
+    """Go on from the run folder's last checkpoint, if it has one, to exactly where an unbroken run would have led."""
+    overwrite: bool = False
+    """Start afresh in a run folder that already holds a run."""
+    keep: Literal["best", "last"] = "best"
+    """Which epoch's weights model.safetensors holds: best validation accuracy, or the last."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run or f"runs/{self.model.name}")
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other, before any work.
+
+        Raises:
+            RecipeError: naming the settings.
+        """
+        m, d, a, o, t = self.model, self.data, self.augment, self.optim, self.trainer
+        positive = {
+            "optim.epochs": o.epochs,
+            "optim.lr": o.lr,
+            "data.batch_size": d.batch_size,
+            "trainer.accumulate": t.accumulate,
+            "trainer.validate_every": t.validate_every,
+        }
+        for name, value in positive.items():
+            if not value > 0:
+                raise RecipeError(f"{name} is {value}; it must be above 0")
+        if self.resume and self.overwrite:
+            raise RecipeError("resume continues the run in the folder and overwrite deletes it: ask for one of them")
+        if o.warmup_epochs >= o.epochs:
+            raise RecipeError(f"optim.warmup_epochs {o.warmup_epochs} leaves nothing of optim.epochs {o.epochs}")
+        if not 0 <= o.ema_decay < 1:
+            raise RecipeError(f"optim.ema_decay is {o.ema_decay}; expected 0 (none) or a value below 1, such as 0.9999")
+        if (a.mixup or a.cutmix) and d.batch_size % 2:
+            raise RecipeError(f"mixup and cutmix mix pairs, but data.batch_size is {d.batch_size}: make it even")
+        if a.crop_padding and not d.in_memory:
+            raise RecipeError("augment.crop_padding is for images held in memory: set data.in_memory, or use scale")
+        if m.pretrained and m.checkpoint:
+            raise RecipeError("model.pretrained and model.checkpoint both name initial weights: give one of them")
+        if t.strategy == "fsdp" and o.ema_decay:
+            raise RecipeError(
+                "optim.ema_decay cannot be combined with trainer.strategy fsdp: the average would have to be sharded "
+                "like the model. Set optim.ema_decay to 0, or use ddp"
+            )
+        if t.strategy == "fsdp" and m.compile:
+            raise RecipeError("model.compile cannot be combined with trainer.strategy fsdp; use ddp, or do not compile")
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(asdict(self))
+
+
+def plain(value: Any) -> Any:
+    """The same value made of dicts, lists, numbers, strings and None only, as YAML and safe checkpoints hold them."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value
+
+
+# What may change between the start of a run and its resumption without changing what it computes.
+_FREE = {"resume", "overwrite", "run", "data.root", "data.val_root", "data.workers", "data.check_files",
+         "data.val_batch_size", "data.download", "trainer.progress", "model.checkpoint"}  # fmt: skip
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """The settings, as ``name: before -> now``, that keep a run from being resumed exactly."""
+    found: list[str] = []
+    for key in sorted(before.keys() | now.keys()):
+        name, a, b = prefix + key, before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, name + ".")
+        elif a != b and name not in _FREE:
+            found.append(f"{name}: {a} -> {b}")
+    return found
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a run, from the config.yaml in its folder."""
+    with open(path) as file:
+        return yaml.safe_load(file)
