@@ -22,7 +22,7 @@ class DataConfig:
     val_split: str = "val"
     """Name of the validation split, or sub-folder, or for wds/ the shards."""
     download: bool = False
-    """Let torch/ and tfds/ data sets download, or unpack, what is missing."""
+    """Let torch/ and tfds/ data sets download what is missing."""
     num_classes: int | None = None
     """Number of classes, where the data set does not name them (wds/)."""
     num_samples: int | None = None

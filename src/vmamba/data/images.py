@@ -18,7 +18,7 @@ IMAGE_EXTENSIONS = frozenset(
 
 # Pillow also opens formats that start other programs (EPS runs Ghostscript). A file's name says nothing about its
 # content, so the formats that may be decoded are named here.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
 class ImageError(ValueError):

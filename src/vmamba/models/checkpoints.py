@@ -1,59 +1,54 @@
-"""Weights on disk: reading files of any origin safely, telling what they hold, loading them strictly, saving, downloading.
-
-A file is untrusted. Tensors are read by safetensors or by torch's restricted unpickler, which runs no code from the file;
-the few harmless classes that published files hold beside their weights (a yacs config, say) become empty stand-ins.
-"""
+"""Checkpoints: tell what a weight file holds, load it strictly, save a model so that it can be rebuilt."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import json
-import math
-import numbers
-import os
-import pickle
 import re
-import socket
-import ssl
-import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-import uuid
 import warnings
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from vmamba.models.download import download
+from vmamba.models.released_names import to_our_names, without_wrappers
 from vmamba.models.variants import VARIANTS
+from vmamba.models.weight_files import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    StrPath,
+    check_sums,
+    read_weight_file,
+    replacing,
+)
 
-StrPath = str | os.PathLike[str]
+__all__ = [
+    "CheckpointError",
+    "CheckpointInfo",
+    "CheckpointNotFoundError",
+    "download",
+    "identify_checkpoint",
+    "load_checkpoint",
+    "load_model",
+    "read_metadata",
+    "save_checkpoint",
+]
+
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
-ROUTES = 4  # scan routes, the leading dimension of the SS2D parameters
-METADATA_FORMAT = 1  # raised when the metadata of saved files changes in a way old readers would misread
-_SHOWN = 5  # names listed per kind of disagreement in an error
-
-
-class CheckpointError(RuntimeError):
-    """A weight file cannot be read, does not fit the model, or cannot be fetched; the message says what to do."""
-
-
-class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no such weight file."""
+METADATA_FORMAT = 1  # of the files that save_checkpoint writes; raised when an old reader would misread a new file
+_FIRST_CONV = ("stem.conv1.weight", "stem.conv.weight")
+_HEAD = "head.fc."
+_NETWORK = re.compile(r"^((?:.*?\.)?)(?:stem|patch_embed)\.")  # what precedes the stem is how the network was wrapped
+_EMA = re.compile(r"(?:^|[._])ema[._]")
 
 
 @dataclass(frozen=True)
@@ -63,304 +58,276 @@ class CheckpointInfo:
     Attributes:
         path: the file.
         format: "vmamba" (written by `save_checkpoint`), "safetensors", "released" (a dictionary with the weights under
-            "model"), "lightning" (a training checkpoint), "mmsegmentation", "mmdetection", "openmmlab" (a backbone
-            with no known head beside it) or "state_dict".
+            "model"), "lightning" (a training checkpoint), "mmsegmentation", "mmdetection", "openmmlab" (a backbone with
+            neither head beside it) or "state_dict".
         variant: the name for `vmamba.create_model`, or None when the layout is that of no known variant.
-        num_classes: size of the classifier, or None when the file holds a backbone only.
-        in_chans: channels of the input images.
-        weights: the sets of weights inside: "model", "ema", or both.
-        metadata: numbers and texts stored beside the weights (epoch, config, class names ...).
+        num_classes: outputs of the classifier, or None when there is none.
+        in_chans: channels of the images, or None when the first convolution is missing.
+        weights: the sets of weights inside: "model", "ema" or both.
+        metadata: numbers and texts stored beside the weights: epoch, config, class names and the like.
     """
 
     path: Path
     format: str
     variant: str | None
     num_classes: int | None
-    in_chans: int
+    in_chans: int | None
     weights: tuple[str, ...]
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def backbone_only(self) -> bool:
-        """Whether the classifier is missing, as in segmentation and detection files."""
+        """Whether the classifier is missing, as it is in segmentation and detection files."""
         return self.num_classes is None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading: from a path to a flat dictionary of tensors
-
-
-class _Placeholder:
-    """Stands in for a harmless class named in a file; accepts whatever the file says about it and does nothing."""
-
-    def __init__(self, *args: object) -> None: ...
-
-    def __setstate__(self, state: object) -> None: ...
-
-
-def _placeholder_method(owner: object, name: str) -> _Placeholder:
-    """How a protocol-2 pickle refers to a method of a class: getattr(class, name). Only placeholders have methods here."""
-    if owner is not _Placeholder:
-        raise pickle.UnpicklingError("GLOBAL getattr was not an allowed global")
-    return _Placeholder()
-
-
-# What published files hold beside tensors. torch's unpickler fills exact OrderedDicts, so that is what dict subclasses
-# become; values of the others are lost, which is fine: none of them is a weight.
-_INERT: list[tuple[Callable[..., Any], str]] = [
-    (OrderedDict, "yacs.config.CfgNode"),
-    (OrderedDict, "mmengine.config.config.ConfigDict"),
-    (OrderedDict, "lightning.fabric.utilities.data.AttributeDict"),
-    (OrderedDict, "lightning_fabric.utilities.data.AttributeDict"),
-    (_placeholder_method, "builtins.getattr"),
-    *(
-        (_Placeholder, name)
-        for name in (
-            "argparse.Namespace",
-            "jsonargparse._namespace.Namespace",
-            "mmengine.logging.history_buffer.HistoryBuffer",
-            "numpy.dtype",
-            "numpy.ndarray",
-            "numpy.core.multiarray._reconstruct",
-            "numpy.core.multiarray.scalar",
-            "numpy._core.multiarray._reconstruct",
-            "numpy._core.multiarray.scalar",
-            "pathlib.Path",
-            "pathlib.PosixPath",
-            "pathlib.PurePosixPath",
-            "pathlib.WindowsPath",
-            "pathlib.PureWindowsPath",
-            "pathlib._local.PosixPath",
-            "pathlib._local.WindowsPath",
-        )
-    ),
-]
-_unpickling = threading.Lock()
-
-_NOT_WEIGHTS = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file it points to: run `git lfs pull`"),
-    (b"<!doctype", "a web page saved in place of the file: download it again"),
-    (b"<html", "a web page saved in place of the file: download it again"),
-    (b"<?xml", "an XML document, often a server's error message: download the file again"),
-    (b"\xff\xd8\xff", "a JPEG picture"),
-    (b"\x89png", "a PNG picture"),
-    (b"gif8", "a GIF picture"),
-    (b"%pdf", "a PDF document"),
-    (b"\x1f\x8b", "compressed with gzip: unpack it first"),
-    (b"bzh", "compressed with bzip2: unpack it first"),
-    (b"\xfd7zxz", "compressed with xz: unpack it first"),
-    (b"7z\xbc\xaf", "a 7-Zip archive: unpack it first"),
-    (b"rar!", "a RAR archive: unpack it first"),
-    (b"\x89hdf", "an HDF5 file"),
-    (b"\x93numpy", "a NumPy array"),
-    (b"\x08", "an ONNX model, which holds a graph instead of named weights: use the PyTorch file it was exported from"),
-    (b"{", "a JSON document"),
-)
-_TORCH_LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-_WANTED = "Expected a file written by torch.save or a .safetensors file."
-
-
-def _container(path: Path) -> str:
-    """Which reader a file needs, "safetensors", "zip" or "legacy", from its first bytes.
+def identify_checkpoint(path: StrPath) -> CheckpointInfo:
+    """Tell which variant a weight file is of, how many classes it has and which weights are inside.
 
     Raises:
-        CheckpointNotFoundError: no such file.
-        CheckpointError: not a weight file; the message says what it is instead.
+        CheckpointError: the file cannot be read, asks to run code, or holds no VMamba.
     """
-    if not path.exists():
-        raise CheckpointNotFoundError(f"{path}: there is no such file. Check the path.")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is a folder or a device, not a file. Name the weight file itself.")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(512)
-    if not head.strip(b"\0"):
-        what = "empty" if size == 0 else "nothing but zeros at its start: the disk or the copy failed"
-        raise CheckpointError(f"{path} is {what} ({size} bytes). Download or copy it again.")
-    if head.startswith(b"PK\x03\x04"):
-        return _check_zip(path)
-    if head.startswith(_TORCH_LEGACY):
-        return "legacy"
-    if head[8:9] == b"{":
-        header = int.from_bytes(head[:8], "little")
-        if header + 8 <= size:
-            return "safetensors"
-        raise CheckpointError(f"{path} is cut short: {size} bytes, less than its header says. Download it again.")
-    for signature, description in _NOT_WEIGHTS:
-        if head.lstrip().lower().startswith(signature):
-            raise CheckpointError(f"{path} is {description}. {_WANTED}")
-    if head.startswith(b"\x80") or head[257:262] == b"ustar":
-        raise CheckpointError(f"{path} is a plain pickle or tar archive, which cannot be read safely. {_WANTED}")
-    raise CheckpointError(f"{path} is not a weight file: it starts with the bytes {head[:8]!r}. {_WANTED}")
+    return _open(path)[0]
 
 
-def _check_zip(path: Path) -> str:
-    """Check that a zip archive is whole and is one of torch.save's."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(
-            f"{path} is cut short or damaged: {path.stat().st_size} bytes, and the archive's table of contents is"
-            " missing from its end. Download it again."
-        ) from error
-    names = [member.filename for member in members]
-    if any(name.endswith("/constants.pkl") for name in names):
-        raise CheckpointError(
-            f"{path} is a TorchScript program. Save its weights instead: torch.save(torch.jit.load(path).state_dict(), ...)"
-        )
-    if not any(name.endswith("/data.pkl") for name in names):
-        what = "a NumPy .npz archive" if any(name.endswith(".npy") for name in names) else "an ordinary zip archive"
-        raise CheckpointError(f"{path} is {what}. {_WANTED}")
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise CheckpointError(f"{path} was unpacked and compressed again. Use the file as torch.save wrote it.")
-    return "zip"
+def load_checkpoint(
+    model: nn.Module, path: StrPath, ema: bool = False, reset_head: bool = False, adapt_input: bool = False
+) -> CheckpointInfo:
+    """Load a weight file into a model, all of it or nothing.
 
+    Reads the released files (old and new names), mmseg and mmdet files, safetensors, training checkpoints of this
+    package and plain state dicts. Weights of any floating-point dtype are converted to the model's.
 
-def _unpickle(path: Path, container: str) -> object:
-    """torch.load with the inert classes above and no others."""
-    with _unpickling:
-        # What other code marked as safe for this process is not safe for a file from anywhere.
-        others = torch.serialization.get_safe_globals()
-        torch.serialization.clear_safe_globals()
-        try:
-            with torch.serialization.safe_globals(_INERT):  # type: ignore[arg-type]
-                # Mapped: optimizer state and the weights not asked for are never read from the disk.
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=container == "zip")
-        finally:
-            torch.serialization.add_safe_globals(others)
+    Args:
+        model: a VMamba, or a module that wraps one: compiled, in DistributedDataParallel, a timm feature extractor.
+        path: the file.
+        ema: whether to load the moving average of the weights instead of the weights.
+        reset_head: whether to leave the file's classifier out and draw a new one. A file that holds a backbone only
+            has no final norm either; it then starts anew as well.
+        adapt_input: whether to sum or repeat the first convolution's weights, as timm does, when the file is for
+            images of another number of channels.
 
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """A file's contents and, for safetensors, its metadata. Tensors of large files are mapped, not read.
+    Returns:
+        What the file holds.
 
     Raises:
-        CheckpointError: unreadable, damaged, or a pickle that asks for more than data.
+        CheckpointError: the file cannot be read, asks to run code, or does not fit: a missing, unexpected or misshapen
+            tensor, another number of classes or channels. The model is then as it was.
     """
-    container = _container(path)
+    info, sets = _open(path)
+    wanted = "ema" if ema else "model"
+    if wanted not in sets:
+        raise CheckpointError(f"{path} holds no {wanted} weights, only {info.weights[0]}: pass ema={not ema}.")
+    check_sums(info.path)
+    given, targets = sets[wanted], _network(model)
+    if any(target.is_meta for target in targets.values()):
+        raise CheckpointError(f"cannot load {path} into a model on the meta device: call to_empty() on the model first")
+
+    without_classifier = f"{_HEAD}weight" not in targets
+    left_out = [_HEAD] if reset_head or without_classifier else []
+    if without_classifier and "norm.weight" not in targets:  # a feature extractor
+        left_out.append("norm.")
+    given = {name: tensor for name, tensor in given.items() if not name.startswith(tuple(left_out))}
+    reset = [name for name in targets if reset_head and name not in given and name.startswith((_HEAD, "norm."))]
+    if adapt_input:
+        for name in set(_FIRST_CONV) & given.keys() & targets.keys():
+            given[name] = _adapted(given[name], targets[name].shape[1])
+    _check_fit(info, model, given, {name: tensor for name, tensor in targets.items() if name not in reset})
+
+    not_finite = []
+    with torch.no_grad():
+        for name, tensor in given.items():
+            converted = tensor.to(targets[name].dtype)
+            if not converted.isfinite().all():
+                not_finite.append(name)
+            targets[name].copy_(converted)
+        for name in reset:
+            _reset(name, targets[name])
+    if not_finite:
+        warnings.warn(f"{path}: NaN or infinity in {_listed(not_finite)}; the model is of no use", stacklevel=2)
+    return info
+
+
+def load_model(path: StrPath) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild a model from a file alone.
+
+    Args:
+        path: a file written by `save_checkpoint`, or any other with the layout of a known variant.
+
+    Returns:
+        The model, in evaluation mode on the CPU, and the metadata of `save_checkpoint`; for other files the variant's
+        defaults, without class names.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+    """
+    from vmamba.models.vmamba import VMamba, create_model
+
+    info, sets = _open(path)
+    ours = info.metadata if info.format == "vmamba" else {}
+    variant = ours.get("variant") or info.variant
+    if not isinstance(variant, str) or variant not in VARIANTS:
+        raise CheckpointError(
+            f"{path} is of no variant known here ({variant or 'its layout fits none'}). Build the model yourself and"
+            f" call vmamba.load_checkpoint(model, path). Known: {', '.join(VARIANTS)}."
+        )
+    # A file decides nothing but the network's own arguments: not where it lives, nor where else weights come from.
+    permitted = inspect.signature(VMamba).parameters.keys() - {"device", "dtype"}
     try:
-        if container == "safetensors":
-            with safetensors.safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        contents = _unpickle(path, container)
-    except Exception as error:  # a hostile or damaged file can fail anywhere in the reader
-        refused = re.search(r"GLOBAL (\S+)|reduce for unrecognized function (.+)|create new object for .* got (.+)", str(error))
-        if refused:
-            raise CheckpointError(
-                f"{path} was refused, and nothing in it was run: it asks for {next(filter(None, refused.groups()))}, which"
-                " is no plain data. If you trust where it comes from, ask there for a .safetensors file or for the bare"
-                " state dict saved with torch.save."
-            ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged, cut short, or in a format that is not read here: {reason}") from error
-    if not isinstance(contents, Mapping):
-        raise CheckpointError(f"{path} holds a {type(contents).__name__}, not a dictionary of weights. {_WANTED}")
-    return dict(contents), {}
+        options = {name: ours[name] for name in ("img_size",) if name in ours} | dict(ours.get("model_kwargs") or {})
+        if not options.keys() <= permitted:
+            raise ValueError(f"model_kwargs has {_listed(sorted(options.keys() - permitted))}")
+        options |= {"num_classes": info.num_classes or 0, "in_chans": info.in_chans}
+        cfg = {name: ours[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in ours}
+        build = functools.partial(create_model, variant, pretrained_cfg_overlay=cfg, **options)
+        sketch = build(device="meta")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} describes a model that cannot be built: {error}") from error
+    kind = info.weights[0]
+    _check_fit(info, sketch, sets[kind], _network(sketch))  # before memory is spent on what the file cannot fill
+    model = build()
+    load_checkpoint(model, path, ema=kind == "ema")
+    return model.eval(), {**_default_metadata(model), **ours}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names: from any published layout to ours
+def read_metadata(path: StrPath) -> dict[str, Any]:
+    """The metadata that `save_checkpoint` stored in a file.
 
-_WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
-_NETWORK = re.compile(r"^(.*?)(?:stem|patch_embed)\.")  # where a network starts; what stands before is how it was wrapped
-_RENAMES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^patch_embed\.(?:0|proj)\.", "stem.conv1."),
-        (r"^patch_embed\.(?:2|norm)\.", "stem.norm1."),
-        (r"^patch_embed\.5\.", "stem.conv2."),
-        (r"^patch_embed\.7\.", "stem.norm2."),
-        (r"^layers\.0\.downsample\.", "stages.1.downsample."),
-        (r"^layers\.1\.downsample\.", "stages.2.downsample."),
-        (r"^layers\.2\.downsample\.", "stages.3.downsample."),
-        (r"\.downsample\.1\.", ".downsample.conv."),
-        (r"\.downsample\.3\.", ".downsample.norm."),
-        (r"^layers\.", "stages."),
-        (r"(\.blocks\.\d+)\.(?:norm|ln_1)\.", r"\1.norm1."),
-        (r"\.(?:op|self_attention)\.", ".ss2d."),
-        (r"\.ss2d\.conv2d\.", ".ss2d.conv."),
-        (r"\.ss2d\.out_norm\.", ".ss2d.norm."),
-        (r"\.ss2d\.x_proj\.weight$", ".ss2d.x_proj_weight"),
-        (r"\.ss2d\.dt_projs[._](weight|bias)$", r".ss2d.dt_proj_\1"),
-        (r"\.ss2d\.A_logs$", ".ss2d.A_log"),
-        (r"\.ss2d\.Ds$", ".ss2d.D"),
-        (r"^classifier\.norm\.", "norm."),
-        (r"^(?:classifier\.)?head\.(weight|bias)$", r"head.fc.\1"),
+    Raises:
+        CheckpointError: the file cannot be read or was not written by `save_checkpoint`.
+    """
+    path = Path(path)
+    _, header = read_weight_file(path)
+    if not header or "vmamba" not in header:
+        raise CheckpointError(
+            f"{path} was not written by this package and has no metadata of ours; vmamba.identify_checkpoint(path)"
+            " tells what can be told from its weights"
+        )
+    return _parse_metadata(path, header["vmamba"])
+
+
+def save_checkpoint(model: nn.Module, path: StrPath, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a model to a .safetensors file from which `load_model` rebuilds it; a file that exists is replaced at once.
+
+    Args:
+        model: a VMamba, or a module that wraps one.
+        path: the file; its folder is made if need be.
+        metadata: what to store beside the weights, as JSON: "class_names", "mean", "std", "model_kwargs" (arguments of
+            `create_model` beyond number of classes and channels), and anything of your own. What the model knows
+            (variant, num_classes, in_chans, img_size, ...) is filled in.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**_default_metadata(model), **(metadata or {})}, ensure_ascii=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _network(model).items()}
+    with replacing(path) as partial:
+        safetensors.torch.save_file(tensors, partial, {"format": "pt", "vmamba": text})
+
+
+# --- Telling what a file holds ---------------------------------------------------------------------------------------
+
+
+def _open(path: StrPath) -> tuple[CheckpointInfo, dict[str, State]]:
+    """What a file holds, and its sets of weights under our names."""
+    path = Path(path)
+    contents, header = read_weight_file(path)
+    tensors = _tensors(contents)
+    networks = _networks(path, tensors)
+    prefix, state = networks.get("model") or networks["ema"]
+    if header is None:
+        kind, metadata = _format(contents, prefix, tensors), _notes(contents)
+    elif "vmamba" in header:
+        kind, metadata = "vmamba", _parse_metadata(path, header["vmamba"])
+    else:
+        kind, metadata = "safetensors", dict(header)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    classifier, first_conv = shapes.get(f"{_HEAD}weight"), next((shapes[n] for n in _FIRST_CONV if n in shapes), ())
+    info = CheckpointInfo(
+        path=path,
+        format=kind,
+        variant=_variant(shapes, metadata.get("variant")),
+        num_classes=classifier[0] if classifier else None,
+        in_chans=first_conv[1] if len(first_conv) == 4 else None,
+        weights=tuple(kind for kind in ("model", "ema") if kind in networks),
+        metadata=metadata,
     )
-)
-_POINTWISE = re.compile(r"(?:in_proj|out_proj|fc1|fc2|reduction|fc)\.weight$")
+    return info, {kind: state for kind, (_, state) in networks.items()}
 
 
-def _ours(name: str, tensor: Tensor, patch_stem: bool) -> tuple[str, Tensor]:
-    """A parameter under the name and in the shape it has in this package; what is not recognised passes through."""
-    ours = name
-    for pattern, replacement in _RENAMES:
-        ours = pattern.sub(replacement, ours)
-    if patch_stem:
-        ours = ours.replace("stem.conv1.", "stem.conv.").replace("stem.norm1.", "stem.norm.")
-
-    shape = tensor.shape
-    if _POINTWISE.search(ours) and shape[2:] == (1, 1):
-        return ours, tensor[:, :, 0, 0]
-    if ".ss2d." not in ours or tensor.ndim == 0 or shape[0] % ROUTES:
-        return ours, tensor
-    leaf = ours.rsplit(".", 1)[1]
-    if leaf in ("D", "dt_proj_bias") and tensor.ndim == 1:
-        return ours, tensor.reshape(ROUTES, -1)
-    if leaf == "A_log" and tensor.ndim == 2:
-        return ours, tensor.reshape(ROUTES, -1, shape[1])
-    if name.endswith(("x_proj.weight", "dt_projs.weight")) and shape[2:] == (1,):
-        return ours, tensor.reshape(ROUTES, -1, shape[1])
-    return ours, tensor
+def _format(contents: Mapping[str, Any], prefix: str, tensors: State) -> str:
+    """`CheckpointInfo.format` of a file that torch.save wrote."""
+    if "pytorch-lightning_version" in contents:
+        return "lightning"
+    if prefix.endswith("backbone."):
+        modules = {part for name in tensors for part in name.split(".")}
+        if "decode_head" in modules:
+            return "mmsegmentation"
+        return "mmdetection" if modules & {"rpn_head", "roi_head", "bbox_head"} else "openmmlab"
+    theirs = any(f"{prefix}patch_embed.{first}.weight" in tensors for first in ("0", "proj"))
+    return "released" if theirs and isinstance(contents.get("model"), Mapping) else "state_dict"
 
 
-def _unwrapped(name: str) -> str:
-    """A parameter's name without what torch.compile, activation checkpointing and FSDP put into it."""
-    return _WRAPPERS.sub("", name)
+def _notes(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """What a torch file says about itself: its numbers and texts, and the dictionaries customary for that."""
+    customary = ("config", "meta", "hyper_parameters")
+    return {
+        key: _plain(value)
+        for key, value in contents.items()
+        if isinstance(key, str) and (isinstance(value, str | int | float) or key in customary)
+    }
+
+
+def _plain(value: Any, depth: int = 16) -> Any:
+    """Numbers, texts and containers of them; None in place of anything else, and of what is nested without end."""
+    if isinstance(value, Mapping) and depth:
+        return {str(key): _plain(item, depth - 1) for key, item in value.items()}
+    if isinstance(value, list | tuple) and depth:
+        return [_plain(item, depth - 1) for item in value]
+    return value if isinstance(value, str | int | float) else None
 
 
 def _tensors(contents: Mapping[str, Any]) -> State:
     """The tensors of a file's dictionary and of the dictionaries directly in it, under their joined names."""
     found: State = {}
     for key, value in contents.items():
-        inner = value.items() if isinstance(value, Mapping) else ((None, value),)
-        for name, tensor in inner:
-            if isinstance(tensor, Tensor) and isinstance(key, str) and isinstance(name, str | None):
-                found[_unwrapped(key if name is None else f"{key}.{name}")] = tensor
+        for name, tensor in value.items() if isinstance(value, Mapping) else [("", value)]:
+            if isinstance(tensor, Tensor) and isinstance(key, str) and isinstance(name, str):
+                found[without_wrappers(f"{key}.{name}" if name else key)] = tensor
     return found
 
 
-def _weight_sets(path: Path, contents: Mapping[str, Any]) -> tuple[dict[str, State], dict[str, str], State]:
-    """The networks in a file under our names, keyed "model" and "ema"; the prefix each one had; and all tensors.
-
-    Raises:
-        CheckpointError: there is no VMamba in the file, or there are several and it is not clear which one is meant.
-    """
-    tensors = _tensors(contents)
-    sets: dict[str, State] = {}
-    prefixes: dict[str, str] = {}
+def _networks(path: Path, tensors: State) -> dict[str, tuple[str, State]]:
+    """The networks among a file's tensors: "model" and "ema", each with its prefix and its tensors under our names."""
+    networks: dict[str, tuple[str, State]] = {}
     for prefix in dict.fromkeys(match[1] for match in map(_NETWORK.match, tensors) if match):
-        kind = "ema" if re.search(r"(?:^|[._])ema(?:[._]|$)", prefix) else "model"
-        if kind in sets:
+        kind = "ema" if _EMA.search(prefix) else "model"
+        if kind in networks:
             raise CheckpointError(
-                f"{path} holds several networks, under {prefixes[kind]!r} and {prefix!r}. Save the one you want on its own."
+                f"{path} holds several networks, {networks[kind][0]!r} and {prefix!r}; save the one you want on its own"
             )
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        patch_stem = not any(name.startswith(("patch_embed.5.", "stem.conv2.")) for name in own)
-        # outnorm0..3, a norm on each stage's output, belong to the segmentation or detection head that uses them.
-        sets[kind] = dict(_ours(name, t, patch_stem) for name, t in own.items() if not name.startswith("outnorm"))
-        prefixes[kind] = prefix
-    if not sets:
-        example = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in list(tensors.items())[:_SHOWN])
+        for name, tensor in own.items():
+            _check_tensor(path, name, tensor)
+        try:
+            networks[kind] = prefix, to_our_names(own)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    if not networks:
+        first = _listed([f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()])
         raise CheckpointError(
-            f"{path} holds no VMamba: no parameter in it is called stem.* or patch_embed.*. It holds {len(tensors)} tensors"
-            + (f", the first being {example}." if example else f" under the keys {list(contents)[:_SHOWN]}.")
+            f"{path} holds no VMamba: none of its {len(tensors)} tensors is called stem.* or patch_embed.*"
+            + (f", but {first}" if first else "")
         )
-    return sets, prefixes, tensors
+    return networks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Telling what a file holds
+def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
+    """Check that a tensor is plain numbers, all of them in the file: a view can claim far more than there is."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{path}: {name} {tuple(tensor.shape)} is no plain tensor stored in full ({tensor.layout}, {tensor.device})"
+        )
 
 
 @functools.cache
@@ -368,89 +335,120 @@ def _layout(variant: str) -> Shapes:
     """Every parameter of a variant and its shape."""
     from vmamba.models.vmamba import create_model
 
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in create_model(variant).state_dict().items()}
-
-
-def _depths(shapes: Shapes) -> tuple[int, ...]:
-    """Blocks per stage."""
-    blocks = {match[0] for match in map(re.compile(r"stages\.(\d+)\.blocks\.\d+\.").match, shapes) if match}
-    stages = [block.split(".")[1] for block in blocks]
-    return tuple(stages.count(str(stage)) for stage in range(len(set(stages))))
+    return {name: tuple(tensor.shape) for name, tensor in create_model(variant, device="meta").state_dict().items()}
 
 
 def _body(shapes: Shapes) -> Shapes:
-    """A layout without what differs between models of one variant: the classifier and the channels of the image."""
+    """A layout without what differs among models of one variant: the head, and the channels of the images."""
     body = {name: shape for name, shape in shapes.items() if not name.startswith(("norm.", "head."))}
-    for name in _FIRST_CONV:
-        if name in body:
-            body[name] = (body[name][0], *body[name][2:])
-    return body
+    return body | {name: (shape[0], *shape[2:]) for name, shape in body.items() if name in _FIRST_CONV and shape}
 
 
 def _variant(shapes: Shapes, hint: object = None) -> str | None:
-    """The variant with this layout, or None; where several share it, the one hinted at or else the first."""
-    depths, body = _depths(shapes), _body(shapes)
-    candidates = [name for name, variant in VARIANTS.items() if variant.depths == depths]
-    fitting = [name for name in candidates if _body(_layout(name)) == body]
-    return str(hint) if hint in fitting else next(iter(fitting), None)
+    """The variant with this layout, or None. Should several share it, the one hinted at, or else the first."""
+    body = _body(shapes)
+    names = sorted(VARIANTS, key=lambda name: name != hint)
+    return next((name for name in names if _body(_layout(name)) == body), None)
 
 
-def _format(contents: Mapping[str, Any], prefix: str, tensors: State, is_safetensors: bool) -> str:
-    """The value of `CheckpointInfo.format`, apart from "vmamba"."""
-    if is_safetensors:
-        return "safetensors"
-    if "pytorch-lightning_version" in contents:
-        return "lightning"
-    if prefix.endswith("backbone."):
-        if any(".decode_head." in f".{name}" for name in tensors):
-            return "mmsegmentation"
-        if any(re.search(r"(?:^|\.)(?:rpn_head|roi_head|bbox_head)\.", name) for name in tensors):
-            return "mmdetection"
-        return "openmmlab"
-    return "released" if prefix == "model." and isinstance(contents.get("model"), Mapping) else "state_dict"
+def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
+    """The metadata that `_default_metadata` describes, from its text in a file."""
+    try:
+        metadata = json.loads(text)
+        written = metadata["format"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its metadata is damaged ({error}). Fetch the file again.") from error
+    if written != METADATA_FORMAT:
+        raise CheckpointError(
+            f"{path} has metadata of format {written}, this version of vmamba reads {METADATA_FORMAT}: upgrade vmamba"
+        )
+    return metadata
 
 
-def _plain(value: Any) -> Any:
-    """Numbers, texts and containers of them; anything else becomes None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | numbers.Number | None) else None
-
-
-def _stored_metadata(contents: Mapping[str, Any]) -> dict[str, Any]:
-    """What a torch file says about itself: its numbers and texts, and the dictionaries customary for that."""
-    customary = ("config", "meta", "hyper_parameters")
-    return {
-        key: _plain(value)
-        for key, value in contents.items()
-        if isinstance(key, str) and (isinstance(value, str | numbers.Number) or key in customary)
+def _default_metadata(model: nn.Module) -> dict[str, Any]:
+    """What a model knows about itself, as stored by `save_checkpoint`."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    known: dict[str, Any] = {
+        "variant": getattr(model, "variant", None),
+        "num_classes": getattr(model, "num_classes", None),
+        "in_chans": getattr(model, "in_chans", None),
+        "img_size": getattr(model, "img_size", None),
+        "model_kwargs": {},
+        **{name: cfg.get(name) for name in ("mean", "std", "interpolation", "crop_pct")},
     }
+    return {"format": METADATA_FORMAT, **{name: value for name, value in known.items() if value is not None}}
 
 
-def _open(path: StrPath) -> tuple[CheckpointInfo, dict[str, State]]:
-    """What a file holds, and its sets of weights under our names."""
-    path = Path(path)
-    contents, header = _read(path)
-    sets, prefixes, tensors = _weight_sets(path, contents)
-    kind = "model" if "model" in sets else "ema"
-    state = sets[kind]
-    metadata: dict[str, Any] = dict(header)
-    file_format = _format(contents, prefixes[kind], tensors, is_safetensors=bool(header))
-    if "vmamba" in header:
-        file_format, metadata = "vmamba", _parse_metadata(path, header["vmamba"])
-    elif not is_safetensors: metadata = _stored_metadata(contents)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    first_conv = next((shapes[name] for name in _FIRST_CONV if name in shapes), ())
-    info = CheckpointInfo(
-        path=path,
-        format=file_format,
-        variant=_variant(shapes, hint=metadata.get("variant")),
-        num_classes=shapes["head.fc.weight"][0] if shapes.get("head.fc.weight") else None,
-        in_chans=first_conv[1] if len(first_conv) == 4 else None,
-        weights=tuple(kind for kind in ("model", "ema") if kind in sets),
-        metadata=metadata,
-    )
-    return info, sets
+# --- Fitting a file to a model ---------------------------------------------------------------------------------------
+
+
+def _network(model: nn.Module) -> State:
+    """A model's tensors under the names they have in a bare VMamba, whatever wraps it."""
+    state = {without_wrappers(name): tensor for name, tensor in model.state_dict().items()}
+    prefix = next((match[1] for match in map(_NETWORK.match, state) if match), "")
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def _check_fit(info: CheckpointInfo, model: nn.Module, given: State, targets: State) -> None:
+    """Raise one error that says all that keeps a file's weights out of a model."""
+    path = str(info.path)
+    missing = [f"{name} {tuple(target.shape)}" for name, target in targets.items() if name not in given]
+    unexpected = [f"{name} {tuple(tensor.shape)}" for name, tensor in given.items() if name not in targets]
+    misshapen = {
+        name: f"{name} {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(targets[name].shape)}"
+        for name, tensor in given.items()
+        if name in targets and (tensor.shape != targets[name].shape or not tensor.is_floating_point())
+    }
+    if not (missing or unexpected or misshapen):
+        return
+
+    counts = f"{len(missing)} tensors missing, {len(unexpected)} unexpected, {len(misshapen)} of another shape"
+    lines = [f"{path} does not fit {getattr(model, 'variant', None) or type(model).__name__}: {counts}"]
+    own = _variant({name: tuple(target.shape) for name, target in targets.items()})
+    if info.variant and info.variant != own:
+        lines.append(
+            f"The file is of another variant, {info.variant}: create that one, for instance with"
+            f" vmamba.create_model({info.variant!r}, checkpoint={path!r}, num_classes={info.num_classes or 0})."
+        )
+    elif info.backbone_only:
+        lines.append(
+            "The file holds a backbone without classifier: pass reset_head=True to start with a new one, or create the"
+            " model with features_only=True."
+        )
+    elif f"{_HEAD}weight" in misshapen:
+        lines.append(
+            f"The file is for {info.num_classes} classes, the model for {len(targets[f'{_HEAD}weight'])}: create the"
+            f" model with num_classes={info.num_classes}, or pass reset_head=True to leave the file's classifier out."
+        )
+    if misshapen.keys() & set(_FIRST_CONV) and info.variant == own:
+        lines.append(
+            f"The file is for images of {info.in_chans} channels: create the model with in_chans={info.in_chans}, or"
+            " pass adapt_input=True to adapt the first convolution's weights."
+        )
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen.values())):
+        if names:
+            lines.append(f"  {title}: {_listed(names)}")
+    raise CheckpointError("\n".join(lines))
+
+
+def _listed(names: Iterable[str], shown: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    return "; ".join(names[:shown]) + (f"; and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _adapted(weight: Tensor, channels: int) -> Tensor:
+    """The first convolution's weights for images of another number of channels; what cannot be adapted stays."""
+    if weight.ndim != 4 or weight.numel() == 0:
+        return weight
+    return adapt_input_conv(channels, weight, base_chans=weight.shape[1])
+
+
+def _reset(name: str, target: Tensor) -> None:
+    """Draw a parameter of the head or the final norm anew, as a new model does."""
+    if name.endswith("bias"):
+        nn.init.zeros_(target)
+    elif name.startswith(_HEAD):
+        nn.init.trunc_normal_(target, std=0.02)
+    else:
+        nn.init.ones_(target)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import timm
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, calculate_drop_path_rates
+from timm.layers import ClassifierHead
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from vmamba.models.checkpoints import download, load_checkpoint
 from vmamba.models.variants import VARIANTS, Variant
 from vmamba.nn import ConvDownsample, ConvStem, PatchMerging, PatchStem, VSSBlock
+from vmamba.ops.registration import is_tracing_for_export
 
 __all__ = ["VMamba", "create_model", "list_models"]
 
@@ -121,20 +122,29 @@ class VMamba(nn.Module):
         self.set_input_size(img_size)
 
         self.stem = _STEMS[stem](in_chans, dims[0], stem_stride, **dd)
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         stages = []
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             between = _DOWNSAMPLES[downsample](dims[i - 1], dim, **dd) if i else nn.Identity()
             blocks = [
                 VSSBlock(
-                    dim, mlp_ratio, drop_path=rate, proj_drop=proj_drop_rate, dd=dd, d_state=d_state,
-                    ssm_ratio=ssm_ratio, conv_bias=conv_bias, gated=gated, init=init, pattern=pattern,
-                )  # fmt: skip
+                    dim,
+                    mlp_ratio,
+                    drop_path=rate,
+                    proj_drop=proj_drop_rate,
+                    dd=dd,
+                    d_state=d_state,
+                    ssm_ratio=ssm_ratio,
+                    conv_bias=conv_bias,
+                    gated=gated,
+                    init=init,
+                    pattern=pattern,
+                )
                 for rate in itertools.islice(rates, depth)
             ]
             stages.append(Stage(between, blocks))
         self.stages = nn.Sequential(*stages)
-        self.norm = nn.LayerNorm(self.num_features, **dd)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features, **dd)
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd
         )
@@ -179,6 +189,7 @@ class VMamba(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         for stage in self.stages:
+            assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -207,7 +218,7 @@ class VMamba(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -245,7 +256,7 @@ class VMamba(nn.Module):
         return (self.norm(x) if reached_the_end else x), intermediates
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what the intermediates at `indices` do not need; returns these indices, counted from the start."""
         kept, deepest = feature_take_indices(len(self.stages), indices)
@@ -281,7 +292,7 @@ class VMamba(nn.Module):
 def _channels_last(x: Tensor, in_chans: int, total_stride: int) -> Tensor:
     """Check a batch of images and lay it out as the network wants it, (B, H, W, C)."""
     # While a graph is traced, a comparison would pin the very sizes that it is to leave open.
-    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    if not (torch.compiler.is_compiling() or is_tracing_for_export()):
         if x.ndim != 4 or x.shape[1] != in_chans:
             raise ValueError(f"the model was given {tuple(x.shape)}; expected images of shape (B, {in_chans}, H, W)")
         if min(x.shape[2:]) < total_stride:
@@ -304,7 +315,7 @@ def _init_linear(module: nn.Linear) -> None:
 def _default_cfg(variant: Variant) -> dict[str, Any]:
     height, width = variant.img_size
     total_stride = variant.stem_stride * 2 ** (len(variant.dims) - 1)
-    cfg = {
+    return {
         "url": variant.release.url if variant.release else "",
         "custom_load": True,
         "num_classes": 1000,
@@ -322,7 +333,6 @@ def _default_cfg(variant: Variant) -> dict[str, Any]:
         "paper_ids": "arXiv:2401.10166",
         "origin_url": "https://github.com/MzeroMiko/VMamba",
     }
-    return cfg
 
 
 default_cfgs = generate_default_cfgs(
@@ -388,8 +398,9 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        pretrained: whether to download the published ImageNet-1K weights (once; they are kept in torch's cache). With
-            another number of classes, the head is new; with other than three channels, the first convolution is adapted.
+        pretrained: whether to download the published ImageNet-1K weights (once; they are kept in torch's cache).
+            With another number of classes, the head is new; with other than three channels, the first convolution is
+            adapted.
         checkpoint: a file to load instead, of any kind that `load_checkpoint` reads; strictly, so a file for another
             number of classes is refused (call `load_checkpoint(..., reset_head=True)` for a new head).
         num_classes: outputs of the classifier; 0 for none.

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from vmamba.nn.conv import GridConv2d
 from vmamba.ops import PATTERNS, ss2d_scan
-from vmamba.ops.checks import state_dtype
+from vmamba.ops.precision import state_dtype
 
-torch.fx.wrap("ss2d_scan")  # one node in a torch.fx graph, as timm's and torchvision's feature extractors make them
+# One node each in a torch.fx graph, as timm's and torchvision's feature extractors make them.
+torch.fx.wrap("ss2d_scan")
+torch.fx.wrap("state_dtype")
 
 _ROUTES = 4
 _STEP_RANGE, _STEP_FLOOR = (1e-3, 1e-1), 1e-4  # of the initial Δ
@@ -105,9 +107,7 @@ class SS2D(nn.Module):
             x, gate = x.chunk(2, dim=-1)
         u = F.silu(self.conv(x))
         A = -torch.exp(self.A_log.to(state_dtype(self.A_log)))
-        y = self.norm(
-            ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, self.pattern)
-        )
+        y = self.norm(ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, self.pattern))
         if gate is not None:
             y = y * F.silu(gate)
         return self.dropout(self.out_proj(y))

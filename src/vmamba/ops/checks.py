@@ -1,10 +1,9 @@
-"""Argument checks shared by the public operators: each message names the argument, what it had and what it should have."""
+"""Argument checks of the public operators: a message names the argument, what it had and what it should have."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 
@@ -28,7 +27,7 @@ def shape(name: str, value: Tensor, expected: Sequence[int | None], meaning: str
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {meaning} = ({wanted})")
 
 
-def real_and_together(tensors: dict[str, Tensor | None]) -> None:
+def real_and_together(tensors: Mapping[str, Tensor | None]) -> None:
     """Require real floating-point tensors that all live on one device."""
     first_name, first = next((name, value) for name, value in tensors.items() if value is not None)
     for name, value in tensors.items():
@@ -43,9 +42,3 @@ def real_and_together(tensors: dict[str, Tensor | None]) -> None:
             raise ValueError(
                 f"{name} is on {value.device} but {first_name} is on {first.device}; move them to one device"
             )
-
-
-def state_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of the recurrence: float32, or float64 as soon as one argument is float64."""
-    is_double = any(value is not None and value.dtype == torch.float64 for value in tensors)
-    return torch.float64 if is_double else torch.float32

@@ -1,8 +1,8 @@
 """Differentiation rules for the registered operators, `torch.ops.vmamba.*`.
 
-A backend writes a forward and a backward; neither keeps anything for the other but the inputs. The rules here join them:
-the forward's gradient is the backward operator, and the backward's own gradient (for second and higher derivatives) is
-taken through the eager backend's backward, which is plain torch.
+A backend writes a forward and a backward; neither keeps anything for the other but the inputs. The rules here join
+them: the forward's gradient is the backward operator, and the backward's own gradient (for second and higher
+derivatives) is taken through the eager backend's backward, which is plain torch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def register_gradients(
         ctx.save_for_backward(*tensors)
         ctx.options = inputs[len(tensors) :]
 
-    def spread(gradients: list[Tensor], tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    def spread(
+        gradients: list[Tensor], tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
         remaining = iter(gradients)
         return (*(None if tensor is None else next(remaining) for tensor in tensors), *(None for _ in options))
 
@@ -49,12 +51,12 @@ def register_gradients(
         return spread(backward(*(g.contiguous() for g in grads), *tensors, *ctx.options), tensors, ctx.options)
 
     def backward_gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-        tensors, (*options, _) = ctx.saved_tensors, ctx.options
+        tensors, options = ctx.saved_tensors, ctx.options[:-1]
 
         def function(*given: Tensor) -> list[Tensor]:
             return traceable_backward(*spread(list(given), tensors, ())[: len(tensors)], *options)
 
-        _, pull_back = torch.func.vjp(function, *(t for t in tensors if t is not None))
+        pull_back = torch.func.vjp(function, *(t for t in tensors if t is not None))[1]
         return spread(list(pull_back(list(grads))), tensors, ctx.options)
 
     def fake_backward(*arguments: Any) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Scan routes: the orders in which the four sequences walk an H×W grid (paper, section 4.2, "2D-Selective-Scan").
 
-`cross_scan` lays a grid out as four sequences; `cross_merge`, its adjoint, puts four sequences back on the grid and adds
-them. A pattern is data: four `Route`s, which every backend turns into index arithmetic of its own.
+`cross_scan` lays a grid out as four sequences; `cross_merge`, its adjoint, puts four sequences back on the grid and
+adds them. A pattern is data: four `Route`s, which every backend turns into index arithmetic of its own.
 """
 
 from __future__ import annotations

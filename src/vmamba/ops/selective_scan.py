@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vmamba.ops import checks
 from vmamba.ops.backends import BACKENDS, choose_backend, eager
+from vmamba.ops.precision import state_dtype, without_autocast
 from vmamba.ops.registration import is_tracing_for_export, register_gradients
 
 
@@ -80,9 +81,7 @@ def selective_scan(
             checks.shape(name, vector, (channels,), "(D,)")
     if z is not None:
         checks.shape("z", z, (batch, channels, length), "(batch, D, L)")
-    checks.real_and_together(
-        {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    )
+    checks.real_and_together({"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias})
     B, C = (_as_groups(name, value, u, states) for name, value in (("B", B), ("C", C)))
     groups = max(B.shape[1], C.shape[1])
     if groups % B.shape[1] or groups % C.shape[1]:
@@ -91,7 +90,7 @@ def selective_scan(
 
     chosen = choose_backend(backend, u.device)
     arguments = (u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         if chosen.traceable:
             y, last_state = chosen.module.selective_scan(*arguments)
         elif is_tracing_for_export():
@@ -122,7 +121,7 @@ def _forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         return BACKENDS[backend].module.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
 
@@ -131,7 +130,7 @@ def _backward(
     grad_y: Tensor, grad_last: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         return BACKENDS[backend].module.selective_scan_backward(
             grad_y, grad_last, u, delta, A, B, C, D, z, delta_bias, delta_softplus
         )
@@ -140,7 +139,7 @@ def _backward(
 @_forward.register_fake
 def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
       delta_bias: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dtype = checks.state_dtype(u, delta, A, B, C, D, z, delta_bias)
+    dtype = state_dtype(u, delta, A, B, C, D, z, delta_bias)
     return torch.empty(u.shape, dtype=u.dtype, device=u.device), u.new_empty((*u.shape[:2], A.shape[1]), dtype=dtype)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vmamba.ops import checks
 from vmamba.ops.backends import BACKENDS, choose_backend, eager
+from vmamba.ops.precision import state_dtype, without_autocast
 from vmamba.ops.registration import is_tracing_for_export, register_gradients
 from vmamba.ops.routes import get_routes
 
@@ -66,16 +67,14 @@ def ss2d_scan(
     checks.real_and_together(arguments)
     chosen = choose_backend(backend, u.device)
 
-    with torch.autocast(u.device.type, enabled=False):
-        dtype = checks.state_dtype(*arguments.values())
+    with without_autocast(u.device):
+        dtype = state_dtype(*arguments.values())
         projected = F.linear(u.to(dtype), x_proj_weight.to(dtype).flatten(0, 1)).unflatten(-1, (K, R + 2 * N))
         if chosen.traceable:
             return chosen.module.ss2d_scan(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern)
         if is_tracing_for_export():
-            return eager.ss2d_scan(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern)
-        return torch.ops.vmamba.ss2d_scan(
-            u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern, chosen.name
-        )
+            return eager.ss2d_scan_in_one(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern)
+        return torch.ops.vmamba.ss2d_scan(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern, chosen.name)
 
 
 @torch.library.custom_op("vmamba::ss2d_scan", mutates_args=())
@@ -83,7 +82,7 @@ def _forward(
     u: Tensor, projected: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A: Tensor, D: Tensor,
     pattern: str, backend: str,
 ) -> Tensor:  # fmt: skip
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         return BACKENDS[backend].module.ss2d_scan(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern)
 
 
@@ -92,7 +91,7 @@ def _backward(
     grad_y: Tensor, u: Tensor, projected: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A: Tensor, D: Tensor,
     pattern: str, backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         return BACKENDS[backend].module.ss2d_scan_backward(
             grad_y, u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern
         )

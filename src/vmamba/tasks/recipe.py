@@ -60,8 +60,8 @@ class OptimConfig:
     """Epochs over which the learning rate climbs from warmup_lr to lr."""
     warmup_lr: float = 1e-6
     """Learning rate at the first step."""
-    schedule: str = "cosine"
-    """Any schedule of timm: cosine, poly, tanh, step, constant ..."""
+    schedule: Literal["cosine", "poly", "tanh", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     weight_decay: float = 0.05
     """Weight decay; biases, norms and what the model lists in no_weight_decay() have none."""
     betas: tuple[float, float] | None = (0.9, 0.999)
@@ -93,7 +93,7 @@ class TrainerConfig:
     accumulate: int = 1
     """Steps whose gradients are added up before an update."""
     validate_every: int = 1
-    """Validate after every so many epochs, and after the last."""
+    """Validate after every so many epochs; a divisor of optim.epochs, so that the last is validated."""
     deterministic: bool = False
     """On GPUs: use only operations whose results do not vary from run to run."""
     progress: bool = True
@@ -127,6 +127,7 @@ class TrainConfig:
 
     @property
     def folder(self) -> Path:
+        """Where the run is kept."""
         return Path(self.run or f"runs/{self.model.name}")
 
     def check(self) -> None:
@@ -156,6 +157,8 @@ class TrainConfig:
             raise RecipeError(f"mixup and cutmix mix pairs, but data.batch_size is {d.batch_size}: make it even")
         if a.crop_padding and not d.in_memory:
             raise RecipeError("augment.crop_padding is for images held in memory: set data.in_memory, or use scale")
+        if o.epochs % t.validate_every:
+            raise RecipeError(f"trainer.validate_every {t.validate_every} does not divide optim.epochs {o.epochs}")
         if m.pretrained and m.checkpoint:
             raise RecipeError("model.pretrained and model.checkpoint both name initial weights: give one of them")
         if t.strategy == "fsdp" and o.ema_decay:
@@ -167,7 +170,72 @@ class TrainConfig:
             raise RecipeError("model.compile cannot be combined with trainer.strategy fsdp; use ddp, or do not compile")
 
     def to_dict(self) -> dict[str, Any]:
+        """The recipe as nested plain values."""
         return plain(asdict(self))
+
+
+@dataclass
+class ValidateConfig:
+    """Measure a classifier on images with known classes."""
+
+    checkpoint: str | None = None
+    """File with the weights; null, with no pretrained name either, for the model of the newest run."""
+    pretrained: str | None = None
+    """Instead of a file: the variant whose published weights to take."""
+    ema: bool = False
+    """Of a checkpoint that holds both, take the averaged weights."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images; where neither root nor dataset is given, those the run was validated on"""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Hardware and precision"""
+    output: str | None = None
+    """Folder for metrics.json, confusion_matrix.png and predictions.png; null for the checkpoint's folder."""
+
+
+@dataclass
+class PredictConfig:
+    """Classify image files."""
+
+    checkpoint: str | None = None
+    """File with the weights; null, with no pretrained name either, for the model of the newest run."""
+    pretrained: str | None = None
+    """Instead of a file: the variant whose published weights to take."""
+    ema: bool = False
+    """Of a checkpoint that holds both, take the averaged weights."""
+    topk: int = 5
+    """How many classes to report for each image."""
+    format: Literal["table", "json", "csv"] = "table"
+    """How results are printed."""
+    output: str | None = None
+    """File for the results; null for standard output."""
+    img_size: int | tuple[int, int] | None = None
+    """Side, or height and width, that the network sees; null for the size it was trained at."""
+    batch_size: int = 32
+    """Images in one forward pass."""
+    workers: int = 0
+    """Processes that read images; 0 to read them in the main one."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps ..."""
+
+
+@dataclass
+class InfoConfig:
+    """Show what a model consists of and what it costs."""
+
+    img_size: int | tuple[int, int] | None = None
+    """Side, or height and width, of the image to count for; null for what the model is meant for."""
+    layers: bool = False
+    """List every layer."""
+    format: Literal["table", "json"] = "table"
+    """How results are printed."""
+
+
+@dataclass
+class ModelsConfig:
+    """List the models."""
+
+    format: Literal["table", "json"] = "table"
+    """How results are printed."""
 
 
 def plain(value: Any) -> Any:

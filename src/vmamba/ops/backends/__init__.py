@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from vmamba.ops.backends import eager, reference
+from vmamba.ops.backends import eager, native, reference
 
 ENVIRONMENT_VARIABLE = "VMAMBA_BACKEND"
 
@@ -45,6 +45,7 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
+    "native": Backend("native", native, unavailable=native.unavailable),
     "eager": Backend("eager", eager),
     "reference": Backend("reference", reference, traceable=True, automatic=False),
 }
@@ -90,6 +91,8 @@ def choose_backend(argument: str | None, device: torch.device) -> Backend:
         name, source = "auto", "the default"
     _known(name, source)
     if name == "auto":
+        if device.type == "cpu":
+            native.warn_once_if_missing()
         return next(b for b in BACKENDS.values() if b.automatic and b.unavailable(device) is None)
     reason = BACKENDS[name].unavailable(device)
     if reason is not None:

@@ -1,10 +1,10 @@
 """Pure torch, for any device: no loop over the sequence, nothing that overflows, traceable by torch.export.
 
-Everything rests on `linear_recurrence`, h_t = a_t·h_{t-1} + b_t, which is solved by chunks: each chunk is reduced to the
-pair (Π a, h at its end) by a loop over positions within the chunk that treats all chunks at once; the same recurrence
-over the chunks' pairs, shorter by the chunk's length, gives the state that enters each chunk; a second loop replays the
-chunks from there. Only products of factors are formed, never quotients, logarithms or running sums of Δ·A, so a long
-sequence or a large Δ underflows to the 0 it stands for.
+Everything rests on `linear_recurrence`, h_t = a_t·h_{t-1} + b_t, which is solved by chunks. A loop over the
+positions within a chunk, for all chunks at once, reduces each chunk to a pair, Π a and the h at its end; the same
+recurrence over these pairs, shorter by the chunk's length, gives the state that enters each chunk; a second loop
+replays the chunks from there. Only products of factors are formed, never quotients, logarithms or running sums of Δ·A,
+so a long sequence or a large Δ underflows to the 0 it stands for.
 
 Layout: time second, (batch, L, G, P) for G groups of P channels that share B and C; channels are contiguous. One state
 of the N is held at a time, so memory does not grow with N.
@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba.ops.checks import state_dtype
+from vmamba.ops.precision import state_dtype
 from vmamba.ops.routes import Route, get_routes
 
 _CHUNK = 16
-# While tracing with a symbolic length the depth of the recursion must be a constant: 16⁵ positions are enough for a
-# 4096×4096 image at stride 4.
-_TRACED_LEVELS = 5
+# A traced graph with an open length cannot stop when the sequence is covered: 2²⁰ positions are a 4096×4096 image at
+# stride 4.
+_TRACED_DOUBLINGS = 20
 
 
 def linear_recurrence(a: Tensor, b: Tensor, backwards: bool = False) -> Tensor:
@@ -37,24 +37,17 @@ def linear_recurrence(a: Tensor, b: Tensor, backwards: bool = False) -> Tensor:
     Returns:
         h, shaped as `b`.
     """
-    length = b.shape[1]
-    levels = None
-    if isinstance(length, torch.SymInt):
-        levels = _TRACED_LEVELS
-        torch._check(length <= _CHUNK**levels, lambda: f"a traced scan takes at most {_CHUNK**_TRACED_LEVELS} positions")
-    return _recurrence(a.flatten(2), b.flatten(2), backwards, levels).view_as(b)
+    solve = _by_doubling if isinstance(b.shape[1], torch.SymInt) else _by_chunks
+    return solve(a.flatten(2), b.flatten(2), backwards).view_as(b)
 
 
-def _recurrence(a: Tensor, b: Tensor, backwards: bool, levels: int | None) -> Tensor:
+def _by_chunks(a: Tensor, b: Tensor, backwards: bool) -> Tensor:
     batch, length, features = b.shape
-    if levels == 0:
-        return b  # _TRACED_LEVELS halvings by 16 have left a single position, which starts from h = 0
-    if levels is None and length <= _CHUNK:
+    if length <= _CHUNK:
         return torch.stack(_steps(a.unbind(1), b.unbind(1), None, backwards), dim=1) if length else b
 
-    chunks = (length + _CHUNK - 1) // _CHUNK
-    # Without a symbolic length, the chunk that wastes least: 49 positions are 4 chunks of 13.
-    size = _CHUNK if levels is not None else (length + chunks - 1) // chunks
+    chunks = -(-length // _CHUNK)
+    size = -(-length // chunks)  # the size that wastes least: 49 positions are 4 chunks of 13
     padding = (0, 0, 0, chunks * size - length)
     a_steps = F.pad(a, padding).view(batch, chunks, size, features).unbind(2)
     b_steps = F.pad(b, padding).view(batch, chunks, size, features).unbind(2)
@@ -63,17 +56,29 @@ def _recurrence(a: Tensor, b: Tensor, backwards: bool, levels: int | None) -> Te
     product, state = a_steps[order[0]], b_steps[order[0]]
     for t in order[1:]:
         product, state = product * a_steps[t], torch.addcmul(b_steps[t], a_steps[t], state)
-    leaving = _recurrence(product, state, backwards, None if levels is None else levels - 1)
-    nothing = torch.zeros_like(leaving[:, :1])
-    entering = torch.cat([leaving[:, 1:], nothing] if backwards else [nothing, leaving[:, :-1]], dim=1)
+    leaving = _by_chunks(product, state, backwards)
+    entering = F.pad(leaving[:, 1:], (0, 0, 0, 1)) if backwards else F.pad(leaving[:, :-1], (0, 0, 1, 0))
 
     states = torch.stack(_steps(a_steps, b_steps, entering, backwards), dim=2)
     return states.view(batch, chunks * size, features)[:, :length]
 
 
-def _steps(
-    a: tuple[Tensor, ...], b: tuple[Tensor, ...], state: Tensor | None, backwards: bool
-) -> list[Tensor]:
+def _by_doubling(a: Tensor, b: Tensor, backwards: bool) -> Tensor:
+    """The same in log₂ L passes, each joining stretches of twice the length; its graph does not depend on L."""
+    length = b.shape[1]
+    limit = 2**_TRACED_DOUBLINGS
+    torch._check(length <= limit, lambda: f"a traced scan takes at most {limit} positions")
+
+    def moved(x: Tensor, by: int) -> Tensor:
+        # Padding before slicing: the other way round, an open length would be pinned by comparisons with 0 and 1.
+        return F.pad(x, (0, 0, 0, by))[:, by:] if backwards else F.pad(x, (0, 0, by, 0))[:, :length]
+
+    for doubling in range(_TRACED_DOUBLINGS):
+        b, a = torch.addcmul(b, a, moved(b, 2**doubling)), a * moved(a, 2**doubling)
+    return b
+
+
+def _steps(a: tuple[Tensor, ...], b: tuple[Tensor, ...], state: Tensor | None, backwards: bool) -> list[Tensor]:
     """The recurrence step by step from a given state; returns the states in the order of the positions."""
     states = []
     for a_t, b_t in zip(reversed(a), reversed(b), strict=True) if backwards else zip(a, b, strict=True):
@@ -90,9 +95,7 @@ class _ScanGradients(NamedTuple):
     C: Tensor
 
 
-def _scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, backwards: bool
-) -> tuple[Tensor, Tensor]:
+def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
     """S6 without the skip: u, delta (batch, L, G, P); A (G, P, N); B, C (batch, L, G, N), all in the state's dtype.
 
     Returns y (batch, L, G, P) and the state at every route's end, (batch, G, P, N).
@@ -305,6 +308,33 @@ def ss2d_scan(
         y_k, _ = _scan(r.u, r.delta, r.A, r.B, r.C, route.backwards)
         y = y + _grid(y_k.squeeze(2), route.columns, height, width)
     return y.to(u.dtype).contiguous()
+
+
+def ss2d_scan_in_one(
+    u: Tensor, projected: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A: Tensor, D: Tensor, pattern: str
+) -> Tensor:
+    """`ss2d_scan` as a small graph, for export: all routes and states in one recurrence, at their price in memory."""
+    dtype = state_dtype(u, projected, dt_proj_weight, dt_proj_bias, A, D)
+    height, width = u.shape[1:3]
+    R, N = dt_proj_weight.shape[-1], A.shape[-1]
+    routes = get_routes(pattern)
+
+    def flipped(sequence: Tensor, route: Route) -> Tensor:
+        return sequence.flip(1) if route.backwards else sequence
+
+    x = torch.stack([flipped(_sequence(u, r.columns), r) for r in routes], dim=2).to(dtype)
+    parameters = torch.stack(
+        [flipped(_sequence(projected[:, :, :, k], r.columns), r) for k, r in enumerate(routes)], dim=2
+    )
+    dt_low, B, C = parameters.to(dtype).split([R, N, N], dim=-1)
+    delta = F.softplus(torch.einsum("blkr,kdr->blkd", dt_low, dt_proj_weight.to(dtype)) + dt_proj_bias.to(dtype))
+    # Every state is a group of its own: (batch, L, K·N, D) with one state.
+    by_state = [v.unsqueeze(3).expand(-1, -1, -1, N, -1).flatten(2, 3) for v in (x, delta)]
+    y, _ = _scan(*by_state, A.to(dtype).transpose(1, 2).flatten(0, 1).unsqueeze(-1), B.flatten(2).unsqueeze(-1),
+                 C.flatten(2).unsqueeze(-1), backwards=False)  # fmt: skip
+    y = torch.addcmul(y.unflatten(2, (len(routes), N)).sum(3), x, D.to(dtype))
+    grids = [_grid(flipped(y_k, r), r.columns, height, width) for y_k, r in zip(y.unbind(2), routes, strict=True)]
+    return torch.stack(grids).sum(0).to(u.dtype)
 
 
 def ss2d_scan_backward(

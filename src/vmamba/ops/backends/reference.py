@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba.ops.checks import state_dtype
+from vmamba.ops.precision import state_dtype
 from vmamba.ops.routes import cross_merge, cross_scan
 
 

@@ -1,0 +1,119 @@
+// Vectors of the instruction set being compiled for, as GCC and Clang's vector extension has them, and the functions of
+// float that the scan needs. Included inside the instruction set's own namespace: nothing here may be shared between
+// object files that were compiled for different processors.
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+// Sixteen channels are a block, whatever the width of a vector.
+constexpr int BLOCK = 16;
+constexpr int VECTORS = BLOCK / LANES;
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+
+// Vectors at any address. Unlike memcpy these accesses are ones to floats in the compiler's eyes, so that it need not load
+// every pointer again after a store.
+typedef float FloatsInMemory __attribute__((vector_size(LANES * 4), aligned(4)));
+
+inline Floats load(const float* p) { return *reinterpret_cast<const FloatsInMemory*>(p); }
+
+inline Floats load(const uint16_t* p) {
+    Halves v;
+    memcpy(&v, p, sizeof v);
+    return (Floats)(__builtin_convertvector(v, Words) << 16);
+}
+
+inline void store(float* p, Floats v) { *reinterpret_cast<FloatsInMemory*>(p) = v; }
+
+// bfloat16, rounded to nearest even; a NaN stays one.
+inline void store(uint16_t* p, Floats v) {
+    Words bits = (Words)v;
+    Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    Words kept = v == v ? rounded : (bits >> 16) | 0x40;
+    Halves halves = __builtin_convertvector(kept, Halves);
+    memcpy(p, &halves, sizeof halves);
+}
+
+inline Floats splat(float x) { return x - Floats{}; }
+
+// Both return x where it is NaN.
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+inline Floats at_least(Floats x, float low) { return (Floats)_mm512_max_ps((__m512)splat(low), (__m512)x); }
+inline Floats at_most(Floats x, float high) { return (Floats)_mm512_min_ps((__m512)splat(high), (__m512)x); }
+#elif defined(__AVX2__)
+inline Floats at_least(Floats x, float low) { return (Floats)_mm256_max_ps((__m256)splat(low), (__m256)x); }
+inline Floats at_most(Floats x, float high) { return (Floats)_mm256_min_ps((__m256)splat(high), (__m256)x); }
+#elif defined(__SSE2__)
+inline Floats at_least(Floats x, float low) { return (Floats)_mm_max_ps((__m128)splat(low), (__m128)x); }
+inline Floats at_most(Floats x, float high) { return (Floats)_mm_min_ps((__m128)splat(high), (__m128)x); }
+#else
+inline Floats at_least(Floats x, float low) { return x < splat(low) ? splat(low) : x; }
+inline Floats at_most(Floats x, float high) { return x > splat(high) ? splat(high) : x; }
+#endif
+
+inline Floats negative_magnitude(Floats x) { return (Floats)((Words)x | 0x80000000u); }
+
+// Exponentials split x into n·step + r with n whole, and are 2^n times a polynomial in r whose constant term is 1, so that
+// the exponential of 0 is exactly 1. `scale` multiplies by 2^n; at the lowest argument let through it gives 0.
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+inline Floats nearest(Floats x) { return (Floats)_mm512_roundscale_ps((__m512)x, 8); }
+inline Floats scale(Floats mantissa, Floats n) { return (Floats)_mm512_scalef_ps((__m512)mantissa, (__m512)n); }
+constexpr float LOWEST_EXP2 = -160.0f, LOWEST_EXP = -110.0f;
+#else
+constexpr float ROUNDING = 12582912.0f;  // 1.5·2^23: adding it leaves the nearest whole number in the low bits
+inline Floats nearest(Floats x) { return (x + ROUNDING) - ROUNDING; }
+inline Floats scale(Floats mantissa, Floats n) {
+    return mantissa * (Floats)((((Words)(n + ROUNDING)) << 23) + (127u << 23));
+}
+constexpr float LOWEST_EXP2 = -127.0f, LOWEST_EXP = -88.1f;
+#endif
+
+// 2^x; 1 ulp.
+inline Floats exp2(Floats x) {
+    x = at_most(at_least(x, LOWEST_EXP2), 128.0f);
+    Floats n = nearest(x), r = x - n;
+    Floats p = splat(0.00015353362f);
+    p = p * r + 0.00133988739f;
+    p = p * r + 0.00961843692f;
+    p = p * r + 0.0555033237f;
+    p = p * r + 0.240226477f;
+    p = p * r + 0.693147182f;
+    return scale(p * r + 1.0f, n);
+}
+
+// e^x for x <= 0; 1 ulp.
+inline Floats exp_negative(Floats x) {
+    x = at_least(x, LOWEST_EXP);
+    Floats n = nearest(x * 1.44269504f);
+    Floats r = x - n * 0.693145752f;  // ln 2 in two parts, the first short enough for an exact product
+    r = r - n * 1.42860677e-6f;
+    Floats p = splat(0.00138436444f);
+    p = p * r + 0.00837416295f;
+    p = p * r + 0.0416680016f;
+    p = p * r + 0.166664317f;
+    p = p * r + 0.49999994f;
+    p = p * r + 1.0f;
+    return scale(p * r + 1.0f, n);
+}
+
+// log(1 + z) for 0 <= z <= 1; 2 ulp.
+inline Floats log1p_unit(Floats z) {
+    Floats p = splat(0.0052326913f);
+    p = p * z + -0.0295052268f;
+    p = p * z + 0.078225933f;
+    p = p * z + -0.136632442f;
+    p = p * z + 0.191060066f;
+    p = p * z + -0.24842982f;
+    p = p * z + 0.333190978f;
+    p = p * z + -0.499994934f;
+    p = p * z + 1.0f;
+    return p * z;
+}

@@ -1,0 +1,464 @@
+"""Data sets behind one interface: what timm's factory reads, checked before any work, decoded by `read_image`."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from PIL import Image
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data.readers import add_img_extensions
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from vmamba.data.config import DataConfig
+from vmamba.data.images import IMAGE_EXTENSIONS, ImageError, read_image, standard_image
+from vmamba.data.seeding import derive_seed, seed_sample
+from vmamba.data.transforms import ImageTransform, Preprocessing
+
+PADDING = -1  # the label of samples that only fill up the last validation batches of a distributed run
+
+_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation", "test")}
+
+Ticket = tuple[int, int]  # (epoch, index of the sample): what a sampler hands to a data set
+
+
+class DataError(ValueError):
+    """A data set is missing, empty, or not what the model or the other split needs; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One opened split: timm's or torchvision's data set, and what is known of it before reading an image."""
+
+    source: Any
+    class_names: list[str] | None
+    where: str
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether samples come in a row (shards, streaming) rather than by index."""
+        return isinstance(self.source, IterableImageDataset)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int, in_chans: int) -> tuple[Image.Image, int]:
+        """The decoded image and label at an index.
+
+        Raises:
+            ImageError: the image cannot be used; the message names its file.
+        """
+        if not isinstance(self.source, ImageDataset):
+            try:
+                image, label = self.source[index]
+                return standard_image(image, in_chans), int(label)
+            except (OSError, ValueError) as error:
+                raise ImageError(f"{self.name(index)}: {error}") from error
+        file, label = self.source.reader[index][:2]
+        with file:
+            return read_image(file, in_chans, name=self.name(index)), PADDING if label is None else int(label)
+
+    def name(self, index: int) -> str:
+        """The file of a sample, or where it stands in the data set."""
+        if isinstance(self.source, ImageDataset):
+            name = self.source.reader.filename(index, absolute=True)
+            if name:
+                return str(name)
+        if hasattr(self.source, "samples"):  # torchvision's folders
+            return str(self.source.samples[index][0])
+        return f"{self.where}, sample {index}"
+
+    def labels(self) -> Sequence[int] | None:
+        """Every label, where they are known without reading images."""
+        reader = getattr(self.source, "reader", None)
+        if hasattr(reader, "samples"):
+            return [sample[1] for sample in reader.samples]
+        if hasattr(reader, "iter_targets"):
+            return list(reader.iter_targets())
+        targets = getattr(self.source, "targets", None)
+        return None if targets is None else torch.as_tensor(targets).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening
+
+
+def open_split(config: DataConfig, training: bool, class_names: Sequence[str] | None = None, seed: int = 0) -> Split:
+    """Open the training or the validation split.
+
+    Args:
+        class_names: of a folder or .tar file: the classes, in the order of their labels, that it must have. By default
+            the labels follow the sorted names of the class folders.
+        seed: of the order in which a stream is shuffled.
+
+    Raises:
+        DataError: the split is missing, empty, or its class folders are not those asked for.
+    """
+    split = config.train_split if training else config.val_split
+    root = config.root if training or config.val_root is None else config.val_root
+    if not config.dataset:
+        return _open_files(_split_root(config, root, split), class_names)
+    where = " ".join(filter(None, (config.dataset, f"({split})", f"in {root}" if root else "")))
+    source = _open_named(config, root, split, training, seed, where)
+    names = _class_names(source)
+    if not isinstance(source, IterableImageDataset) and not len(source):
+        raise DataError(f"{where} is empty")
+    return Split(source, names, where)
+
+
+def _split_root(config: DataConfig, root: str | None, split: str) -> str:
+    """The folder or .tar file that holds one split."""
+    if root is None:
+        raise DataError("data.root is not set: name a folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
+    if not os.path.exists(root):
+        raise DataError(f"{root}: no such folder or .tar file")
+    if config.val_root is not None:
+        return root
+    if os.path.isfile(root):
+        raise DataError(f"{root} is one file: give the other split its own with data.val_root")
+    names = next((names for names in _SPLITS.values() if split in names), (split,))
+    for name in (split, *names):
+        if os.path.isdir(os.path.join(root, name)):
+            return os.path.join(root, name)
+    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    raise DataError(
+        f"{root} has no folder {' or '.join(names)}; it holds {_some(found) or 'no folders'}. Put the images under "
+        f"{root}/train/CLASS and {root}/val/CLASS, or name the two places with data.root and data.val_root"
+    )
+
+
+def _open_files(root: str, class_names: Sequence[str] | None) -> Split:
+    """A folder of class folders, or a .tar file of one."""
+    add_img_extensions(sorted(IMAGE_EXTENSIONS))
+    if os.path.isfile(root) and not root.lower().endswith(".tar"):
+        raise DataError(f"{root} is a file, but not a .tar file")
+    try:
+        source = create_dataset("", root, search_split=False)
+    except RuntimeError as error:  # timm's answer to an empty folder
+        raise DataError(f"{root} holds no images in class folders; expected {root}/CLASS/IMAGE") from error
+    names = _class_names(source) or []
+    if os.path.isdir(root):
+        paths = [Path(path).relative_to(root) for path, _ in source.reader.samples]
+        loose = [path.name for path in paths if len(path.parts) == 1]
+        if loose:
+            raise DataError(f"{root} holds images outside of class folders: {_some(loose)}. Move them to {root}/CLASS/")
+        folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] not in ".@_"}
+        if empty := folders - {path.parts[0] for path in paths}:
+            raise DataError(f"class folders without a single image in {root}: {_some(sorted(empty))}")
+    if class_names is not None and list(class_names) != names:
+        missing = [name for name in class_names if name not in set(names)]
+        surplus = [name for name in names if name not in set(class_names)]
+        if missing or surplus:
+            raise DataError(
+                f"the class folders of {root} ({len(names)}) are not the {len(class_names)} classes expected; "
+                f"missing: {_some(missing) or 'none'}; unknown: {_some(surplus) or 'none'}"
+            )
+        source = create_dataset("", root, search_split=False, class_map={n: i for i, n in enumerate(class_names)})
+        names = list(class_names)
+    return Split(source, names, root)
+
+
+def _open_named(config: DataConfig, root: str | None, split: str, training: bool, seed: int, where: str) -> Any:
+    """A data set that timm's factory knows by name."""
+    if not config.dataset.startswith("hf") and root is None:
+        raise DataError(f"data.root is not set: {config.dataset} needs the folder that holds the data")
+    arguments: dict[str, Any] = dict(
+        name=config.dataset, root=root, split=split, is_training=training, seed=seed, batch_size=config.batch_size,
+        input_key=config.input_key, target_key=config.target_key,
+    )  # fmt: skip
+    if config.dataset.startswith(("wds/", "hfids/", "tfds/")):
+        arguments["input_img_mode"] = ""  # as stored: `standard_image` does the rest
+        arguments["num_samples"] = config.num_samples if training else None
+    try:
+        if config.dataset.startswith("torch/"):
+            _unpack(Path(root or "."), config.dataset)
+        if not config.download:
+            return create_dataset(**arguments)
+        try:
+            return create_dataset(**arguments)
+        except RuntimeError:  # torchvision's answer to a data set that is not there
+            os.makedirs(root or ".", exist_ok=True)
+            with FileLock(os.path.join(root or ".", ".download.lock")):
+                return create_dataset(**arguments, download=True)
+    except ImportError as error:
+        raise DataError(f"{where} needs a package that is not installed: {error}") from error
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise DataError(f"{where} cannot be opened: {error}") from error
+        raise DataError(
+            f"{where} has to be unpacked, but its folder cannot be written ({error}). Copy it to a folder of your own "
+            f"and give that as data.root"
+        ) from error
+    except Exception as error:  # each library has its own exceptions for data that is not there
+        hint = "" if config.download else " If it has to be downloaded first, set data.download to true"
+        raise DataError(f"{where} cannot be opened: {error or type(error).__name__}.{hint}") from error
+
+
+def _unpack(root: Path, dataset: str) -> None:
+    """Unpack what torchvision's MNIST family was given as .gz files: it opens only files that it packed itself.
+
+    Each file appears whole or not at all, so that processes which do this at the same time, or are killed, do no harm.
+    """
+    name = dataset.removeprefix("torch/").replace("_", "").lower()
+    for packed in root.glob("*/raw/*.gz"):
+        target = packed.with_suffix("")
+        if packed.parts[-3].lower() == name and not target.exists():
+            temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+            try:
+                with gzip.open(packed) as source, open(temporary, "wb") as file:
+                    shutil.copyfileobj(source, file)
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def _class_names(source: Any) -> list[str] | None:
+    places = [(source, "class_to_idx")]
+    if hasattr(source, "reader"):
+        places = [(source.reader, "class_to_idx"), (source.reader, "class_name_to_idx")]  # the second of .tar files
+    mapping = next(filter(None, (getattr(*place, None) for place in places)), None)
+    if mapping is None:
+        return None
+    return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking
+
+
+def number_of_classes(config: DataConfig, split: Split) -> int:
+    """How many classes a split has, from its names or the configuration; every known label is checked against it.
+
+    Raises:
+        DataError: the number is unknown, contradictory, or some label is outside of it.
+    """
+    known = len(split.class_names) if split.class_names else None
+    number = config.num_classes or known
+    if number is None:
+        raise DataError(f"{split.where} does not say how many classes it has: set data.num_classes")
+    if known and number < known:
+        raise DataError(f"data.num_classes is {number}, but {split.where} has {known} classes")
+    labels = split.labels()
+    if labels is not None and len(labels) and not (0 <= min(labels) and max(labels) < number):
+        bad = next(i for i, label in enumerate(labels) if not 0 <= label < number)
+        raise DataError(f"{split.name(bad)} has label {labels[bad]}, outside of 0 to {number - 1} ({number} classes)")
+    return number
+
+
+def check_same_classes(train: Split, val: Split) -> None:
+    """Refuse splits whose classes differ.
+
+    Raises:
+        DataError: naming the classes that only one of them has.
+    """
+    if train.class_names is None or val.class_names is None or train.class_names == val.class_names:
+        return
+    only_train = [name for name in train.class_names if name not in set(val.class_names)]
+    only_val = [name for name in val.class_names if name not in set(train.class_names)]
+    raise DataError(
+        f"the classes of {train.where} and {val.where} differ; only in the first: {_some(only_train) or 'none'}; "
+        f"only in the second: {_some(only_val) or 'none'}"
+        + ("" if only_train or only_val else "; they are the same but in another order")
+    )
+
+
+class _Check(Dataset[str]):
+    def __init__(self, split: Split, in_chans: int) -> None:
+        self.split, self.in_chans = split, in_chans
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            self.split.read(index, self.in_chans)
+        except ImageError as error:
+            return str(error)
+        return ""
+
+
+def check_files(split: Split, in_chans: int, workers: int = 0) -> None:
+    """Decode every image of a split, with a progress bar on stderr.
+
+    Raises:
+        DataError: listing every file that cannot be used.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    if split.is_stream:
+        raise DataError(f"data.check_files needs images that can be read one by one; {split.where} is a stream")
+    loader: DataLoader[str] = DataLoader(_Check(split, in_chans), batch_size=32, num_workers=workers, collate_fn=list)
+    console = Console(stderr=True)
+    batches = track(loader, f"checking {split.where}", console=console, disable=not console.is_terminal)
+    if bad := [message for batch in batches for message in batch if message]:
+        lines = "\n  ".join(bad)
+        raise DataError(f"{len(bad)} of {len(split)} images in {split.where} cannot be used:\n  {lines}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples: uint8 images (C, H, W) and labels
+
+
+class Samples(Dataset[tuple[Tensor, int]]):
+    """Ticket (epoch, index) to (uint8 image (C, H, W), label). What is random depends on the seed and the ticket only."""
+
+    def __init__(self, split: Split, transform: ImageTransform, in_chans: int, num_classes: int, seed: int = 0) -> None:
+        self.split, self.transform, self.in_chans, self.num_classes, self.seed = (
+            split, transform, in_chans, num_classes, seed,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, ticket: Ticket) -> tuple[Tensor, int]:
+        epoch, index = ticket
+        image, label = self.split.read(max(index, 0), self.in_chans)
+        if not 0 <= label < self.num_classes:
+            raise DataError(f"{self.split.name(index)} has label {label}; there are {self.num_classes} classes")
+        seed_sample(derive_seed(self.seed, epoch, index))
+        return self.transform(image), PADDING if index < 0 else label
+
+
+class MemorySamples(Dataset[tuple[Tensor, Tensor]]):
+    """All images of a split, decoded once and kept as uint8 (N, C, H, W); hands out whole batches of tickets."""
+
+    def __init__(self, split: Split, pre: Preprocessing, num_classes: int) -> None:
+        if split.is_stream:
+            raise DataError(f"data.in_memory needs images that can be read one by one; {split.where} is a stream")
+        data, labels = getattr(split.source, "data", None), split.labels()
+        if isinstance(data, Tensor) and data.shape[1:] == pre.img_size and pre.in_chans == 1 and labels is not None:
+            self.images, self.labels = data[:, None], torch.tensor(labels)
+            return
+        samples = Samples(split, pre.eval_transform(), pre.in_chans, num_classes)
+        self.images = torch.empty(len(split), pre.in_chans, *pre.img_size, dtype=torch.uint8)
+        self.labels = torch.empty(len(split), dtype=torch.int64)
+        for index in range(len(split)):
+            self.images[index], self.labels[index] = samples[0, index]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, ticket: Ticket) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([ticket])
+        return images[0], labels[0]
+
+    def __getitems__(self, tickets: Sequence[Ticket]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor([index for _, index in tickets])
+        labels = self.labels[index]
+        labels[index < 0] = PADDING
+        return self.images[index], labels
+
+
+class Stream(IterableDataset[tuple[Tensor, int]]):
+    """Samples that come in a row, from timm's readers of shards and streams.
+
+    timm shuffles by epoch and shares the work among workers and devices. It skips a sample that cannot be decoded,
+    with a warning: such data sets are prepared by a program, and have no files to name.
+    """
+
+    def __init__(self, split: Split, transform: ImageTransform, in_chans: int, num_classes: int, workers: int) -> None:
+        self.split, self.transform, self.in_chans, self.num_classes = split, transform, in_chans, num_classes
+        split.source.set_loader_cfg(num_workers=workers)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        for image, label in self.split.source:
+            if not 0 <= label < self.num_classes:
+                raise DataError(f"{self.split.where} has label {label}; there are {self.num_classes} classes")
+            yield self.transform(standard_image(image, self.in_chans)), label
+
+
+class TicketSampler(Sampler[Ticket]):
+    """The tickets (epoch, index) of one device for one epoch.
+
+    Shuffled for training, where what does not divide by the devices is left out; in order for validation, where every
+    device gets equally many, filled up with tickets of index -1.
+    """
+
+    def __init__(self, length: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        self.length, self.shuffle, self.seed, self.rank, self.world_size = length, shuffle, seed, rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.world_size if self.shuffle else -(-self.length // self.world_size)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+            order = torch.randperm(self.length, generator=generator).tolist()
+        else:
+            order = list(range(self.length)) + [-1] * (len(self) * self.world_size - self.length)
+        for index in order[self.rank : len(self) * self.world_size : self.world_size]:
+            yield self.epoch, index
+
+
+class EpochLoader(DataLoader[Any]):
+    """A loader of (uint8 (B, C, H, W), int64 (B,)) batches that knows its epoch, and whose epochs can be replayed."""
+
+    def __init__(
+        self,
+        data: Samples | MemorySamples | Stream,
+        batch_size: int,
+        training: bool,
+        workers: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        stream, memory = isinstance(data, Stream), isinstance(data, MemorySamples)
+        if memory:
+            workers = 0  # picking rows of a tensor is cheaper than sending them between processes
+        if stream:
+            workers = max(workers, 1)  # a fresh process starts each epoch's stream from its beginning
+        super().__init__(
+            data,
+            batch_size,
+            sampler=None if stream else TicketSampler(len(data), training, seed, rank, world_size),
+            num_workers=workers,
+            collate_fn=_as_is if memory else None,
+            drop_last=training,
+            generator=torch.Generator(),
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0 and not stream,
+        )
+        self.seed, self.rank = seed, rank
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """From the next iteration on, give the batches of this epoch."""
+        assert self.generator is not None
+        self.generator.manual_seed(derive_seed(self.seed, epoch, self.rank))  # gives workers of a stream their seeds
+        if isinstance(self.sampler, TicketSampler):
+            self.sampler.set_epoch(epoch)
+        else:
+            self.dataset.split.source.set_epoch(epoch)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def report(message: str) -> None:
+    """Tell the person at the terminal, leaving stdout to results."""
+    print(message, file=sys.stderr, flush=True)

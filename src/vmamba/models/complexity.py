@@ -1,0 +1,108 @@
+"""What a model costs: parameters, multiply-accumulates and shapes, stage by stage, without running it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vmamba.models.vmamba import VMamba
+from vmamba.ops import use_backend
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model: the stem, a stage, or norm and head.
+
+    Attributes:
+        name: the attribute of the model.
+        output_shape: shape of its output for one image; (H, W, C) of a grid, or (classes,).
+        params: number of parameters.
+        flops: multiply-accumulates.
+    """
+
+    name: str
+    output_shape: tuple[int, ...]
+    params: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `profile` found.
+
+    Attributes:
+        img_size: height and width of the image.
+        params: number of parameters.
+        flops: multiply-accumulates for one image.
+        parts: the same, part by part.
+    """
+
+    img_size: tuple[int, int]
+    params: int
+    flops: int
+    parts: tuple[Part, ...]
+
+
+def scan_flops(pixels: int, channels: int, states: int, rank: int, routes: int = 4) -> int:
+    """Multiply-accumulates of SS2D's scans after x_proj, in the convention of the published tables.
+
+    Per route: 9·L·D·N for the recurrence, L·D for the skip, L·D·R for dt_proj.
+    """
+    return routes * pixels * channels * (9 * states + 1 + rank)
+
+
+def _count_scan(u: Any, projected: Any, dt_proj_weight: Any, dt_proj_bias: Any, A: Any, *_: Any, **__: Any) -> int:
+    # FlopCounterMode counts a multiply-accumulate as two operations.
+    return 2 * scan_flops(math.prod(u[:3]), u[3], A[2], dt_proj_weight[2], routes=A[0])
+
+
+def profile(model: VMamba, img_size: int | tuple[int, int] | None = None) -> Profile:
+    """Count parameters and multiply-accumulates of a `VMamba` for one image.
+
+    Counted are matrix products, convolutions and scans; norms, activations and pooling are not. A "FLOP" is one
+    multiply-accumulate, as in the tables of VMamba, Swin and ConvNeXt. Nothing is computed, so any size is free.
+
+    Args:
+        model: the model; it is not changed.
+        img_size: height and width, or the model's own.
+    """
+    size = model.img_size if img_size is None else img_size
+    height, width = (size, size) if isinstance(size, int) else size
+    parts: list[tuple[str, nn.Module]] = [("stem", model.stem)]
+    parts += [(f"stages.{i}", stage) for i, stage in enumerate(model.stages)]
+    parts += [("norm", model.norm), ("head", model.head)]
+
+    ghost = copy.deepcopy(model).to("meta").eval()
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            shapes[name] = tuple(output.shape[1:])
+
+        return hook
+
+    for name, _ in parts:
+        ghost.get_submodule(name).register_forward_hook(note(name))
+    formulas = {torch.ops.vmamba.ss2d_scan: _count_scan}
+    counter = FlopCounterMode(display=False, depth=2, custom_mapping=formulas)
+    with counter, torch.no_grad(), use_backend("eager"):
+        ghost(torch.empty(1, model.in_chans, height, width, device="meta"))
+    counts = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
+    root = type(model).__name__
+
+    return Profile(
+        img_size=(height, width),
+        params=_params(model),
+        flops=counts["Global"],
+        parts=tuple(Part(n, shapes[n], _params(part), counts.get(f"{root}.{n}", 0)) for n, part in parts),
+    )
+
+
+def _params(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

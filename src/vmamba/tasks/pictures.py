@@ -1,0 +1,167 @@
+"""Results as pictures: the learning curve, the confusion matrix, and sample images with their predictions."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from vmamba.tasks.runs import atomic_write
+
+# Two colours of the Okabe-Ito palette, which people with any colour vision can tell apart, and greys.
+BLUE, ORANGE, INK, GREY, PALE = "#0072B2", "#D55E00", "#222222", "#767676", "#E4E4E4"
+
+_MOST_CLASSES_NAMED = 40
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One classified image: uint8 (H, W, C), true and predicted class, and the confidence in the prediction."""
+
+    image: NDArray[np.uint8]
+    true: str
+    predicted: str
+    confidence: float
+
+
+def learning_curve(history: Sequence[dict[str, float]], path: Path) -> None:
+    """Loss and accuracy of training and validation against the epoch, side by side.
+
+    Args:
+        history: one dict an epoch with "epoch" and any of "train_loss", "val_loss", "train_top1", "val_top1" (0 to 1).
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    best = max((row for row in history if "val_top1" in row), key=lambda row: row["val_top1"], default=None)
+    last = history[-1]
+    figure.suptitle(
+        f"{last['epoch']:.0f} epoch{'s' if last['epoch'] > 1 else ''}"
+        + (f", best validation accuracy {best['val_top1']:.2%} in epoch {best['epoch']:.0f}" if best else ""),
+        fontsize=13, color=INK, x=0.01, ha="left",
+    )  # fmt: skip
+    for axes, quantity, title in ((left, "loss", "Loss"), (right, "top1", "Accuracy (top-1)")):
+        _bare(axes, title)
+        for split, label, colour in (("train", "training", BLUE), ("val", "validation", ORANGE)):
+            points = [(row["epoch"], row[f"{split}_{quantity}"]) for row in history if f"{split}_{quantity}" in row]
+            if points:
+                x, y = zip(*points, strict=True)
+                marker = "o" if len(points) <= 20 else None
+                axes.plot(x, y, color=colour, lw=2, marker=marker, ms=4, label=label)
+        axes.set_xlabel("epoch", color=GREY)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        margin = 0.02 * len(history) + 0.1
+        axes.set_xlim(history[0]["epoch"] - margin, last["epoch"] + margin)
+        axes.grid(axis="y", color=PALE)
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    left.legend(frameon=False, labelcolor=INK)
+    _save(figure, path)
+
+
+def confusion_matrix(matrix: NDArray[np.int64], class_names: Sequence[str], path: Path) -> None:
+    """Share of each true class (row) that was taken for each class (column).
+
+    Args:
+        matrix: counts, (true, predicted).
+        class_names: one a class. Beyond 40 classes the cells are not labelled, and the most frequent mistakes are
+            listed beside the picture instead.
+    """
+    number = len(matrix)
+    named = number <= _MOST_CLASSES_NAMED
+    totals = matrix.sum(1, keepdims=True)
+    shares = matrix / np.maximum(totals, 1)
+    side = 3.2 + 0.52 * number if named else 7.5
+    figure = Figure(figsize=(side, side) if named else (side + 4, side), layout="constrained")
+    axes: Axes = figure.subplots() if named else figure.subplots(1, 2, width_ratios=(2, 1))[0]
+    figure.suptitle(
+        f"{np.trace(matrix) / max(matrix.sum(), 1):.2%} of {matrix.sum():,} images right",
+        fontsize=13, color=INK, x=0.01, ha="left",
+    )  # fmt: skip
+    # Small shares are what one looks for here, so the scale is stretched at its lower end.
+    axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1.15, interpolation="nearest")
+    axes.set_xlabel("predicted class", color=GREY)
+    axes.set_ylabel("true class", color=GREY)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0, colors=INK)
+    if named:
+        labels = [textwrap.shorten(name, 24, placeholder="…") for name in class_names]
+        axes.set_xticks(range(number), labels, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(number), labels)
+        axes.set_xticks(np.arange(number + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(number + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", lw=1.5)
+        axes.tick_params(which="minor", length=0)
+        for (row, column), share in np.ndenumerate(shares):
+            if round(share * 100):
+                colour = "white" if share > 0.45 else INK
+                axes.text(column, row, f"{share * 100:.0f}", ha="center", va="center", color=colour, fontsize=9)
+        axes.set_title("percent of each true class", fontsize=10, color=GREY, loc="left")
+    else:
+        _list_mistakes(figure.axes[1], matrix, class_names)
+    _save(figure, path)
+
+
+def _list_mistakes(axes: Axes, matrix: NDArray[np.int64], class_names: Sequence[str], most: int = 20) -> None:
+    axes.axis("off")
+    axes.set_title("most frequent mistakes", fontsize=11, color=INK, loc="left")
+    wrong = matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    for place, flat in enumerate(np.argsort(-wrong, axis=None, kind="stable")[:most]):
+        true, predicted = np.unravel_index(flat, wrong.shape)
+        if wrong[true, predicted]:
+            names = [textwrap.shorten(class_names[c], 22, placeholder="…") for c in (true, predicted)]
+            text = f"{wrong[true, predicted]:>4}  {names[0]} → {names[1]}"
+            axes.text(0, 1 - (place + 0.7) / most, text, fontsize=9, color=INK, transform=axes.transAxes)
+
+
+def predictions(samples: Sequence[Sample], mistakes: Sequence[Sample], path: Path, columns: int = 8) -> None:
+    """Sample images with true class, predicted class and confidence; below them, the mistakes made most confidently."""
+    blocks = [("Images taken at random", list(samples)), ("The most confident mistakes", list(mistakes))]
+    blocks = [(title, block) for title, block in blocks if block]
+    if not blocks:
+        return
+    rows = [-(-len(block) // columns) for _, block in blocks]
+    figure = Figure(figsize=(1.6 * columns, sum(2.15 * r + 0.5 for r in rows)), layout="constrained")
+    panels = figure.subfigures(len(blocks), 1, height_ratios=[2.15 * r + 0.5 for r in rows], squeeze=False)[:, 0]
+    for panel, (title, block), n in zip(panels, blocks, rows, strict=True):
+        right = sum(sample.true == sample.predicted for sample in block)
+        panel.suptitle(
+            f"{title}: {right} of {len(block)} right" if right else title, fontsize=13, color=INK, x=0.01, ha="left"
+        )
+        for position, axes in enumerate(panel.subplots(n, columns, squeeze=False).flat):
+            axes.axis("off")
+            if position < len(block):
+                _show(axes, block[position])
+    _save(figure, path)
+
+
+def _show(axes: Axes, sample: Sample) -> None:
+    image = sample.image[..., 0] if sample.image.shape[-1] == 1 else sample.image
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+    correct = sample.true == sample.predicted
+    predicted = textwrap.shorten(sample.predicted, 20, placeholder="…")
+    true = "" if correct else textwrap.shorten(f"is {sample.true}", 23, placeholder="…")
+    mark = "✓" if correct else "✗"
+    axes.set_title(f"{mark} {predicted}\n{sample.confidence:.0%}", fontsize=9, color=BLUE if correct else ORANGE, pad=3)
+    axes.text(0.5, -0.04, true, transform=axes.transAxes, ha="center", va="top", fontsize=9, color=INK)
+
+
+def _bare(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=11, color=INK, loc="left")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GREY)
+    axes.tick_params(colors=GREY, length=0)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150, facecolor="white")

@@ -1,0 +1,131 @@
+"""The folder of a training run: what it holds, how it is written so that a kill at any moment leaves it whole."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from vmamba.tasks.recipe import RecipeError, differences, load_recipe
+
+LATEST = Path("runs/latest")
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient stopped being a number. The update that would have used it was not made."""
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Write a file so that the path holds either its old content or all of the new, whatever happens meanwhile.
+
+    The bytes go to a temporary file in the same folder, are flushed to the disk, and take the name in one step.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name itself must reach the disk; other systems cannot open a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names inside a run's folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Every setting of the run, as YAML that ``vmamba train --config`` reads."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Everything training goes on from, as of the end of the last epoch."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def model(self) -> Path:
+        """The trained weights, with class names and preprocessing: what `vmamba predict` uses."""
+        return self.path / "model.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def curve(self) -> Path:
+        return self.path / "learning_curve.png"
+
+    def decide(self, settings: dict[str, Any], resume: bool, overwrite: bool) -> Path | None:
+        """The checkpoint to go on from, or None to start afresh. Changes nothing, so every process can ask.
+
+        Raises:
+            RecipeError: the folder holds a run and neither resume nor overwrite is asked for, or the run to be resumed
+                was started with other settings.
+        """
+        if not self.checkpoint.exists() or overwrite:
+            return None
+        if not resume:
+            raise RecipeError(
+                f"{self.path} already holds a run. Give --resume true to go on with it, --overwrite true to replace "
+                f"it, or another folder with --run"
+            )
+        if changed := differences(load_recipe(self.config), settings):
+            raise RecipeError(
+                f"the run in {self.path} was started with other settings, so it cannot be resumed:\n  "
+                + "\n  ".join(changed)
+                + "\nGive the settings it was started with, or another folder with --run"
+            )
+        return self.checkpoint
+
+    def prepare(self, settings: dict[str, Any], fresh: bool) -> None:
+        """Make the folder ready; for one process only. A fresh run removes what an earlier one left under its names."""
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.checkpoint.parent):
+            for leftover in folder.glob(".*.tmp"):  # of a process that was killed while writing
+                leftover.unlink()
+        if fresh:
+            for file in (self.checkpoint, self.model, self.metrics, self.curve):
+                file.unlink(missing_ok=True)
+        with atomic_write(self.config) as file:
+            file.write(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
+        self._link()
+
+    def _link(self) -> None:
+        """Point runs/latest here."""
+        LATEST.parent.mkdir(parents=True, exist_ok=True)
+        inside = self.path.resolve().parent == LATEST.parent.resolve()
+        temporary = LATEST.with_name(f".latest.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(self.path.name if inside else self.path.resolve())
+        os.replace(temporary, LATEST)
+
+    def write_metrics(self, history: list[dict[str, float]]) -> None:
+        """One row an epoch; a column is empty where an epoch has no such number."""
+        columns = list(dict.fromkeys(name for row in history for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        with atomic_write(self.metrics) as file:
+            file.write(text.getvalue().encode())

@@ -1,0 +1,162 @@
+"""Every kind of file that a real folder may hold, read as a person would see it or refused with its reason."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vmamba.data.images import ImageError, find_images, read_image
+
+
+def _png(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def _saved(tmp_path, image: Image.Image, name: str, **options) -> str:
+    path = tmp_path / name
+    image.save(path, **options)
+    return str(path)
+
+
+def _pixels(path: str, in_chans: int = 3) -> np.ndarray:
+    image = read_image(path, in_chans)
+    assert image.mode == ("RGB" if in_chans == 3 else "L")
+    return np.asarray(image)
+
+
+def test_rgb_and_grey_are_read_unchanged(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    path = _saved(tmp_path, Image.fromarray(rgb), "a.png")
+    assert np.array_equal(_pixels(path), rgb)
+    grey = _saved(tmp_path, Image.fromarray(rgb[..., 0]), "g.png")
+    assert np.array_equal(_pixels(grey, 1), rgb[..., 0])
+    assert np.array_equal(_pixels(grey), np.repeat(rgb[..., :1], 3, 2))
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    for name in ("a.png", "a.tif"):
+        assert _pixels(_saved(tmp_path, Image.fromarray(values), name), 1).tolist() == [[0, 1, 128, 255]]
+    (tmp_path / "a.pgm").write_bytes(b"P5 4 1 65535\n" + values.astype(">u2").tobytes())
+    assert _pixels(str(tmp_path / "a.pgm"), 1).tolist() == [[0, 1, 128, 255]]
+    (tmp_path / "big.tif").write_bytes(_tiff_big_endian(values))
+    assert _pixels(str(tmp_path / "big.tif"), 1).tolist() == [[0, 1, 128, 255]]
+
+
+def _tiff_big_endian(values: np.ndarray) -> bytes:
+    height, width = values.shape
+    tags = [(256, width), (257, height), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, values.nbytes)]
+    data = values.astype(">u2").tobytes()
+    entries = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"MM\x00*" + struct.pack(">I", 8 + len(data)) + data + struct.pack(">H", len(tags)) + entries + bytes(4)
+
+
+def test_float_grey_is_zero_to_one_and_anything_else_is_refused(tmp_path):
+    path = _saved(tmp_path, Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32)), "a.tif")
+    assert _pixels(path, 1).tolist() == [[0, 128, 255]]
+    for bad in ([[0.0, 300.0]], [[0.0, float("nan")]]):
+        with pytest.raises(ImageError, match="float pixels"):
+            read_image(_saved(tmp_path, Image.fromarray(np.array(bad, dtype=np.float32)), "b.tif"))
+    with pytest.raises(ImageError, match="no defined white"):
+        read_image(_saved(tmp_path, Image.fromarray(np.array([[0, 1 << 20]], dtype=np.int32)), "c.tif"))
+
+
+def test_transparent_pixels_are_laid_over_white(tmp_path):
+    rgba = np.array([[[200, 0, 0, 255], [200, 0, 0, 0], [0, 0, 0, 128]]], dtype=np.uint8)
+    assert _pixels(_saved(tmp_path, Image.fromarray(rgba), "a.png")).tolist() == [[[200, 0, 0], [255] * 3, [127] * 3]]
+    grey = Image.fromarray(np.array([[[10, 255], [10, 0]]], dtype=np.uint8), "LA")
+    assert _pixels(_saved(tmp_path, grey, "la.png"), 1).tolist() == [[10, 255]]
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), "P")
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    assert _pixels(_saved(tmp_path, image, "p.png")).tolist() == [[[255, 0, 0], [0, 0, 255]]]
+    assert _pixels(_saved(tmp_path, image, "t.png", transparency=1)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+
+
+def test_cmyk_and_bilevel(tmp_path):
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert np.abs(_pixels(_saved(tmp_path, cmyk, "c.jpg", quality=100)).astype(int) - [255, 0, 0]).max() <= 4
+    bilevel = Image.fromarray(np.array([[True, False]]))
+    assert _pixels(_saved(tmp_path, bilevel, "b.png"), 1).tolist() == [[255, 0]]
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    for name in ("a.gif", "a.webp", "a.png"):
+        path = _saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:])
+        red, green, blue = _pixels(path)[2, 2].tolist()
+        assert red > 240 and green < 10 and blue < 10, name
+
+
+@pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (5, 9)), (6, (0, 5)), (8, (9, 0))])
+def test_exif_orientation_is_applied(tmp_path, orientation, corner):
+    image = Image.new("L", (10, 6))
+    image.putpixel((0, 0), 255)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = _pixels(_saved(tmp_path, image, "a.png", exif=exif), 1)
+    assert np.argwhere(pixels == 255).tolist() == [list(corner)]
+
+
+def test_damaged_exif_does_not_hide_the_picture(tmp_path):
+    path = _saved(tmp_path, Image.new("RGB", (4, 4), "red"), "a.png", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff garbage")
+    assert _pixels(path)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_unusable_files_are_named_with_their_reason(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    jpeg = buffer.getvalue()
+    files = {
+        "empty.jpg": (b"", "empty"),
+        "text.jpg": (b"hello, I am not an image", "not an image"),
+        "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
+        "head.jpg": (jpeg[:4], "not an image|truncated"),
+        "bomb.png": (_png(50_000, 50_000), "decompression bomb"),
+        "large.png": (_png(10_000, 10_000), "decompression bomb"),
+        "hollow.png": (_png(20, 20), "truncated"),
+        "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "not an image"),
+    }
+    for name, (content, reason) in files.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ImageError, match=f"(?s){name}: .*({reason})"):
+            read_image(path)
+        with pytest.raises(ImageError, match=f"(?s){name}: .*({reason})"), open(path, "rb") as file:
+            read_image(file)
+    with pytest.raises(ImageError, match="missing.png: no such file"):
+        read_image(tmp_path / "missing.png")
+    with pytest.raises(ImageError, match="s a directory"):
+        read_image(tmp_path)
+    with pytest.raises(ValueError, match="in_chans is 4"):
+        read_image(tmp_path / "empty.jpg", in_chans=4)
+
+
+def test_find_images_takes_files_folders_and_patterns(tmp_path):
+    for name in ("b.jpg", "a.PNG", "notes.txt", ".hidden.png", "sub/c.webp", "[x].png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "bare").mkdir()
+
+    def found(*paths):
+        files, problems = find_images([tmp_path / path for path in paths])
+        return [file.removeprefix(f"{tmp_path}/") for file in files], [p.removeprefix(f"{tmp_path}/") for p in problems]
+
+    assert found(".") == (["[x].png", "a.PNG", "b.jpg", "sub/c.webp"], [])
+    assert found("notes.txt", "b.jpg", "*.jpg") == (["notes.txt", "b.jpg"], [])
+    assert found("[x].png") == (["[x].png"], [])
+    assert found("**/*.webp") == (["sub/c.webp"], [])
+    files, problems = found("bare", "nothing", "*.gif", "b.jpg")
+    assert files == ["b.jpg"]
+    assert [p.split(":")[0] for p in problems] == ["bare", "nothing", "*.gif"]

@@ -1,0 +1,43 @@
+"""Counts against the published tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vmamba
+from vmamba.models.complexity import profile, scan_flops
+from vmamba.models.variants import VARIANTS
+
+RELEASED = {name: variant.release for name, variant in VARIANTS.items() if variant.release}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_published_parameters_and_flops(name):
+    found = profile(vmamba.create_model(name, device="meta"))
+    assert found.img_size == (224, 224)
+    assert found.params == RELEASED[name].params
+    assert found.flops / 1e9 == pytest.approx(RELEASED[name].flops, rel=0.02)
+    assert sum(part.params for part in found.parts) == found.params
+    assert sum(part.flops for part in found.parts) == found.flops
+
+
+def test_a_small_model_by_hand():
+    model = vmamba.VMamba(depths=(1,), dims=(16,), num_classes=5, d_state=2, ssm_ratio=2.0, stem="patch", stem_stride=2)
+    found = profile(model, (8, 6))
+    pixels, channels, inner, rank = 12, 16, 32, 1
+    stem = pixels * channels * 3 * 2 * 2
+    block = pixels * (channels * inner * 2 + inner * 9 + inner * 4 * (rank + 4) + channels * channels * 4 * 2)
+    block += scan_flops(pixels, inner, 2, rank)
+    assert scan_flops(pixels, inner, 2, rank) == 4 * pixels * inner * (9 * 2 + 1 + rank)
+    assert [part.flops for part in found.parts] == [stem, block, 0, channels * 5]
+    assert [part.output_shape for part in found.parts] == [(4, 3, 16), (4, 3, 16), (4, 3, 16), (5,)]
+
+
+def test_flops_are_linear_in_pixels_and_the_model_is_left_alone():
+    model = vmamba.create_model("vmamba_nano", num_classes=10)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    small, large = profile(model, 256), profile(model, (512, 1024))
+    assert large.flops / small.flops == pytest.approx(8, rel=1e-3)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,58 @@
+"""Random arguments for the scans, and the comparison that every backend has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmamba.ops.backends import BACKENDS
+
+FAST_BACKENDS = [name for name, backend in BACKENDS.items() if name != "reference"]
+
+
+def ss2d_arguments(
+    batch: int, height: int, width: int, channels: int, states: int, rank: int, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """u, x_proj_weight, dt_proj_weight, dt_proj_bias, A and D in the ranges that a trained model has."""
+    shapes = [
+        (batch, height, width, channels), (4, rank + 2 * states, channels), (4, channels, rank), (4, channels),
+        (4, channels, states), (4, channels),
+    ]  # fmt: skip
+    u, x_proj, dt_proj, bias, A, D = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    values = [u, x_proj / channels**0.5, dt_proj / rank**0.5, bias - 2, -(A.abs() + 0.1), D]
+    return [value.to(dtype) for value in values]
+
+
+def scan_arguments(
+    batch: int, channels: int, length: int, states: int, groups: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """All arguments of `selective_scan`, B and C grouped."""
+    shapes = {
+        "u": (batch, channels, length), "delta": (batch, channels, length), "A": (channels, states),
+        "B": (batch, groups, states, length), "C": (batch, groups, states, length), "D": (channels,),
+        "z": (batch, channels, length), "delta_bias": (channels,),
+    }  # fmt: skip
+    values = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    values["A"] = -(values["A"].abs() + 0.1)
+    return {name: value.to(dtype) for name, value in values.items()}
+
+
+def gradients(function: Callable[..., Any], arguments: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of a function, and gradients of a fixed weighted sum of them for every argument."""
+    leaves = [value.detach().clone().requires_grad_() for value in arguments]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    total = sum((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() for y in outputs)
+    return [y.detach() for y in outputs], list(torch.autograd.grad(total, leaves))
+
+
+def assert_matches(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Largest difference against the largest entry, tensor by tensor."""
+    for i, (value, reference) in enumerate(zip(actual, expected, strict=True)):
+        assert value.shape == reference.shape
+        error = (value.double() - reference.double()).abs().max() if value.numel() else torch.tensor(0.0)
+        scale = reference.abs().max().clamp(min=1e-3) if value.numel() else torch.tensor(1.0)
+        assert error <= tolerance * scale, f"tensor {i}: {error:.2e} of {scale:.2e}"

@@ -1,0 +1,108 @@
+"""A data set and a recipe small enough to train in a second, and processes that can be killed."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vmamba.data.config import AugmentConfig, DataConfig
+from vmamba.tasks import checkpointing, runs
+from vmamba.tasks.classification import ClassificationTask, train
+from vmamba.tasks.recipe import ModelConfig, OptimConfig, TrainConfig, TrainerConfig
+
+CLASSES = ("blue", "green", "red")
+
+
+def make_images(root: Path, train: int = 8, val: int = 3) -> Path:
+    """Noisy 16-pixel images in which one colour dominates: root/train/CLASS/N.png and root/val/CLASS/N.png."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for name, channel in zip(CLASSES, (2, 1, 0), strict=True):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+                pixels[..., channel] += 120
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+def recipe(images: Path, run: Path, **optim: Any) -> TrainConfig:
+    """Every source of randomness is on: shuffling, augmentation, erasing, mixing, drop path."""
+    return TrainConfig(
+        model=ModelConfig("vmamba_femto_s2", drop_path_rate=0.2, kwargs={"depths": [1, 1, 1], "dims": [8, 12, 16]}),
+        data=DataConfig(root=str(images), img_size=16, crop_pct=1.0, batch_size=4, workers=0),
+        augment=AugmentConfig(),
+        optim=OptimConfig(**{"epochs": 3, "warmup_epochs": 1, "lr_batch": 0, "lr": 0.01, "ema_decay": 0.9} | optim),
+        trainer=TrainerConfig(accelerator="cpu", accumulate=2, progress=False),
+        run=str(run),
+    )
+
+
+def checkpoint(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+
+
+def spawn(function: Any, *args: Any, environment: dict[str, str] | None = None) -> multiprocessing.process.BaseProcess:
+    """Start a function in a process of its own that has the package imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tasks.small"])
+    process = context.Process(target=_child, args=(function, args, environment or {}))
+    process.start()
+    return process
+
+
+def _child(function: Any, args: tuple[Any, ...], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_die(config, moment):
+    """Train, to be killed in the second epoch."""
+    if moment == "training":
+        batch_end = ClassificationTask.on_train_batch_end
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            batch_end(self, outputs, batch, batch_idx)
+            if self.current_epoch == 1 and batch_idx == 3:
+                die()
+
+        ClassificationTask.on_train_batch_end = on_train_batch_end
+    if moment == "validating":
+        ClassificationTask.on_validation_epoch_end = lambda self: die() if self.current_epoch == 1 else None
+    if moment == "writing":
+        save = torch.save
+
+        def torch_save(contents, file):
+            if contents["epoch"] == 0:
+                return save(contents, file)
+            buffer = io.BytesIO()
+            save(contents, buffer)
+            file.write(buffer.getvalue()[: buffer.tell() // 2])
+            file.flush()
+            die()
+
+        checkpointing.torch.save = torch_save
+    if moment == "renaming":
+        replace = os.replace
+
+        def os_replace(source, target):
+            if str(target).endswith("last.ckpt") and os.path.exists(target):
+                die()
+            replace(source, target)
+
+        runs.os.replace = os_replace
+    train(config)

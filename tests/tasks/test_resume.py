@@ -1,0 +1,75 @@
+"""A run that is killed at any moment and resumed ends with the very bits of a run that never stopped."""
+
+import os
+import signal
+
+import pytest
+import safetensors.torch
+import torch
+from tasks.small import checkpoint, make_images, recipe, spawn, train_and_die
+
+from vmamba.models.checkpoints import read_metadata
+from vmamba.tasks.classification import train
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The images, and the run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    os.chdir(folder)
+    images = make_images(folder / "images")
+    process = spawn(train, recipe(images, folder / "run"))
+    process.join()
+    assert process.exitcode == 0
+    return images, folder / "run"
+
+
+def equal(a, b):
+    """The same nested values, tensors bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("moment", ["training", "validating", "writing", "renaming"])
+def test_killed_and_resumed_is_never_stopped(whole, tmp_path, monkeypatch, moment):
+    monkeypatch.chdir(tmp_path)
+    images, reference = whole
+    config = recipe(images, tmp_path / "run")
+    process = spawn(train_and_die, config, moment)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert checkpoint(tmp_path / "run")["epoch"] == 0
+    leftovers = list((tmp_path / "run/checkpoints").glob(".*.tmp"))
+    assert bool(leftovers) == (moment in ("writing", "renaming"))
+
+    config.resume = True
+    config.data.workers = 1
+    process = spawn(train, config)
+    process.join()
+    assert process.exitcode == 0
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["last.ckpt"]
+
+    ours, theirs = checkpoint(tmp_path / "run"), checkpoint(reference)
+    assert ours["global_step"] == theirs["global_step"] == 9
+    assert any(name.startswith("ema.") for name in theirs["state_dict"])
+    assert equal(ours["state_dict"], theirs["state_dict"])
+    assert equal(ours["optimizer_states"], theirs["optimizer_states"])
+    assert equal(ours["loops"], theirs["loops"])
+    for history in (ours["callbacks"]["Recorder"]["history"], theirs["callbacks"]["Recorder"]["history"]):
+        assert [row.pop("seconds") > 0 for row in history] == [True] * 3
+    assert equal(ours["callbacks"], theirs["callbacks"])
+    models = [run / "model.safetensors" for run in (tmp_path / "run", reference)]
+    assert equal(*map(safetensors.torch.load_file, models)) and equal(*map(read_metadata, models))
+
+
+def test_the_training_was_worth_comparing(whole):
+    """Weights and their average moved, and differ."""
+    state = checkpoint(whole[1])["state_dict"]
+    model = torch.cat([v.flatten() for k, v in state.items() if k.startswith("model.")])
+    ema = torch.cat([v.flatten() for k, v in state.items() if k.startswith("ema.")])
+    assert model.shape == ema.shape and (model - ema).abs().max() > 1e-4
+    rows = checkpoint(whole[1])["callbacks"]["Recorder"]["history"]
+    assert rows[0]["train_loss"] != rows[2]["train_loss"]
