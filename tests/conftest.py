@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+# torch.export writes its trace to this logger, and pytest would keep gigabytes of it.
+logging.getLogger("torch.__trace").propagate = False
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
-from vmamba.data.datasets import DataError, report
+from vmamba.data.datasets import DataError
 from vmamba.data.images import ImageError, find_images
 from vmamba.models.checkpoints import CheckpointError
 from vmamba.tasks.recipe import InfoConfig, ModelsConfig, PredictConfig, RecipeError, TrainConfig, ValidateConfig
-from vmamba.tasks.runs import NonFiniteError, atomic_write
+from vmamba.tasks.runs import NonFiniteError, atomic_write, report
 
 Config = TypeVar("Config")
 
@@ -56,7 +56,7 @@ def make_parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="vmamba",
-        description="VMamba: train, test and use visual state space models. 'vmamba COMMAND --help' explains each command.",
+        description="Train, test and use visual state space models. 'vmamba COMMAND --help' explains each command.",
     )
     commands = parser.add_subcommands(metavar="COMMAND")
 
@@ -66,15 +66,15 @@ def make_parser() -> ArgumentParser:
         "later ones win. The run's folder gets config.yaml, metrics.csv, learning_curve.png, checkpoints/last.ckpt and "
         "model.safetensors. Examples: 'vmamba train --config configs/imagenet/vmamba_tiny_s1l8.yaml --data.root "
         "/data/imagenet'; the same command under torchrun or srun uses many devices; with '--resume true' it goes on "
-        "with a run that was interrupted."
+        "with a run that was interrupted.",
     )
     _configurable(train, TrainConfig)
     commands.add_subcommand("train", train, help="train a classifier")
 
     validate = ArgumentParser(
         usage="vmamba validate [--config FILE] [--SETTING VALUE ...]",
-        description="Measure a classifier on images with known classes: accuracy, confusion matrix, sample predictions. "
-        "Without arguments: the model of the newest run, on the images it was validated on during training."
+        description="Measure a classifier on images with known classes: accuracy, confusion matrix, sample predictions."
+        " Without arguments: the model of the newest run, on the images it was validated on during training.",
     )
     _configurable(validate, ValidateConfig)
     commands.add_subcommand("validate", validate, help="measure a classifier on images with known classes")
@@ -83,21 +83,23 @@ def make_parser() -> ArgumentParser:
         usage="vmamba predict PATH [PATH ...] [--SETTING VALUE ...]",
         description="Classify images. A file that cannot be read is reported on stderr, the others are classified all "
         "the same, and the exit status is then 1. Examples: 'vmamba predict photo.jpg'; 'vmamba predict photos/ "
-        "--pretrained vmamba_tiny_s1l8 --format csv --output classes.csv'."
+        "--pretrained vmamba_tiny_s1l8 --format csv --output classes.csv'.",
     )
     predict.add_argument("paths", nargs="+", help="image files, folders (searched for images), or quoted patterns")
     _configurable(predict, PredictConfig)
     commands.add_subcommand("predict", predict, help="classify image files")
 
     models = ArgumentParser(
-        usage="vmamba models [--SETTING VALUE ...]", description="List the models with parameters, FLOPs (multiply-accumulates) and accuracy.")
+        usage="vmamba models [--SETTING VALUE ...]",
+        description="List the models with parameters, FLOPs (multiply-accumulates) and accuracy.",
+    )
     _configurable(models, ModelsConfig)
     commands.add_subcommand("models", models, help="list the models")
 
     info = ArgumentParser(
         usage="vmamba info MODEL [--SETTING VALUE ...]",
-        description="Show a model's parts, their output shapes, parameters and FLOPs (multiply-accumulates), and what a "
-        "checkpoint file holds."
+        description="Show a model's parts, their output shapes, parameters and FLOPs (multiply-accumulates), and what "
+        "a checkpoint file holds.",
     )
     info.add_argument("model", help="a variant's name, or a checkpoint file")
     _configurable(info, InfoConfig)
@@ -232,9 +234,7 @@ def _info(config: InfoConfig, given: Namespace) -> int:
         about |= {"metadata": found["metadata"]}
         model, _ = load_model(given.model)
     else:
-        raise CheckpointError(
-            f"{given.model!r} is neither a variant nor a file. Variants: {', '.join(VARIANTS)}"
-        )
+        raise CheckpointError(f"{given.model!r} is neither a variant nor a file. Variants: {', '.join(VARIANTS)}")
     cost = profile(model, config.img_size)
     about |= {"img_size": list(cost.img_size), "params": cost.params, "flops": cost.flops}
     parts = [asdict(part) for part in cost.parts]

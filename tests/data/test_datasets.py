@@ -50,8 +50,10 @@ EXPECTED = [((10 * label, number), label) for label in (0, 1) for number in rang
 def test_a_folder_is_read_in_order_with_its_class_names(tmp_path):
     config = make_folder(tmp_path)
     train, val = open_split(config, True), open_split(config, False)
-    assert contents(train) == EXPECTED and contents(val) == EXPECTED
-    assert train.class_names == ["cat", "dog"] and number_of_classes(config, train) == 2
+    assert contents(train) == EXPECTED
+    assert contents(val) == EXPECTED
+    assert train.class_names == ["cat", "dog"]
+    assert number_of_classes(config, train) == 2
     assert train.name(4) == str(tmp_path / "train/dog/1.png")
     check_same_classes(train, val)
 
@@ -79,7 +81,8 @@ def test_two_roots_and_tar_files(tmp_path):
     tars = DataConfig(root=str(tmp_path / "train.tar"), val_root=str(tmp_path / "val.tar"))
     for config in (folders, tars):
         split = open_split(config, False)
-        assert contents(split) == EXPECTED and split.class_names == ["cat", "dog"]
+        assert contents(split) == EXPECTED
+        assert split.class_names == ["cat", "dog"]
     with pytest.raises(DataError, match="data.val_root"):
         open_split(DataConfig(root=str(tmp_path / "train.tar")), True)
 
@@ -153,7 +156,8 @@ def test_tickets_divide_an_epoch_among_devices():
     shuffled = [list(TicketSampler(11, True, seed=1, rank=rank, world_size=2)) for rank in (0, 1)]
     assert [len(part) for part in shuffled] == [5, 5]
     indices = [index for part in shuffled for _, index in part]
-    assert len(set(indices)) == 10 and set(indices) <= set(range(11))
+    assert len(set(indices)) == 10
+    assert set(indices) <= set(range(11))
     ordered = [list(TicketSampler(5, False, rank=rank, world_size=2)) for rank in (0, 1)]
     assert ordered == [[(0, 0), (0, 2), (0, 4)], [(0, 1), (0, 3), (0, -1)]]
     sampler = TicketSampler(50, True)
@@ -178,7 +182,8 @@ def test_an_epoch_can_be_replayed_whatever_the_number_of_workers(tmp_path):
     zero, two = ([epoch_of(loader, epoch) for epoch in (0, 1)] for loader in loaders)
     fresh = epoch_of(EpochLoader(samples, 4, True, seed=3), 1)
     for other in (two[1], fresh):
-        assert torch.equal(zero[1][0], other[0]) and torch.equal(zero[1][1], other[1])
+        assert torch.equal(zero[1][0], other[0])
+        assert torch.equal(zero[1][1], other[1])
     assert torch.equal(zero[0][0], two[0][0])
     assert not torch.equal(zero[0][0], zero[1][0])
     other_seed = Samples(samples.split, samples.transform, 3, 2, seed=4)
@@ -193,7 +198,8 @@ def test_samples_in_memory_are_those_on_disk(tmp_path):
         images, labels = epoch_of(batch, 0)
         assert images[:, 0, 0, 0].tolist() == [0, 0, 0, 10, 10, 10]
         assert images[:, 1, 0, 0].tolist() == [0, 1, 2, 0, 1, 2]
-        assert images.dtype == torch.uint8 and labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert images.dtype == torch.uint8
+        assert labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert memory.__getitems__([(0, 1), (0, -1)])[1].tolist() == [0, -1]
 
 
@@ -221,7 +227,8 @@ def test_fashion_mnist_is_unpacked_and_read(tmp_path):
     pre = Preprocessing((28, 28), 1, (0.286,), (0.353,), crop_pct=1.0)
     memory = MemorySamples(train, pre, 10)
     image, label = train.read(13, 1)
-    assert torch.equal(memory.images[13, 0], torch.from_numpy(np.array(image))) and label == 3
+    assert torch.equal(memory.images[13, 0], torch.from_numpy(np.array(image)))
+    assert label == 3
     assert sorted(path.name for path in (tmp_path / "FashionMNIST/raw").glob("*ubyte")) == [
         "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "train-images-idx3-ubyte", "train-labels-idx1-ubyte",
     ]  # fmt: skip
@@ -259,7 +266,8 @@ def test_hugging_face_data_sets(tmp_path):
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "hub/train.parquet")
     config = DataConfig(dataset=f"hfds/{tmp_path}/hub", root=str(tmp_path / "cache"))
     split = open_split(config, True)
-    assert split.class_names == ["cat", "dog"] and number_of_classes(config, split) == 2
+    assert split.class_names == ["cat", "dog"]
+    assert number_of_classes(config, split) == 2
     assert contents(split) == EXPECTED
     assert "sample 2" in split.name(2)
 
@@ -275,7 +283,16 @@ def make_shards(folder, shards=4, each=4):
                     entry = tarfile.TarInfo(f"{shard}-{number}.{ending}")
                     entry.size = len(data)
                     tar.addfile(entry, io.BytesIO(data))
-    info = {"splits": {"train": {"name": "train", "num_samples": shards * each, "filenames": [f"part-{s}.tar" for s in range(shards)], "shard_lengths": [each] * shards}}}
+    info = {
+        "splits": {
+            "train": {
+                "name": "train",
+                "num_samples": shards * each,
+                "filenames": [f"part-{s}.tar" for s in range(shards)],
+                "shard_lengths": [each] * shards,
+            }
+        }
+    }
     (folder / "info.json").write_text(json.dumps(info))
     return DataConfig(dataset="wds/", root=str(folder), val_split="train", batch_size=4)
 
@@ -294,9 +311,11 @@ def test_shards_are_streamed_and_an_epoch_can_be_replayed(tmp_path):
 
     one, other = loader(), loader()
     first, second = epoch_of(one, 0), epoch_of(one, 1)
-    assert len(one) == 4 and first[0].shape == (16, 3, 8, 8)
+    assert len(one) == 4
+    assert first[0].shape == (16, 3, 8, 8)
     assert torch.equal(first[1], first[0][:, 0, 0, 0] % 2)
-    assert torch.equal(epoch_of(other, 1)[0], second[0]) and not torch.equal(first[0], second[0])
+    assert torch.equal(epoch_of(other, 1)[0], second[0])
+    assert not torch.equal(first[0], second[0])
     val = EpochLoader(Stream(open_split(config, False), PRE.eval_transform(), 3, 2, 1), 4, False)
     images, _ = epoch_of(val, 0)
     assert sorted(zip(images[:, 0, 0, 0].tolist(), images[:, 1, 0, 0].tolist(), strict=True)) == [

@@ -54,7 +54,17 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
 
 def _tiff_big_endian(values: np.ndarray) -> bytes:
     height, width = values.shape
-    tags = [(256, width), (257, height), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, values.nbytes)]
+    tags = [
+        (256, width),
+        (257, height),
+        (258, 16),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (277, 1),
+        (278, height),
+        (279, values.nbytes),
+    ]
     data = values.astype(">u2").tobytes()
     entries = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags)
     return b"MM\x00*" + struct.pack(">I", 8 + len(data)) + data + struct.pack(">H", len(tags)) + entries + bytes(4)
@@ -110,7 +120,9 @@ def test_exif_orientation_is_applied(tmp_path, orientation, corner):
 
 
 def test_damaged_exif_does_not_hide_the_picture(tmp_path):
-    path = _saved(tmp_path, Image.new("RGB", (4, 4), "red"), "a.png", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff garbage")
+    path = _saved(
+        tmp_path, Image.new("RGB", (4, 4), "red"), "a.png", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff garbage"
+    )
     assert _pixels(path)[0, 0].tolist() == [255, 0, 0]
 
 

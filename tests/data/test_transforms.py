@@ -22,7 +22,8 @@ def test_eval_transform_resizes_the_short_side_and_crops_the_centre():
     image = Image.new("RGB", (200, 100))
     image.paste((255, 0, 0), (70, 0, 130, 100))
     pixels = Preprocessing(img_size=(50, 50), crop_pct=0.5).eval_transform()(image)
-    assert pixels.shape == (3, 50, 50) and pixels.dtype == torch.uint8
+    assert pixels.shape == (3, 50, 50)
+    assert pixels.dtype == torch.uint8
     assert pixels[:, 25, 25].tolist() == [255, 0, 0]
     assert pixels[0].float().mean() == 255  # the centre 50 of 200 pixels lies inside the red band
 

@@ -54,7 +54,7 @@ def checkpoint(run: Path) -> dict[str, Any]:
 def spawn(function: Any, *args: Any, environment: dict[str, str] | None = None) -> multiprocessing.process.BaseProcess:
     """Start a function in a process of its own that has the package imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tasks.small"])
+    context.set_forkserver_preload(["vmamba.tasks.classification"])
     process = context.Process(target=_child, args=(function, args, environment or {}))
     process.start()
     return process
@@ -82,7 +82,10 @@ def train_and_die(config, moment):
 
         ClassificationTask.on_train_batch_end = on_train_batch_end
     if moment == "validating":
-        ClassificationTask.on_validation_epoch_end = lambda self: die() if self.current_epoch == 1 else None
+        validation_end = ClassificationTask.on_validation_epoch_end
+        ClassificationTask.on_validation_epoch_end = lambda self: (
+            die() if self.current_epoch == 1 else validation_end(self)
+        )
     if moment == "writing":
         save = torch.save
 

@@ -113,11 +113,13 @@ EXPORT int32_t vmamba_choose(const char* name) {
     return 0;
 }
 
-EXPORT void vmamba_initialise(void* gomp_parallel) {
-    openmp = reinterpret_cast<Parallel>(gomp_parallel);
+// Once, before anything else.
+EXPORT void vmamba_initialise() {
     pthread_atfork(nullptr, nullptr, [] { forked = true; });
-    vmamba_choose("");
 }
+
+// Null: start threads of our own for each call.
+EXPORT void vmamba_use_openmp(void* gomp_parallel) { openmp = reinterpret_cast<Parallel>(gomp_parallel); }
 
 // Both return 0, or 1 where memory ran out.
 EXPORT int32_t vmamba_forward(const Problem* p) {

@@ -232,13 +232,20 @@ void scan_route(
     Floats decay_1[VECTORS], h_1[VECTORS];  // registers, for the one state that vmamba's own variants have
     for (int i = 0; N == 1 && i < VECTORS; i++) decay_1[i] = load(of.decay + i * LANES), h_1[i] = Floats{};
 
+    int64_t* upcoming = positions + CHUNK;
+    walk(p, p.route_bits[k], 0, int(smaller(CHUNK, total)), upcoming);
     for (int64_t from = 0; from < total; from += CHUNK) {
         int count = int(smaller(CHUNK, total - from));
-        walk(p, p.route_bits[k], from, count, positions);
+        int64_t* swap = positions;
+        positions = upcoming, upcoming = swap;
+        walk(p, p.route_bits[k], smaller(from + CHUNK, total - 1), int(smaller(CHUNK, larger(1, total - from - CHUNK))), upcoming);
         raw_steps<FULL>(p, in, of, at, positions, count, steps);
         soften<false>(p, steps, nullptr, count);
         for (int t = 0; t < count; t++) {
-            int64_t position = positions[t];
+            int64_t position = positions[t], next = upcoming[t];
+            __builtin_prefetch(u + next * p.channels);
+            __builtin_prefetch(y + next * y_stride, 1);
+            __builtin_prefetch(in.dt_low + next * stride);
             Block delta = load_block(steps + t * BLOCK), x = load_block<FULL>(u + position * p.channels, at.valid), out;
             const float *B = in.B + position * stride, *C = in.C + position * stride;
             for (int i = 0; i < VECTORS; i++) {
@@ -294,7 +301,7 @@ int64_t forward_tasks(const Problem& p) { return p.batch * blocks(p) * (p.route_
 bool adds_in_scratch(const Problem& p) { return p.bfloat16 && !p.route_y; }
 
 size_t forward_scratch(const Problem& p) {
-    int64_t rows = p.rank + 1 + 2 * p.states + CHUNK + (2 * CHUNK) / BLOCK + (adds_in_scratch(p) ? length(p) : 0);
+    int64_t rows = p.rank + 1 + 2 * p.states + CHUNK + 4 * CHUNK / BLOCK + (adds_in_scratch(p) ? length(p) : 0);
     return rows * BLOCK * sizeof(float);
 }
 
@@ -304,7 +311,7 @@ void forward_block(const Problem& p, int64_t task, float* memory) {
     Parameters of(p, scratch);
     Floats* h = reinterpret_cast<Floats*>(scratch.floats(p.states * BLOCK));
     float* steps = scratch.floats(CHUNK * BLOCK);
-    int64_t* positions = scratch.positions(CHUNK);
+    int64_t* positions = scratch.positions(2 * CHUNK);
 
     int64_t k_first = 0, k_last = p.routes, total = length(p);
     if (p.route_y) k_first = task % p.routes, k_last = k_first + 1, task /= p.routes;

@@ -25,6 +25,8 @@ class DataConfig:
     """Let torch/ and tfds/ data sets download what is missing."""
     num_classes: int | None = None
     """Number of classes, where the data set does not name them (wds/)."""
+    class_names: str | None = None
+    """Text file with the name of a class on each line, where the data set does not name them (wds/)."""
     num_samples: int | None = None
     """Number of training images, where the data set cannot tell (wds/)."""
     input_key: str | None = None

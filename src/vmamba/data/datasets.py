@@ -6,7 +6,6 @@ import errno
 import gzip
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,13 +79,18 @@ class Split:
 
     def labels(self) -> Sequence[int] | None:
         """Every label, where they are known without reading images."""
-        reader = getattr(self.source, "reader", None)
-        if hasattr(reader, "samples"):
-            return [sample[1] for sample in reader.samples]
+        reader: Any = getattr(self.source, "reader", self.source)
+        labels = getattr(reader, "targets", None)
         if hasattr(reader, "iter_targets"):
-            return list(reader.iter_targets())
-        targets = getattr(self.source, "targets", None)
-        return None if targets is None else torch.as_tensor(targets).tolist()
+            labels = list(reader.iter_targets())
+        elif labels is None and hasattr(reader, "samples"):
+            labels = [label for _, label in reader.samples]
+        if labels is None:
+            return None
+        try:
+            return [int(label) for label in labels]
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the labels of {self.where} are not class numbers; name theirs with data.target_key") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +114,7 @@ def open_split(config: DataConfig, training: bool, class_names: Sequence[str] | 
         return _open_files(_split_root(config, root, split), class_names)
     where = " ".join(filter(None, (config.dataset, f"({split})", f"in {root}" if root else "")))
     source = _open_named(config, root, split, training, seed, where)
-    names = _class_names(source)
+    names = _class_names(source) or _listed_names(config)
     if not isinstance(source, IterableImageDataset) and not len(source):
         raise DataError(f"{where} is empty")
     return Split(source, names, where)
@@ -172,10 +176,10 @@ def _open_named(config: DataConfig, root: str | None, split: str, training: bool
     """A data set that timm's factory knows by name."""
     if not config.dataset.startswith("hf") and root is None:
         raise DataError(f"data.root is not set: {config.dataset} needs the folder that holds the data")
-    arguments: dict[str, Any] = dict(
-        name=config.dataset, root=root, split=split, is_training=training, seed=seed, batch_size=config.batch_size,
-        input_key=config.input_key, target_key=config.target_key,
-    )  # fmt: skip
+    arguments: dict[str, Any] = {
+        "name": config.dataset, "root": root, "split": split, "is_training": training, "seed": seed,
+        "batch_size": config.batch_size, "input_key": config.input_key, "target_key": config.target_key,
+    }  # fmt: skip
     if config.dataset.startswith(("wds/", "hfids/", "tfds/")):
         arguments["input_img_mode"] = ""  # as stored: `standard_image` does the rest
         arguments["num_samples"] = config.num_samples if training else None
@@ -202,6 +206,15 @@ def _open_named(config: DataConfig, root: str | None, split: str, training: bool
     except Exception as error:  # each library has its own exceptions for data that is not there
         hint = "" if config.download else " If it has to be downloaded first, set data.download to true"
         raise DataError(f"{where} cannot be opened: {error or type(error).__name__}.{hint}") from error
+
+
+def _listed_names(config: DataConfig) -> list[str] | None:
+    if config.class_names is None:
+        return None
+    try:
+        return Path(config.class_names).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"data.class_names: {error}") from error
 
 
 def _unpack(root: Path, dataset: str) -> None:
@@ -253,7 +266,7 @@ def number_of_classes(config: DataConfig, split: Split) -> int:
     if known and number < known:
         raise DataError(f"data.num_classes is {number}, but {split.where} has {known} classes")
     labels = split.labels()
-    if labels is not None and len(labels) and not (0 <= min(labels) and max(labels) < number):
+    if labels is not None and len(labels) and not (min(labels) >= 0 and max(labels) < number):
         bad = next(i for i, label in enumerate(labels) if not 0 <= label < number)
         raise DataError(f"{split.name(bad)} has label {labels[bad]}, outside of 0 to {number - 1} ({number} classes)")
     return number
@@ -291,21 +304,25 @@ class _Check(Dataset[str]):
         return ""
 
 
+def _tracked(work: Any, description: str) -> Any:
+    """The same iterable, with a progress bar on stderr if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(work, description, console=console, disable=not console.is_terminal)
+
+
 def check_files(split: Split, in_chans: int, workers: int = 0) -> None:
     """Decode every image of a split, with a progress bar on stderr.
 
     Raises:
         DataError: listing every file that cannot be used.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     if split.is_stream:
         raise DataError(f"data.check_files needs images that can be read one by one; {split.where} is a stream")
     loader: DataLoader[str] = DataLoader(_Check(split, in_chans), batch_size=32, num_workers=workers, collate_fn=list)
-    console = Console(stderr=True)
-    batches = track(loader, f"checking {split.where}", console=console, disable=not console.is_terminal)
-    if bad := [message for batch in batches for message in batch if message]:
+    if bad := [message for batch in _tracked(loader, f"checking {split.where}") for message in batch if message]:
         lines = "\n  ".join(bad)
         raise DataError(f"{len(bad)} of {len(split)} images in {split.where} cannot be used:\n  {lines}")
 
@@ -315,7 +332,7 @@ def check_files(split: Split, in_chans: int, workers: int = 0) -> None:
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
-    """Ticket (epoch, index) to (uint8 image (C, H, W), label). What is random depends on the seed and the ticket only."""
+    """Ticket (epoch, index) to (uint8 image (C, H, W), label); what is random depends on seed and ticket alone."""
 
     def __init__(self, split: Split, transform: ImageTransform, in_chans: int, num_classes: int, seed: int = 0) -> None:
         self.split, self.transform, self.in_chans, self.num_classes, self.seed = (
@@ -347,7 +364,7 @@ class MemorySamples(Dataset[tuple[Tensor, Tensor]]):
         samples = Samples(split, pre.eval_transform(), pre.in_chans, num_classes)
         self.images = torch.empty(len(split), pre.in_chans, *pre.img_size, dtype=torch.uint8)
         self.labels = torch.empty(len(split), dtype=torch.int64)
-        for index in range(len(split)):
+        for index in _tracked(range(len(split)), f"reading {split.where}"):
             self.images[index], self.labels[index] = samples[0, index]
 
     def __len__(self) -> int:
@@ -397,6 +414,7 @@ class TicketSampler(Sampler[Ticket]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """From the next iteration on, give the tickets of this epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -452,13 +470,9 @@ class EpochLoader(DataLoader[Any]):
         if isinstance(self.sampler, TicketSampler):
             self.sampler.set_epoch(epoch)
         else:
+            assert isinstance(self.dataset, Stream)
             self.dataset.split.source.set_epoch(epoch)
 
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def report(message: str) -> None:
-    """Tell the person at the terminal, leaving stdout to results."""
-    print(message, file=sys.stderr, flush=True)

@@ -12,9 +12,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-IMAGE_EXTENSIONS = frozenset(
-    ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split()
-)
+IMAGE_EXTENSIONS = frozenset({
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2",
+    ".avif",
+})  # fmt: skip
 
 # Pillow also opens formats that start other programs (EPS runs Ghostscript). A file's name says nothing about its
 # content, so the formats that may be decoded are named here.
@@ -54,7 +55,7 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, in_chans: int = 3, nam
             with Image.open(source, formats=_FORMATS) as image:
                 image.load()
                 return standard_image(image, in_chans)
-    # Decoders meet damaged files with almost any exception: OSError, SyntaxError, struct.error, EOFError, IndexError ...
+    # Decoders meet damaged files with almost any exception: OSError, SyntaxError, struct.error, EOFError ...
     except Exception as error:
         raise ImageError(f"{name}: {_reason(error, source)}") from error
 

@@ -7,6 +7,7 @@ quarter of the memory traffic of float images and, for small ones, no loader tim
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -57,6 +58,7 @@ class Preprocessing:
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def eval_transform(self) -> ImageTransform:
@@ -67,9 +69,14 @@ class Preprocessing:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) to float32 with the given mean and standard deviation of each channel."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1) * 255
-        scale = 1 / (torch.tensor(self.std, device=images.device).view(1, -1, 1, 1) * 255)
-        return (images.float() - mean) * scale
+        mean, std = _on_device(self.mean, images.device), _on_device(self.std, images.device)
+        return (images.float() - mean * 255) / (std * 255)
+
+
+@functools.cache
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One value a channel, (C, 1, 1); copied to a device once, for each copy waits for what the device is doing."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def train_transform(config: AugmentConfig, pre: Preprocessing) -> ImageTransform:
@@ -115,6 +122,7 @@ class BatchAugment:
         self.erasing = config.random_erasing
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Augment and normalise one batch."""
         if self.padding or self.hflip:
             images = crop_and_flip(images, self.padding, self.hflip)
         images = self.pre.normalise(images)

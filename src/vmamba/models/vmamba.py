@@ -26,7 +26,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vmamba.models.checkpoints import download, load_checkpoint
+from vmamba.models.checkpoints import download, identify_checkpoint, load_checkpoint
 from vmamba.models.variants import VARIANTS, Variant
 from vmamba.nn import ConvDownsample, ConvStem, PatchMerging, PatchStem, VSSBlock
 from vmamba.ops.registration import is_tracing_for_export
@@ -213,7 +213,8 @@ class VMamba(nn.Module):
 
     def load_pretrained(self, path: str | PathLike[str], prefix: str = "") -> None:
         """timm's hook for `pretrained=True`: everything but a head of another size, first convolution adapted."""
-        load_checkpoint(self, path, reset_head=True, adapt_input=True)
+        same_classes = identify_checkpoint(path).num_classes == self.num_classes
+        load_checkpoint(self, path, reset_head=not same_classes, adapt_input=True)
 
     def forward_intermediates(
         self,

@@ -1,7 +1,7 @@
 """Image classification: head, loss, metrics and recipe, and the two calls that use them, `train` and `validate`.
 
-What is computed is in this file, top to bottom; Lightning runs it on the devices at hand. Pictures, the run's folder and
-progress have files of their own.
+What is computed is in this file, top to bottom; Lightning runs it on the devices at hand. Pictures, progress and the
+run's folder have files of their own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 import vmamba
 from vmamba.data.config import DataConfig
@@ -41,7 +42,6 @@ from vmamba.data.datasets import (
     check_same_classes,
     number_of_classes,
     open_split,
-    report,
 )
 from vmamba.data.seeding import derive_seed, seed_step
 from vmamba.data.transforms import AugmentConfig, BatchAugment, Preprocessing, train_transform
@@ -56,13 +56,14 @@ from vmamba.tasks.recipe import (
     ValidateConfig,
     load_recipe,
 )
-from vmamba.tasks.runs import LATEST, NonFiniteError, RunFolder, atomic_write
+from vmamba.tasks.runs import LATEST, NonFiniteError, RunFolder, atomic_write, report
 
 try:
     import lightning as L
     from lightning.pytorch.plugins.environments import SLURMEnvironment
     from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
     from lightning.pytorch.utilities import rank_zero_only
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from torchmetrics import MeanMetric
     from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
@@ -117,12 +118,13 @@ class ClassificationTask(L.LightningModule):
                 label_smoothing=augment.label_smoothing, num_classes=num_classes,
             )  # fmt: skip
 
-        known: dict[str, Any] = dict(average="micro", ignore_index=PADDING, validate_args=False)
+        known: dict[str, Any] = {'average': "micro", 'ignore_index': PADDING, 'validate_args': False}
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.val_top1 = MulticlassAccuracy(num_classes, **known)
         self.val_top5 = MulticlassAccuracy(num_classes, top_k=5, **known) if num_classes > 5 else None
         self.confusion: MulticlassConfusionMatrix | None = None  # `validate` asks for it
         self.results: dict[str, float] = {}
+        self.averaged_step = 0
 
     @property
     def network(self) -> nn.Module:
@@ -131,6 +133,7 @@ class ClassificationTask(L.LightningModule):
 
     # --- one training step
 
+    @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """uint8 images (B, C, H, W) and labels (B,) to the loss."""
         seed_step(derive_seed(self.seed, self.current_epoch, batch_idx, self.global_rank), self.device)
@@ -148,9 +151,11 @@ class ClassificationTask(L.LightningModule):
         self.pending_loss += loss.detach()
         return loss
 
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.scheduler.step_update(self.global_step)  # the rate depends on the step alone: nothing to save
 
+    @override
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
@@ -172,6 +177,7 @@ class ClassificationTask(L.LightningModule):
             f"too short, and 16-mixed precision: try bf16-mixed or 32-true"
         )
 
+    @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.ema is not None and self.global_step != self.averaged_step:
             self.ema.update(self.model, step=self.global_step)
@@ -179,6 +185,7 @@ class ClassificationTask(L.LightningModule):
 
     # --- one validation step
 
+    @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """uint8 images (B, C, H, W) and labels (B,), -1 where the image only fills up the batch, to logits."""
         images, labels = batch
@@ -190,6 +197,7 @@ class ClassificationTask(L.LightningModule):
                 metric.update(logits, labels)
         return logits
 
+    @override
     def on_validation_epoch_end(self) -> None:
         metrics = {"val_loss": self.val_loss, "val_top1": self.val_top1, "val_top5": self.val_top5}
         self.results = {}
@@ -200,9 +208,11 @@ class ClassificationTask(L.LightningModule):
 
     # --- one epoch
 
+    @override
     def on_train_start(self) -> None:
         self.averaged_step = self.global_step
 
+    @override
     def on_train_epoch_start(self) -> None:
         self.train_loader.set_epoch(self.current_epoch)
         self.results = {}
@@ -219,20 +229,24 @@ class ClassificationTask(L.LightningModule):
 
     # --- what Lightning asks for
 
+    @override
     def setup(self, stage: str) -> None:
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         self.val_loader = self.make_loader(False, rank, world_size)
         if stage == "fit":
             self.train_loader = self.make_loader(True, rank, world_size)
 
+    @override
     def train_dataloader(self) -> EpochLoader:
         # Of a resumed run, the loop already knows the epoch; `current_epoch` follows later.
-        self.train_loader.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+        self.train_loader.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return self.train_loader
 
+    @override
     def val_dataloader(self) -> EpochLoader:
         return self.val_loader
 
+    @override
     def configure_model(self) -> None:
         """Under fsdp: shard each block, then the rest."""
         if self.device_mesh is None or hasattr(self, "unsharded"):
@@ -246,13 +260,14 @@ class ClassificationTask(L.LightningModule):
                 fully_shard(module, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
 
+    @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         o = self.optim
         assert o is not None
         accumulate = self.trainer.accumulate_grad_batches
-        batch = self.train_loader.batch_size * self.trainer.world_size * accumulate
+        batch = (self.train_loader.batch_size or 0) * self.trainer.world_size * accumulate
         scale = batch / o.lr_batch if o.lr_batch else 1.0
-        betas = {"betas": tuple(o.betas)} if o.betas else {}
+        betas: dict[str, Any] = {"betas": tuple(o.betas)} if o.betas else {}
         optimizer = create_optimizer_v2(
             self.model, o.optimizer, lr=o.lr * scale, weight_decay=o.weight_decay, layer_decay=o.layer_decay, **betas
         )
@@ -291,10 +306,11 @@ def build_model(config: ModelConfig, num_classes: int, in_chans: int | None = No
         arguments["drop_path_rate"] = config.drop_path_rate
     if not timm.is_model(config.name):
         raise RecipeError(f"there is no model {config.name!r}; `vmamba models` lists the variants")
-    model = timm.create_model(config.name, **arguments)
+    model: Any = timm.create_model(config.name, **arguments)
     if config.checkpoint:
         load_checkpoint(model, config.checkpoint, ema=config.ema_weights, reset_head=True)
-    model.set_grad_checkpointing(config.grad_checkpointing)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
     return model
 
 
@@ -358,6 +374,11 @@ class _Machines:
         return cls(devices, 1 if nodes == "auto" else nodes)
 
 
+def _is_first() -> bool:
+    """Whether this is the process, of all that take part, that checks files; known before any device is."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def make_trainer(config: TrainerConfig, **arguments: Any) -> L.Trainer:
     """Lightning's trainer for the configured devices, without the features that this package brings itself."""
     machines = _Machines.find(config)
@@ -371,12 +392,15 @@ def make_trainer(config: TrainerConfig, **arguments: Any) -> L.Trainer:
     # Lightning's advice to raise num_workers: where images lie in memory, more workers would only cost time.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # of torch, about Lightning
-    return L.Trainer(
-        accelerator=config.accelerator, devices=machines.devices, num_nodes=machines.nodes, strategy=strategy,
-        precision=config.precision, plugins=plugins, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        num_sanity_val_steps=0, deterministic=config.deterministic or None, **arguments,
-    )  # fmt: skip
+    try:
+        return L.Trainer(
+            accelerator=config.accelerator, devices=machines.devices, num_nodes=machines.nodes, strategy=strategy,
+            precision=config.precision, plugins=plugins, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            num_sanity_val_steps=0, deterministic=config.deterministic or None, **arguments,
+        )  # fmt: skip
+    except (MisconfigurationException, ValueError) as error:
+        raise RecipeError(f"trainer: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,14 +426,13 @@ def train(config: TrainConfig) -> Path:
     settings = config.to_dict()
     run = RunFolder(config.folder)
     checkpoint = run.decide(settings, config.resume, config.overwrite)
-    first = rank_zero_only.rank in (0, None)
 
     train_split = open_split(config.data, training=True, seed=config.seed)
     val_split = open_split(config.data, training=False)
     check_same_classes(train_split, val_split)
     num_classes = number_of_classes(config.data, train_split)
     number_of_classes(config.data, val_split)
-    if config.data.check_files and first:
+    if config.data.check_files and _is_first():
         for split in (train_split, val_split):
             check_files(split, in_chans=3, workers=config.data.workers)
 
@@ -468,11 +491,13 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
         raise DataError(f"{split.where} has {number} classes, but {classifier.source} has {classifier.num_classes}")
     if names is None and classifier.num_classes != 1000 and split.class_names not in (None, classifier.class_names):
         raise DataError(f"the classes of {split.where}, {split.class_names}, are not those of {classifier.source}")
-    if data.check_files and rank_zero_only.rank in (0, None):
+    if data.check_files and _is_first():
         check_files(split, classifier.pre.in_chans, data.workers)
 
     gallery = _Gallery(len(split))
-    trainer = make_trainer(config.trainer, callbacks=[gallery, ValidationProgress()] if config.trainer.progress else [gallery])
+    trainer = make_trainer(
+        config.trainer, callbacks=[gallery, ValidationProgress()] if config.trainer.progress else [gallery]
+    )
     make_loader = loader_factory(
         data, None, split, classifier.pre, classifier.num_classes, AugmentConfig(), 0,
         pin_memory=trainer.strategy.root_device.type == "cuda",
@@ -531,6 +556,7 @@ class _Gallery(L.Callback):
         self.worst: list[tuple[Tensor, int, int, float]] = []
         self.most, self.seen = mistakes, 0
 
+    @override
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:

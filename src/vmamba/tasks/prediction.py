@@ -40,7 +40,7 @@ class ClassScore:
 
 
 def preprocessing_of(model: nn.Module, data: DataConfig, stored: dict[str, Any] | None = None) -> Preprocessing:
-    """What a model expects of its input: from stored metadata or else its ``pretrained_cfg``, overridden by ``data``."""
+    """What a model expects of its input: stored metadata or else its ``pretrained_cfg``, overridden by ``data``."""
     known = dict(stored or getattr(model, "pretrained_cfg", None) or {})
     given = {
         field.name: getattr(data, field.name)
@@ -111,6 +111,7 @@ class Classifier:
 
     @property
     def num_classes(self) -> int:
+        """Size of the head."""
         return len(self.class_names)
 
     @torch.inference_mode()
@@ -130,15 +131,17 @@ class Classifier:
             batch_size: images in one forward pass.
             workers: processes that read images; 0 to read them in this one.
         """
-        loader: DataLoader[Any] = DataLoader(
-            _Files(files, self.pre), batch_size, num_workers=workers, collate_fn=list
-        )
+        loader: DataLoader[Any] = DataLoader(_Files(files, self.pre), batch_size, num_workers=workers, collate_fn=list)
         done = 0
         for batch in loader:
             good = [item for item in batch if isinstance(item, Tensor)]
             scores = iter(self.confidences(torch.stack(good))) if good else iter(())
             for file, item in zip(files[done : done + len(batch)], batch, strict=True):
-                yield self._prediction(file, next(scores), topk) if isinstance(item, Tensor) else Prediction(file, error=item)
+                yield (
+                    self._prediction(file, next(scores), topk)
+                    if isinstance(item, Tensor)
+                    else Prediction(file, error=item)
+                )
             done += len(batch)
 
     def _prediction(self, file: str, scores: Tensor, topk: int) -> Prediction:
@@ -176,4 +179,3 @@ def default_device() -> torch.device:
     """The first accelerator that torch finds, or the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator or torch.device("cpu")
-

@@ -7,7 +7,9 @@ from typing import Any
 
 import lightning as L
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from typing_extensions import override
 
 from vmamba.tasks.checkpointing import Recorder
 
@@ -22,6 +24,7 @@ class Progress(L.Callback):
         self.console = Console(stderr=True, highlight=False)
         self.bar: Bar | None = None
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.shown = trainer.is_global_zero
         if not self.shown:
@@ -37,6 +40,7 @@ class Progress(L.Callback):
             self.task = self.bar.add_task("training", total=self.steps, completed=self.step)
             self.bar.start()
 
+    @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self.shown:
             return
@@ -53,10 +57,12 @@ class Progress(L.Callback):
             batches = f"step {batch_idx + 1}/{trainer.num_training_batches}"
             self.console.print(f"{where}  {batches}  loss {loss:.4f}  {self._left()}")
 
+    @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.bar:
             self.bar.update(self.task, completed=self.step, description=f"epoch {trainer.current_epoch + 1} validating")
 
+    @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not self.shown:
             return
@@ -69,9 +75,11 @@ class Progress(L.Callback):
         parts += [f"| lr {row['lr']:.2e}", f"{row['seconds']:.0f} s", "" if self.bar else self._left()]
         self.console.print("  ".join(filter(None, parts)), soft_wrap=True)
 
+    @override
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._stop()
 
+    @override
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._stop()
 
@@ -95,17 +103,21 @@ class ValidationProgress(L.Callback):
     def __init__(self) -> None:
         self.bar = Bar(console=Console(stderr=True))
 
+    @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and self.bar.console.is_terminal:
             self.task = self.bar.add_task("validating", total=len(pl_module.val_loader))
             self.bar.start()
 
+    @override
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         if self.bar.tasks:
             self.bar.advance(self.task)
 
+    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.bar.stop()
 
+    @override
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.bar.stop()

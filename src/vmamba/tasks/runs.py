@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ LATEST = Path("runs/latest")
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient stopped being a number. The update that would have used it was not made."""
+
+
+def report(message: str) -> None:
+    """Tell the person at the terminal, leaving stdout to results."""
+    print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -70,10 +76,12 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
+        """The numbers of each epoch."""
         return self.path / "metrics.csv"
 
     @property
     def curve(self) -> Path:
+        """The same as a picture."""
         return self.path / "learning_curve.png"
 
     def decide(self, settings: dict[str, Any], resume: bool, overwrite: bool) -> Path | None:
@@ -90,6 +98,8 @@ class RunFolder:
                 f"{self.path} already holds a run. Give --resume true to go on with it, --overwrite true to replace "
                 f"it, or another folder with --run"
             )
+        if not self.config.exists():
+            raise RecipeError(f"{self.checkpoint} cannot be resumed: {self.config}, which belongs to it, is missing")
         if changed := differences(load_recipe(self.config), settings):
             raise RecipeError(
                 f"the run in {self.path} was started with other settings, so it cannot be resumed:\n  "

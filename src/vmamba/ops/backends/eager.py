@@ -68,13 +68,14 @@ def _by_doubling(a: Tensor, b: Tensor, backwards: bool) -> Tensor:
     length = b.shape[1]
     limit = 2**_TRACED_DOUBLINGS
     torch._check(length <= limit, lambda: f"a traced scan takes at most {limit} positions")
-
-    def moved(x: Tensor, by: int) -> Tensor:
-        # Padding before slicing: the other way round, an open length would be pinned by comparisons with 0 and 1.
-        return F.pad(x, (0, 0, 0, by))[:, by:] if backwards else F.pad(x, (0, 0, by, 0))[:, :length]
-
+    positions = torch.arange(length, device=b.device)
     for doubling in range(_TRACED_DOUBLINGS):
-        b, a = torch.addcmul(b, a, moved(b, 2**doubling)), a * moved(a, 2**doubling)
+        # By index, since a slice by an amount that may exceed an open length would pin it.
+        before = positions + 2**doubling if backwards else positions - 2**doubling
+        exists = ((before >= 0) & (before < length))[:, None]
+        before = before.clamp(0, length - 1)
+        b = torch.addcmul(b, a, torch.where(exists, b[:, before], 0))
+        a = a * a[:, before]
     return b
 
 

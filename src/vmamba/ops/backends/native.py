@@ -4,8 +4,8 @@ The library has a plain C interface and is loaded through ctypes, so one build s
 and calls release the GIL. Here every shape is checked before a pointer is handed over.
 
 Native dtypes are float32, and for SS2D's image and its gradient bfloat16 too; the state is float32. Other arguments in
-float16 or bfloat16 are converted to float32 on the way in. As soon as one argument is float64, and for the degenerate cases
-N = 0 and R = 0, the call goes to the eager backend.
+float16 or bfloat16 are converted to float32 on the way in. As soon as one argument is float64, and for the degenerate
+cases N = 0 and R = 0, the call goes to the eager backend.
 
 Results do not depend on the number of threads, which is torch's (`torch.set_num_threads`). The threads are those of
 torch's own OpenMP runtime where that can be found; a process forked from one that has used them works with one thread.
@@ -34,8 +34,8 @@ KERNELS_VARIABLE = "VMAMBA_NATIVE_KERNELS"
 _INTERFACE = 1
 # Below this many steps of 16 channels, waking other threads takes longer than the work.
 _STEPS_FOR_THREADS = 512
-# The backward pass splits the channels of a batch into about this many tasks, on any number of threads, because the split
-# fixes the order in which gradients are added up.
+# The backward pass splits the channels of a batch into about this many tasks, on any number of threads, because the
+# split fixes the order in which gradients are added up.
 _BACKWARD_TASKS = 64
 _BLOCK = 16
 
@@ -61,13 +61,13 @@ def _find() -> Path | None:
     named = os.environ.get(LIBRARY_VARIABLE)
     if named:
         return Path(named)
-    # An editable install keeps the library beside the installed package and the sources elsewhere: both are in the path.
+    # An editable install keeps the library with the installed packages and the sources elsewhere: the path has both.
     places = (Path(place) / "_native.so" for place in sys.modules[__package__].__path__)
     return next((place for place in places if place.exists()), None)
 
 
 def _openmp_parallel() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded; importing torch makes it a global symbol."""
+    """Address of GOMP_parallel in torch's OpenMP runtime; importing torch makes its symbols global."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except (AttributeError, OSError):
@@ -90,11 +90,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if (interface, size) != (_INTERFACE, ctypes.sizeof(_Problem)):
         return None, f"the CPU kernel {path} belongs to another version of this package; reinstall it"
     library.vmamba_kernels.restype = ctypes.c_char_p
-    library.vmamba_initialise.argtypes = [ctypes.c_void_p]
+    library.vmamba_use_openmp.argtypes = [ctypes.c_void_p]
     library.vmamba_choose.argtypes = [ctypes.c_char_p]
     for function in (library.vmamba_forward, library.vmamba_backward):
         function.argtypes = [ctypes.POINTER(_Problem)]
-    library.vmamba_initialise(_openmp_parallel())
+    library.vmamba_initialise()
+    library.vmamba_use_openmp(_openmp_parallel())
     kernels = os.environ.get(KERNELS_VARIABLE, "")
     if not library.vmamba_choose(kernels.encode()):
         return None, f"{KERNELS_VARIABLE} is {kernels!r}; this processor and this build have no such kernels"
@@ -115,6 +116,14 @@ def unavailable(device: torch.device) -> str | None:
 def kernels() -> str | None:
     """The instruction set in use ("avx512", "avx2" or "baseline"), or None where the library is missing."""
     return None if _LIBRARY is None else _LIBRARY.vmamba_kernels().decode()
+
+
+def choose_kernels(name: str) -> bool:
+    """Use the kernels of another instruction set from now on; False where this processor or build lacks them.
+
+    The environment variable VMAMBA_NATIVE_KERNELS makes the choice for a whole process.
+    """
+    return _LIBRARY is not None and bool(_LIBRARY.vmamba_choose(name.encode()))
 
 
 def warn_once_if_missing() -> None:
