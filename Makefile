@@ -8,7 +8,7 @@ DEMO := runs/demo
 .PHONY: demo test lint bench clean
 
 demo: $(STAMP) ## train a small VMamba on Fashion-MNIST, test it, show its predictions
-	$(BIN)/vmamba train --config configs/fashion_mnist/demo.yaml --run_dir $(DEMO)
+	$(BIN)/vmamba train --config configs/fashion_mnist/demo.yaml --overwrite true
 	$(BIN)/vmamba validate --checkpoint $(DEMO)/model.safetensors
 	$(BIN)/vmamba predict examples/images
 	@echo "The model is $(DEMO)/model.safetensors; beside it are predictions.png, confusion_matrix.png, learning_curve.png."
