@@ -128,20 +128,22 @@ def _configurable(parser: ArgumentParser, config: type) -> None:
 
 
 def _train(config: TrainConfig, given: Namespace) -> int:
-    from vmamba.tasks.classification import train
+    from vmamba.tasks.classification import is_first_process, train
 
     folder = train(config)
-    report(f"the run is in {folder}")
+    if is_first_process():
+        report(f"the run is in {folder}")
     return 0
 
 
 def _validate(config: ValidateConfig, given: Namespace) -> int:
-    from vmamba.tasks.classification import validate
+    from vmamba.tasks.classification import is_first_process, validate
 
     results = validate(config)
-    report(f"{results['weights']} on {results['data']}; pictures in {results['output']}")
-    top5 = f", top-5 {results['top5']:.2%}" if "top5" in results else ""
-    print(f"{results['images']} images: top-1 {results['top1']:.2%}{top5}, loss {results['loss']:.4f}")
+    if is_first_process():
+        report(f"{results['weights']} on {results['data']}; pictures in {results['output']}")
+        top5 = f", top-5 {results['top5']:.2%}" if "top5" in results else ""
+        print(f"{results['images']} images: top-1 {results['top1']:.2%}{top5}, loss {results['loss']:.4f}")
     return 0
 
 
@@ -159,7 +161,10 @@ def _predict(config: PredictConfig, given: Namespace) -> int:
         return 1
     data = DataConfig(img_size=config.img_size)
     classifier = Classifier.load(config.checkpoint, config.pretrained, config.ema, data)
-    classifier.model.to(default_device() if config.device == "auto" else config.device)
+    try:
+        classifier.model.to(default_device() if config.device == "auto" else config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"device {config.device!r} cannot be used: {error}") from error
     report(f"classifying with {classifier.source}")
     console = Console(stderr=True)
     shown = console.is_terminal and len(files) > config.batch_size
@@ -185,78 +190,86 @@ def _predict(config: PredictConfig, given: Namespace) -> int:
 
 
 def _models(config: ModelsConfig, given: Namespace) -> int:
-    import torch
-
     from vmamba.models.complexity import profile
     from vmamba.models.variants import VARIANTS
     from vmamba.models.vmamba import create_model
 
-    rows = []
+    models: list[dict[str, Any]] = []
+    lines = []
     for name, variant in VARIANTS.items():
-        with torch.device("meta"):
-            cost = profile(create_model(name), variant.img_size)
-        rows.append({
-            "name": name,
-            "params": cost.params,
-            "flops": cost.flops,
-            "img_size": list(variant.img_size),
-            "top1": variant.release.top1 if variant.release else None,
-            "url": variant.release.url if variant.release else None,
-        })  # fmt: skip
+        if variant.release:
+            params, flops = variant.release.params, variant.release.flops
+        else:
+            model: Any = create_model(name)
+            cost = profile(model, variant.img_size)
+            params, flops = cost.params, cost.flops / 1e9
+        top1, url = (variant.release.top1, variant.release.url) if variant.release else (None, None)
+        size = list(variant.img_size)
+        models.append({"name": name, "params": params, "gflops": flops, "img_size": size, "top1": top1, "url": url})
+        accuracy = "–" if top1 is None else f"{top1:.1f} %"
+        lines.append((name, f"{params / 1e6:.1f} M", _flops(flops * 1e9), f"{size[0]}×{size[1]}", accuracy))
     if config.format == "json":
-        _write(rows)
-        return 0
-    lines = [
-        (r["name"], f"{r['params'] / 1e6:.1f} M", f"{r['flops'] / 1e9:.2f} G", "×".join(map(str, r["img_size"])),
-         f"{r['top1']:.1f} %" if r["top1"] else "–") for r in rows
-    ]  # fmt: skip
-    _write(Table(("model", "parameters", "FLOPs", "at", "ImageNet-1K top-1"), lines, right=(1, 2, 3, 4)))
+        _write(models)
+    else:
+        _write(Table(("model", "parameters", "FLOPs", "at", "ImageNet-1K top-1"), lines, right=(1, 2, 3, 4)))
     return 0
 
 
 def _info(config: InfoConfig, given: Namespace) -> int:
-    from vmamba.models.checkpoints import identify_checkpoint, load_model
     from vmamba.models.complexity import profile
+
+    model, about = _described(given.model)
+    cost = profile(model, config.img_size)
+    about |= {"img_size": list(cost.img_size), "params": cost.params, "flops": cost.flops}
+    layers = [
+        {
+            "name": name,
+            "type": type(module).__name__,
+            "params": sum(p.numel() for p in module.parameters(recurse=False)),
+        }
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None
+    ]
+    if config.format == "json":
+        _write(about | {"parts": [asdict(part) for part in cost.parts]} | ({"layers": layers} if config.layers else {}))
+        return 0
+    _write(Table(("", ""), [(k, _brief(v)) for k, v in about.items() if k not in ("params", "flops")]))
+    rows: list[tuple[Any, ...]] = [
+        (part.name, _contents(model.get_submodule(part.name)), "×".join(map(str, part.output_shape)),
+         f"{part.params:,}", _flops(part.flops)) for part in cost.parts
+    ]  # fmt: skip
+    rows.append(("total", "", "", f"{cost.params:,}", _flops(cost.flops)))
+    _write(Table(("part", "layers", "output H×W×C", "parameters", "FLOPs"), rows, right=(2, 3, 4)))
+    if config.layers:
+        rows = [(layer["name"], layer["type"], f"{layer['params']:,}") for layer in layers]
+        _write(Table(("layer", "type", "own parameters"), rows, right=(2,)))
+    return 0
+
+
+def _described(name: str) -> tuple[Any, dict[str, Any]]:
+    """The model of a variant or of a checkpoint file, and what is known about it."""
+    from vmamba.models.checkpoints import identify_checkpoint, load_model
     from vmamba.models.variants import VARIANTS
     from vmamba.models.vmamba import create_model
 
-    about: dict[str, Any] = {"model": given.model}
-    if given.model in VARIANTS:
-        variant = VARIANTS[given.model]
-        model = create_model(given.model)
-        settings = {k: v for k, v in asdict(variant).items() if k != "release"}
-        about |= settings | (
-            {"published": f"{variant.release.top1} % top-1", "weights": variant.release.url} if variant.release else {}
-        )
-    elif os.path.exists(given.model):
-        found = asdict(identify_checkpoint(given.model))
-        about |= {k: list(v) if isinstance(v, tuple) else v for k, v in found.items() if k not in ("path", "metadata")}
-        about |= {"metadata": found["metadata"]}
-        model, _ = load_model(given.model)
-    else:
-        raise CheckpointError(f"{given.model!r} is neither a variant nor a file. Variants: {', '.join(VARIANTS)}")
-    cost = profile(model, config.img_size)
-    about |= {"img_size": list(cost.img_size), "params": cost.params, "flops": cost.flops}
-    parts = [asdict(part) for part in cost.parts]
-    layers = [
-        {"name": name, "type": type(module).__name__, "params": sum(p.numel() for p in module.parameters())}
-        for name, module in model.named_modules()
-        if name and not any(module.children())
-    ]
-    if config.format == "json":
-        _write(about | {"parts": parts} | ({"layers": layers} if config.layers else {}))
-        return 0
-    _write(Table(("", ""), [(k, _brief(v)) for k, v in about.items() if k not in ("params", "flops")]))
-    lines = [
-        (p["name"], _contents(model.get_submodule(p["name"])), "×".join(map(str, p["output_shape"])),
-         f"{p['params']:,}", f"{p['flops'] / 1e9:.3f} G") for p in parts
-    ]  # fmt: skip
-    lines.append(("total", "", "", f"{cost.params:,}", f"{cost.flops / 1e9:.3f} G"))
-    _write(Table(("part", "layers", "output H×W×C", "parameters", "FLOPs"), lines, right=(2, 3, 4)))
-    if config.layers:
-        rows = [(layer["name"], layer["type"], f"{layer['params']:,}") for layer in layers]
-        _write(Table(("layer", "type", "parameters"), rows, right=(2,)))
-    return 0
+    if name in VARIANTS:
+        about = {"model": name, **asdict(VARIANTS[name])}
+        if release := VARIANTS[name].release:
+            about["release"] = {"top1": release.top1, "url": release.url}
+        return create_model(name), about
+    if not os.path.exists(name):
+        raise CheckpointError(f"{name!r} is neither a variant nor a file. Variants: {', '.join(VARIANTS)}")
+    found = identify_checkpoint(name)
+    about = {
+        "file": name,
+        "format": found.format,
+        "variant": found.metadata.get("variant") or found.variant,
+        "num_classes": found.num_classes,
+        "in_chans": found.in_chans,
+        "weights": list(found.weights),
+        "metadata": found.metadata,
+    }
+    return load_model(name)[0], about
 
 
 _COMMANDS: dict[str, tuple[Callable[[Any, Namespace], int], type]] = {
@@ -331,6 +344,10 @@ def _brief(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(_brief, value[:12])) + (f" … ({len(value)})" if len(value) > 12 else "")
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _flops(number: float) -> str:
+    return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
 def _contents(module: Any) -> str:

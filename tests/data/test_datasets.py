@@ -83,7 +83,7 @@ def test_two_roots_and_tar_files(tmp_path):
         split = open_split(config, False)
         assert contents(split) == EXPECTED
         assert split.class_names == ["cat", "dog"]
-    with pytest.raises(DataError, match="data.val_root"):
+    with pytest.raises(DataError, match=r"data.val_root"):
         open_split(DataConfig(root=str(tmp_path / "train.tar")), True)
 
 
@@ -129,7 +129,7 @@ def test_differing_classes_are_refused(tmp_path):
 def test_number_of_classes_must_be_known_and_hold_every_label(tmp_path):
     config = make_folder(tmp_path)
     split = open_split(config, True)
-    with pytest.raises(DataError, match="num_classes is 1, but .* has 2"):
+    with pytest.raises(DataError, match=r"num_classes is 1, but .* has 2"):
         number_of_classes(DataConfig(num_classes=1), split)
     assert number_of_classes(DataConfig(num_classes=7), split) == 7
     split.source.reader.samples[4] = (split.source.reader.samples[4][0], 5)
@@ -241,7 +241,7 @@ def test_fashion_mnist_that_is_damaged_missing_or_read_only(tmp_path, monkeypatc
     packed = tmp_path / "FashionMNIST/raw/train-images-idx3-ubyte.gz"
     whole = packed.read_bytes()
     packed.write_bytes(whole[:-100])
-    with pytest.raises(DataError, match="end-of-stream"):
+    with pytest.raises(DataError, match=r"end-of-stream"):
         open_split(config, True)
     assert not list(packed.parent.glob("*ubyte")) or not (packed.parent / "train-images-idx3-ubyte").exists()
     packed.write_bytes(whole)
@@ -250,7 +250,7 @@ def test_fashion_mnist_that_is_damaged_missing_or_read_only(tmp_path, monkeypatc
         raise OSError(30, "Read-only file system", str(packed))
 
     monkeypatch.setattr("vmamba.data.datasets.os.replace", read_only)
-    with pytest.raises(DataError, match="cannot be written.*data.root"):
+    with pytest.raises(DataError, match=r"cannot be written.*data.root"):
         open_split(config, True)
 
 
@@ -301,10 +301,15 @@ def test_shards_are_streamed_and_an_epoch_can_be_replayed(tmp_path):
     pytest.importorskip("webdataset")
     config = make_shards(tmp_path / "shards")
     split = open_split(config, True)
-    with pytest.raises(DataError, match="set data.num_classes"):
+    with pytest.raises(DataError, match=r"set data.num_classes"):
         number_of_classes(config, split)
-    with pytest.raises(DataError, match="is a stream"):
+    with pytest.raises(DataError, match=r"is a stream"):
         MemorySamples(split, PRE, 2)
+
+    (tmp_path / "names.txt").write_text("even\nodd\n")
+    config.class_names = str(tmp_path / "names.txt")
+    assert open_split(config, True).class_names == ["even", "odd"]
+    assert number_of_classes(config, open_split(config, True)) == 2
 
     def loader():
         return EpochLoader(Stream(open_split(config, True), PRE.eval_transform(), 3, 2, 1), 4, True, seed=1)
@@ -321,5 +326,5 @@ def test_shards_are_streamed_and_an_epoch_can_be_replayed(tmp_path):
     assert sorted(zip(images[:, 0, 0, 0].tolist(), images[:, 1, 0, 0].tolist(), strict=True)) == [
         (shard, number) for shard in range(4) for number in range(4)
     ]
-    with pytest.raises(DataError, match="has label 1; there are 1 classes"):
+    with pytest.raises(DataError, match=r"has label 1; there are 1 classes"):
         list(EpochLoader(Stream(open_split(config, False), PRE.eval_transform(), 3, 1, 1), 4, False))

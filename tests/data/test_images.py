@@ -74,9 +74,9 @@ def test_float_grey_is_zero_to_one_and_anything_else_is_refused(tmp_path):
     path = _saved(tmp_path, Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32)), "a.tif")
     assert _pixels(path, 1).tolist() == [[0, 128, 255]]
     for bad in ([[0.0, 300.0]], [[0.0, float("nan")]]):
-        with pytest.raises(ImageError, match="float pixels"):
+        with pytest.raises(ImageError, match=r"float pixels"):
             read_image(_saved(tmp_path, Image.fromarray(np.array(bad, dtype=np.float32)), "b.tif"))
-    with pytest.raises(ImageError, match="no defined white"):
+    with pytest.raises(ImageError, match=r"no defined white"):
         read_image(_saved(tmp_path, Image.fromarray(np.array([[0, 1 << 20]], dtype=np.int32)), "c.tif"))
 
 
@@ -106,7 +106,8 @@ def test_an_animation_gives_its_first_frame(tmp_path):
     for name in ("a.gif", "a.webp", "a.png"):
         path = _saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:])
         red, green, blue = _pixels(path)[2, 2].tolist()
-        assert red > 240 and green < 10 and blue < 10, name
+        assert red > 240, name
+        assert max(green, blue) < 10, name
 
 
 @pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (5, 9)), (6, (0, 5)), (8, (9, 0))])
@@ -147,11 +148,11 @@ def test_unusable_files_are_named_with_their_reason(tmp_path):
             read_image(path)
         with pytest.raises(ImageError, match=f"(?s){name}: .*({reason})"), open(path, "rb") as file:
             read_image(file)
-    with pytest.raises(ImageError, match="missing.png: no such file"):
+    with pytest.raises(ImageError, match=r"missing.png: no such file"):
         read_image(tmp_path / "missing.png")
-    with pytest.raises(ImageError, match="s a directory"):
+    with pytest.raises(ImageError, match=r"s a directory"):
         read_image(tmp_path)
-    with pytest.raises(ValueError, match="in_chans is 4"):
+    with pytest.raises(ValueError, match=r"in_chans is 4"):
         read_image(tmp_path / "empty.jpg", in_chans=4)
 
 

@@ -91,7 +91,8 @@ def train_and_die(config, moment):
 
         def torch_save(contents, file):
             if contents["epoch"] == 0:
-                return save(contents, file)
+                save(contents, file)
+                return
             buffer = io.BytesIO()
             save(contents, buffer)
             file.write(buffer.getvalue()[: buffer.tell() // 2])

@@ -165,7 +165,7 @@ def test_a_folder_that_holds_a_run_is_resumed_replaced_or_refused(images, tmp_pa
     config = recipe(images, tmp_path / "run", epochs=2)
     train(config)
     before = checkpoint(tmp_path / "run")
-    with pytest.raises(RecipeError, match="already holds a run. Give --resume true"):
+    with pytest.raises(RecipeError, match=r"already holds a run. Give --resume true"):
         train(config)
     config.resume = True
     train(config)  # nothing left to do
@@ -173,7 +173,11 @@ def test_a_folder_that_holds_a_run_is_resumed_replaced_or_refused(images, tmp_pa
     config.optim.lr, config.data.workers = 0.5, 1
     with pytest.raises(RecipeError, match=r"other settings.*\n  optim.lr: 0.01 -> 0.5\n"):
         train(config)
-    config.resume, config.overwrite = False, True
+    config.resume, config.overwrite, config.data.batch_size = False, True, 64
+    with pytest.raises(DataError, match="fewer than one batch"):
+        train(config)
+    assert checkpoint(tmp_path / "run")["global_step"] == before["global_step"]  # not given up for a run that cannot be
+    config.data.batch_size = 4
     train(config)
     assert len(history(tmp_path / "run")) == 2
 
@@ -188,7 +192,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_unread(images, tmp_path):
 
     torch.save({"state_dict": Malicious()}, tmp_path / "run/checkpoints/last.ckpt")
     config.resume = True
-    with pytest.raises(RecipeError, match="last.ckpt cannot be read"):
+    with pytest.raises(RecipeError, match=r"last.ckpt cannot be read"):
         train(config)
     assert not (tmp_path / "owned").exists()
 
@@ -201,7 +205,7 @@ def test_fine_tuning_starts_from_the_weights_and_a_new_head(images, tmp_path):
     model = build_model(config, num_classes=3)
     assert torch.equal(model.stem.conv1.weight, source.stem.conv1.weight)
     assert model.head.fc.weight.shape == (3, 16)
-    with pytest.raises(RecipeError, match="no model 'vmamba_nope'"):
+    with pytest.raises(RecipeError, match=r"no model 'vmamba_nope'"):
         build_model(ModelConfig("vmamba_nope"), 3)
 
 
@@ -214,29 +218,31 @@ def test_settings_that_do_not_go_together_are_refused(images, tmp_path):
         with pytest.raises(RecipeError, match=message):
             train(config)
 
-    refused("ema_decay cannot be combined with trainer.strategy fsdp", trainer__strategy="fsdp")
-    refused("data.batch_size is 5: make it even", data__batch_size=5)
-    refused("warmup_epochs 3 leaves nothing of optim.epochs 3", optim__warmup_epochs=3)
-    refused("give one of them", model__pretrained=True, model__checkpoint="x")
-    refused("ask for one of them", resume=True, overwrite=True)
-    refused("optim.epochs is 0", optim__epochs=0)
-    refused("does not divide", trainer__validate_every=2)
-    refused("held in memory", augment__crop_padding=2)
+    refused(r"ema_decay cannot be combined with trainer.strategy fsdp", trainer__strategy="fsdp")
+    refused(r"data.batch_size is 5: make it even", data__batch_size=5)
+    refused(r"warmup_epochs 3 leaves nothing of optim.epochs 3", optim__warmup_epochs=3)
+    refused(r"give one of them", model__pretrained=True, model__checkpoint="x")
+    refused(r"ask for one of them", resume=True, overwrite=True)
+    refused(r"optim.epochs is 0", optim__epochs=0)
+    refused(r"does not divide", trainer__validate_every=2)
+    refused(r"held in memory", augment__crop_padding=2)
+    refused(r"augment.rand_augment to None", data__in_memory=True)
+    refused(r"trainer: ", trainer__accelerator="abacus")
     assert not (tmp_path / "run").exists()
 
 
 def test_bad_data_is_refused_before_any_work(images, tmp_path):
     config = recipe(images, tmp_path / "run")
     config.data.batch_size = 64
-    with pytest.raises(DataError, match="has 24 images, fewer than one batch of 64"):
+    with pytest.raises(DataError, match=r"has 24 images, fewer than one batch of 64"):
         train(config)
     (images / "val/red").rename(images / "val/pink")
-    with pytest.raises(DataError, match="only in the first: red; only in the second: pink"):
+    with pytest.raises(DataError, match=r"only in the first: red; only in the second: pink"):
         train(config)
     (images / "val/pink").rename(images / "val/red")
     (images / "train/blue/3.png").write_bytes(b"")
     config = recipe(images, tmp_path / "run")
-    with pytest.raises(ImageError, match="blue/3.png: the file is empty"):
+    with pytest.raises(ImageError, match=r"blue/3.png: the file is empty"):
         train(config)
     config.data.check_files = True
     with pytest.raises(DataError, match=r"1 of 24 images.*\n.*blue/3.png: the file is empty"):
@@ -248,11 +254,11 @@ def test_bad_data_is_refused_before_any_work(images, tmp_path):
         {"class_names": ["blue", "pink"]},
     )
     config.checkpoint = str(tmp_path / "two.safetensors")
-    with pytest.raises(DataError, match="missing: pink; unknown: green, red"):
+    with pytest.raises(DataError, match=r"missing: pink; unknown: green, red"):
         validate(config)
 
 
-def test_precision_compile_and_grad_checkpointing(images, tmp_path):
+def test_mixed_precision_keeps_float32_weights_and_checkpointed_gradients_train(images, tmp_path):
     config = recipe(images, tmp_path / "run", epochs=2)
     config.trainer.precision, config.model.grad_checkpointing = "bf16-mixed", True
     train(config)

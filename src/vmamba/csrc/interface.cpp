@@ -126,7 +126,7 @@ EXPORT int32_t vmamba_forward(const Problem* p) {
     if (!share(*p, chosen->forward_tasks(*p), chosen->forward_scratch(*p), chosen->forward)) return 1;
     if (p->route_y) {
         auto merge = [](const Problem& q, int64_t task, float*) { chosen->merge(q, task); };
-        share(*p, chosen->forward_tasks(*p) / p->routes, 0, merge);
+        share(*p, p->batch * chosen->blocks(*p), 0, merge);
     }
     return 0;
 }

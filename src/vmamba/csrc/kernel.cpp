@@ -128,12 +128,20 @@ struct Scratch {
     int64_t* positions(int64_t count) { return reinterpret_cast<int64_t*>(floats(2 * count)); }
 };
 
-// One block's parameters on one route, padded with zeros to 16 channels.
+// A block's parameters on one route, padded with zeros to 16 channels; first those of block 0 of several.
 struct Parameters {
     float *weight, *bias, *decay;  // (R, 16), (16), (N, 16)
 
-    Parameters(const Problem& p, Scratch& scratch)
-        : weight(scratch.floats(p.rank * BLOCK)), bias(scratch.floats(BLOCK)), decay(scratch.floats(p.states * BLOCK)) {}
+    Parameters(const Problem& p, Scratch& scratch, int64_t blocks)
+        : weight(scratch.floats(blocks * p.rank * BLOCK)),
+          bias(scratch.floats(blocks * BLOCK)),
+          decay(scratch.floats(blocks * p.states * BLOCK)) {}
+
+    Parameters of_block(const Problem& p, int64_t block) const {
+        Parameters those = *this;
+        those.weight += block * p.rank * BLOCK, those.bias += block * BLOCK, those.decay += block * p.states * BLOCK;
+        return those;
+    }
 
     void pack(const Problem& p, const Where& at, int64_t k) {
         int64_t row = k * p.channels + at.first;
@@ -145,10 +153,6 @@ struct Parameters {
         }
     }
 };
-
-inline void times_log2_e(float* decay, int64_t states) {
-    for (int64_t i = 0; i < states * BLOCK; i++) decay[i] *= LOG2_E;
-}
 
 // Where one image's parameters of a route and a group begin.
 struct Inputs {
@@ -220,68 +224,52 @@ inline int64_t count_states(const Problem& p) {
 // How a route's result reaches y.
 enum class Adding { ALONE, FIRST, FURTHER };  // kept apart; with the skip; onto what is there
 
+// One block's steps of one chunk, from the state in `h` to the state in `h`.
 template <int N, class T, bool FULL>
-void scan_route(
-    const Problem& p, int64_t image, const Where& at, int64_t k, const Parameters& of, Floats* h, float* steps,
-    int64_t* positions, const Block& skip, Adding adding, float* y, int64_t y_stride, int y_valid
+void scan_chunk(
+    const Problem& p, const Inputs& in, const T* u, const Where& at, const Parameters& of, const Block& skip, float* h,
+    const int64_t* positions, int count, float* steps, Adding adding, float* y, int64_t y_stride
 ) {
-    int64_t states = count_states<N>(p), total = length(p), stride = p.pixel_stride;
-    const T* u = static_cast<const T*>(p.u) + image * total * p.channels + at.first;
-    Inputs in(p, image, k, at);
-    for (int64_t i = 0; i < states * VECTORS; i++) h[i] = Floats{};
-    Floats decay_1[VECTORS], h_1[VECTORS];  // registers, for the one state that vmamba's own variants have
-    for (int i = 0; N == 1 && i < VECTORS; i++) decay_1[i] = load(of.decay + i * LANES), h_1[i] = Floats{};
-
-    int64_t* upcoming = positions + CHUNK;
-    walk(p, p.route_bits[k], 0, int(smaller(CHUNK, total)), upcoming);
-    for (int64_t from = 0; from < total; from += CHUNK) {
-        int count = int(smaller(CHUNK, total - from));
-        int64_t* swap = positions;
-        positions = upcoming, upcoming = swap;
-        walk(p, p.route_bits[k], smaller(from + CHUNK, total - 1), int(smaller(CHUNK, larger(1, total - from - CHUNK))), upcoming);
-        raw_steps<FULL>(p, in, of, at, positions, count, steps);
-        soften<false>(p, steps, nullptr, count);
-        for (int t = 0; t < count; t++) {
-            int64_t position = positions[t], next = upcoming[t];
-            __builtin_prefetch(u + next * p.channels);
-            __builtin_prefetch(y + next * y_stride, 1);
-            __builtin_prefetch(in.dt_low + next * stride);
-            Block delta = load_block(steps + t * BLOCK), x = load_block<FULL>(u + position * p.channels, at.valid), out;
-            const float *B = in.B + position * stride, *C = in.C + position * stride;
-            for (int i = 0; i < VECTORS; i++) {
-                Floats weighted = delta.v[i] * x.v[i];
-                if (N == 1) {
-                    h_1[i] = exp2(delta.v[i] * decay_1[i]) * h_1[i] + weighted * B[0];
-                    out.v[i] = h_1[i] * C[0];
-                } else {
-                    Floats sum{};
-                    for (int64_t n = 0; n < states; n++) {
-                        Floats a = exp2(delta.v[i] * load(of.decay + n * BLOCK + i * LANES));
-                        Floats& state = h[n * VECTORS + i];
-                        state = a * state + weighted * B[n];
-                        sum += state * C[n];
-                    }
-                    out.v[i] = sum;
+    int64_t states = count_states<N>(p), stride = p.pixel_stride;
+    Block decay_1, h_1;  // in registers, where there is one state
+    if (N == 1) decay_1 = load_block(of.decay), h_1 = load_block(h);
+    raw_steps<FULL>(p, in, of, at, positions, count, steps);
+    soften<false>(p, steps, nullptr, count);
+    for (int t = 0; t < count; t++) {
+        int64_t position = positions[t];
+        Block delta = load_block(steps + t * BLOCK), x = load_block<FULL>(u + position * p.channels, at.valid), out;
+        const float *B = in.B + position * stride, *C = in.C + position * stride;
+        for (int i = 0; i < VECTORS; i++) {
+            Floats weighted = delta.v[i] * x.v[i];
+            if (N == 1) {
+                h_1.v[i] = exp2(delta.v[i] * decay_1.v[i]) * h_1.v[i] + weighted * B[0];
+                out.v[i] = h_1.v[i] * C[0];
+            } else {
+                Floats sum{};
+                for (int64_t n = 0; n < states; n++) {
+                    int64_t lane = n * BLOCK + i * LANES;
+                    Floats state = exp2(delta.v[i] * load(of.decay + lane)) * load(h + lane) + weighted * B[n];
+                    store(h + lane, state);
+                    sum += state * C[n];
                 }
+                out.v[i] = sum;
             }
-            float* target = y + position * y_stride;
-            if (adding != Adding::ALONE) {
-                Block before;
-                if (adding == Adding::FIRST) {
-                    for (int i = 0; i < VECTORS; i++) before.v[i] = x.v[i] * skip.v[i];
-                } else {
-                    before = load_block<FULL>(target, y_valid);
-                }
-                round_here(before);
-                round_here(out);
-                for (int i = 0; i < VECTORS; i++) out.v[i] = before.v[i] + out.v[i];
-            }
-            store_block<FULL>(target, out, y_valid);
         }
+        float* target = y + position * y_stride;
+        if (adding != Adding::ALONE) {
+            Block before;
+            if (adding == Adding::FIRST) {
+                for (int i = 0; i < VECTORS; i++) before.v[i] = x.v[i] * skip.v[i];
+            } else {
+                before = load_block<FULL>(target, at.valid);
+            }
+            round_here(before);
+            round_here(out);
+            for (int i = 0; i < VECTORS; i++) out.v[i] = before.v[i] + out.v[i];
+        }
+        store_block<FULL>(target, out, at.valid);
     }
-    if (N == 1) {
-        for (int i = 0; i < VECTORS; i++) h[i] = h_1[i];
-    }
+    if (N == 1) store_block(h, h_1);
 }
 
 // D added up over the routes: each sees the same u.
@@ -296,52 +284,69 @@ inline Block skip_of(const Problem& p, const Where& at) {
 
 int64_t blocks(const Problem& p) { return p.groups * blocks_per_group(p); }
 
-int64_t forward_tasks(const Problem& p) { return p.batch * blocks(p) * (p.route_y ? p.routes : 1); }
+int64_t forward_tasks(const Problem& p) { return p.batch * p.slots * (p.route_y ? p.routes : 1); }
 
 bool adds_in_scratch(const Problem& p) { return p.bfloat16 && !p.route_y; }
 
+int64_t blocks_per_slot(const Problem& p) { return (blocks(p) + p.slots - 1) / p.slots; }
+
 size_t forward_scratch(const Problem& p) {
-    int64_t rows = p.rank + 1 + 2 * p.states + CHUNK + 4 * CHUNK / BLOCK + (adds_in_scratch(p) ? length(p) : 0);
-    return rows * BLOCK * sizeof(float);
+    int64_t rows_per_block = p.rank + 1 + 2 * p.states + (adds_in_scratch(p) ? length(p) : 0);
+    return (blocks_per_slot(p) * rows_per_block + CHUNK + 2 * CHUNK / BLOCK) * BLOCK * sizeof(float);
 }
 
-template <int N, class T, bool FULL>
-void forward_block(const Problem& p, int64_t task, float* memory) {
-    Scratch scratch{memory};
-    Parameters of(p, scratch);
-    Floats* h = reinterpret_cast<Floats*>(scratch.floats(p.states * BLOCK));
-    float* steps = scratch.floats(CHUNK * BLOCK);
-    int64_t* positions = scratch.positions(2 * CHUNK);
-
-    int64_t k_first = 0, k_last = p.routes, total = length(p);
+// One image's channels of one slot, on all routes or, where those are kept apart, on one. All blocks of a chunk are scanned
+// before the next chunk, so that a position is fetched from memory once.
+template <class T>
+void forward_blocks(const Problem& p, int64_t task, float* memory) {
+    int64_t k_first = 0, k_last = p.routes, total = length(p), N = p.states;
     if (p.route_y) k_first = task % p.routes, k_last = k_first + 1, task /= p.routes;
-    int64_t image = task / blocks(p);
-    Where at = locate(p, task % blocks(p));
-    Block skip = skip_of(p, at);
+    int64_t image = task / p.slots, slot = task % p.slots;
+    int64_t first = slot * blocks(p) / p.slots, count = (slot + 1) * blocks(p) / p.slots - first;
 
-    int64_t offset = image * total * p.channels + at.first;
+    Scratch scratch{memory};
+    Parameters all(p, scratch, count);
+    float *h = scratch.floats(count * N * BLOCK), *steps = scratch.floats(CHUNK * BLOCK);
+    int64_t* positions = scratch.positions(CHUNK);
+    int64_t offset = image * total * p.channels;
+    const T* u = static_cast<const T*>(p.u) + offset;
     float* y = static_cast<float*>(p.y) + offset;
-    int64_t y_stride = p.channels;
     if (p.route_y) y = p.route_y + k_first * p.batch * total * p.channels + offset;
-    if (adds_in_scratch(p)) y = scratch.floats(total * BLOCK), y_stride = BLOCK;
+    float* sums = adds_in_scratch(p) ? scratch.floats(total * count * BLOCK) : nullptr;
 
     for (int64_t k = k_first; k < k_last; k++) {
-        of.pack(p, at, k);
-        times_log2_e(of.decay, p.states);
         Adding adding = p.route_y ? Adding::ALONE : k == 0 ? Adding::FIRST : Adding::FURTHER;
-        scan_route<N, T, FULL>(p, image, at, k, of, h, steps, positions, skip, adding, y, y_stride, at.valid);
-    }
-    if (adds_in_scratch(p)) {
-        uint16_t* out = static_cast<uint16_t*>(p.y) + offset;
-        for (int64_t t = 0; t < total; t++) {
-            store_block<FULL>(out + t * p.channels, load_block<FULL>(y + t * BLOCK, at.valid), at.valid);
+        for (int64_t j = 0; j < count; j++) {
+            Parameters of = all.of_block(p, j);
+            of.pack(p, locate(p, first + j), k);
+            for (int64_t i = 0; i < N * BLOCK; i++) of.decay[i] *= LOG2_E, h[j * N * BLOCK + i] = 0;
+        }
+        for (int64_t from = 0; from < total; from += CHUNK) {
+            int chunk = int(smaller(CHUNK, total - from));
+            walk(p, p.route_bits[k], from, chunk, positions);
+            for (int64_t j = 0; j < count; j++) {
+                Where at = locate(p, first + j);
+                auto scan = at.valid < BLOCK ? scan_chunk<0, T, false>
+                            : N == 1         ? scan_chunk<1, T, true>
+                            : N == 16        ? scan_chunk<16, T, true>
+                                             : scan_chunk<0, T, true>;
+                scan(
+                    p, Inputs(p, image, k, at), u + at.first, at, all.of_block(p, j), skip_of(p, at), h + j * N * BLOCK,
+                    positions, chunk, steps, adding, sums ? sums + j * BLOCK : y + at.first,
+                    sums ? count * BLOCK : p.channels
+                );
+            }
         }
     }
-    if (p.last) {
-        const float* states = reinterpret_cast<const float*>(h);
-        for (int c = 0; c < at.valid; c++) {
-            float* last = p.last + (image * p.channels + at.first + c) * p.states;
-            for (int64_t n = 0; n < p.states; n++) last[n] = states[n * BLOCK + c];
+    for (int64_t j = 0; j < count; j++) {
+        Where at = locate(p, first + j);
+        for (int64_t t = 0; sums && t < total; t++) {
+            Block sum = load_block(sums + (t * count + j) * BLOCK);
+            store_block<false>(reinterpret_cast<T*>(p.y) + offset + t * p.channels + at.first, sum, at.valid);
+        }
+        for (int c = 0; p.last && c < at.valid; c++) {
+            float* last = p.last + (image * p.channels + at.first + c) * N;
+            for (int64_t n = 0; n < N; n++) last[n] = h[(j * N + n) * BLOCK + c];
         }
     }
 }
@@ -425,7 +430,7 @@ struct BackwardMemory {
     float *rows_B, *rows_C, *sums_B, *sums_C, *low;
     int64_t* positions;
 
-    BackwardMemory(const Problem& p, Scratch& s) : of(p, s) {
+    BackwardMemory(const Problem& p, Scratch& s) : of(p, s, 1) {
         int64_t n = p.states, span = span_length(p), rows = rows_together(p) + BLOCK;
         decay = s.floats(n * BLOCK);
         weight_rows = s.floats(BLOCK * round_up(p.rank, BLOCK));
@@ -682,18 +687,8 @@ void backward_blocks(const Problem& p, int64_t task, float* memory) {
     }
 }
 
-template <class T>
-void forward_any(const Problem& p, int64_t task, float* scratch) {
-    int64_t block = (p.route_y ? task / p.routes : task) % blocks(p);
-    auto run = locate(p, block).valid < BLOCK ? forward_block<0, T, false>
-               : p.states == 1                ? forward_block<1, T, true>
-               : p.states == 16               ? forward_block<16, T, true>
-                                              : forward_block<0, T, true>;
-    run(p, task, scratch);
-}
-
 void forward(const Problem& p, int64_t task, float* scratch) {
-    p.bfloat16 ? forward_any<uint16_t>(p, task, scratch) : forward_any<float>(p, task, scratch);
+    p.bfloat16 ? forward_blocks<uint16_t>(p, task, scratch) : forward_blocks<float>(p, task, scratch);
 }
 void merge(const Problem& p, int64_t task) { p.bfloat16 ? merge_block<uint16_t>(p, task) : merge_block<float>(p, task); }
 void backward(const Problem& p, int64_t task, float* scratch) {
@@ -712,7 +707,7 @@ void sum(float* parts, int64_t count, int64_t stride, int64_t length) {
 #define NAME(x) STRING(x)
 extern const Kernels kernels;
 const Kernels kernels = {
-    NAME(VMAMBA_ISA), forward_tasks, forward_scratch, forward, merge, backward_tasks, backward_scratch, backward, sum,
+    NAME(VMAMBA_ISA), blocks, forward_tasks, forward_scratch, forward, merge, backward_tasks, backward_scratch, backward, sum,
 };
 
 }  // namespace VMAMBA_ISA

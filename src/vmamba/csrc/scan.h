@@ -13,7 +13,7 @@ struct Problem {
     int64_t groups;          // of neighbouring channels that share B and C
     int64_t states, rank;    // N and R
     int64_t routes;          // K
-    int64_t slots;           // backward: into how many partial sums the channel blocks are split
+    int64_t slots;           // into how many tasks an image's channel blocks are split
     int64_t pixel_stride;    // of dt_low, B and C from one position to the next
     int64_t route_stride;    // of dt_low, B and C from one route to the next
     int64_t group_stride;    // of B and C from one group to the next
@@ -44,6 +44,7 @@ struct Problem {
 // a task computes does not depend on which thread runs it or how many there are.
 struct Kernels {
     const char* name;
+    int64_t (*blocks)(const Problem&);  // of an image: 16 channels, or what is left of a group
     int64_t (*forward_tasks)(const Problem&);
     size_t (*forward_scratch)(const Problem&);  // bytes a thread needs
     void (*forward)(const Problem&, int64_t task, float* scratch);

@@ -90,7 +90,9 @@ class Split:
         try:
             return [int(label) for label in labels]
         except (TypeError, ValueError) as error:
-            raise DataError(f"the labels of {self.where} are not class numbers; name theirs with data.target_key") from error
+            raise DataError(
+                f"the labels of {self.where} are not class numbers; name theirs with data.target_key"
+            ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

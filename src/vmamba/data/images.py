@@ -118,7 +118,7 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[str], lis
     """
     files: dict[str, None] = {}
     problems: list[str] = []
-    for path in map(os.fspath, paths):
+    for path in (os.fspath(path) for path in paths):
         if os.path.exists(path):
             matches = [path]
         elif glob.has_magic(path):

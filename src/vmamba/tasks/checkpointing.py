@@ -18,7 +18,6 @@ from vmamba.tasks.pictures import learning_curve
 from vmamba.tasks.recipe import RecipeError
 from vmamba.tasks.runs import RunFolder, atomic_write
 
-
 _DRAWING_SECONDS = 60  # time between two drawings of the learning curve during a run
 
 

@@ -60,6 +60,7 @@ from vmamba.tasks.runs import LATEST, NonFiniteError, RunFolder, atomic_write, r
 
 try:
     import lightning as L
+    from lightning.pytorch.callbacks import LambdaCallback
     from lightning.pytorch.plugins.environments import SLURMEnvironment
     from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
     from lightning.pytorch.utilities import rank_zero_only
@@ -118,7 +119,7 @@ class ClassificationTask(L.LightningModule):
                 label_smoothing=augment.label_smoothing, num_classes=num_classes,
             )  # fmt: skip
 
-        known: dict[str, Any] = {'average': "micro", 'ignore_index': PADDING, 'validate_args': False}
+        known: dict[str, Any] = {"average": "micro", "ignore_index": PADDING, "validate_args": False}
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.val_top1 = MulticlassAccuracy(num_classes, **known)
         self.val_top5 = MulticlassAccuracy(num_classes, top_k=5, **known) if num_classes > 5 else None
@@ -374,8 +375,8 @@ class _Machines:
         return cls(devices, 1 if nodes == "auto" else nodes)
 
 
-def _is_first() -> bool:
-    """Whether this is the process, of all that take part, that checks files; known before any device is."""
+def is_first_process() -> bool:
+    """Whether this is the one process, of all that take part, that checks files and tells results."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
@@ -391,6 +392,8 @@ def make_trainer(config: TrainerConfig, **arguments: Any) -> L.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # Lightning's advice to raise num_workers: where images lie in memory, more workers would only cost time.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # Of a depthwise weight's gradient two strides are equally right; DDP warns when it meets the other one.
+    warnings.filterwarnings("ignore", ".*Grad strides do not match.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # of torch, about Lightning
     try:
         return L.Trainer(
@@ -432,7 +435,7 @@ def train(config: TrainConfig) -> Path:
     check_same_classes(train_split, val_split)
     num_classes = number_of_classes(config.data, train_split)
     number_of_classes(config.data, val_split)
-    if config.data.check_files and _is_first():
+    if config.data.check_files and is_first_process():
         for split in (train_split, val_split):
             check_files(split, in_chans=3, workers=config.data.workers)
 
@@ -446,7 +449,16 @@ def train(config: TrainConfig) -> Path:
         "class_names": train_split.class_names or [],
         **pre.to_dict(),
     })  # fmt: skip
-    callbacks: list[Any] = [recorder, Progress(recorder)] if config.trainer.progress else [recorder]
+
+    def prepare(trainer: L.Trainer, task: Any) -> None:  # by now loaders and devices exist: nothing old is lost in vain
+        if trainer.is_global_zero:
+            run.prepare(settings, fresh=checkpoint is None)
+            if checkpoint is not None:
+                report(f"going on from {checkpoint}")
+
+    callbacks: list[Any] = [recorder, LambdaCallback(on_fit_start=prepare)]
+    if config.trainer.progress:
+        callbacks.append(Progress(recorder))
     trainer = make_trainer(
         config.trainer, callbacks=callbacks, max_epochs=config.optim.epochs, default_root_dir=run.path,
         accumulate_grad_batches=config.trainer.accumulate, gradient_clip_val=config.optim.clip_grad,
@@ -461,10 +473,6 @@ def train(config: TrainConfig) -> Path:
     )
     if config.model.compile:
         model.compile()
-    if trainer.is_global_zero:
-        run.prepare(settings, fresh=checkpoint is None)
-        if checkpoint is not None:
-            report(f"going on from {checkpoint}")
     trainer.fit(task, ckpt_path=checkpoint, weights_only=True)
     return run.path
 
@@ -491,7 +499,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
         raise DataError(f"{split.where} has {number} classes, but {classifier.source} has {classifier.num_classes}")
     if names is None and classifier.num_classes != 1000 and split.class_names not in (None, classifier.class_names):
         raise DataError(f"the classes of {split.where}, {split.class_names}, are not those of {classifier.source}")
-    if data.check_files and _is_first():
+    if data.check_files and is_first_process():
         check_files(split, classifier.pre.in_chans, data.workers)
 
     gallery = _Gallery(len(split))

@@ -156,7 +156,9 @@ class TrainConfig:
         if (a.mixup or a.cutmix) and d.batch_size % 2:
             raise RecipeError(f"mixup and cutmix mix pairs, but data.batch_size is {d.batch_size}: make it even")
         if a.crop_padding and not d.in_memory:
-            raise RecipeError("augment.crop_padding is for images held in memory: set data.in_memory, or use augment.scale")
+            raise RecipeError(
+                "augment.crop_padding is for images held in memory: set data.in_memory, or use augment.scale"
+            )
         if d.in_memory:
             off = {"scale": (1, 1), "vflip": 0, "rand_augment": None, "color_jitter": 0}
             on = [name for name, value in off.items() if plain(getattr(a, name)) != plain(value)]

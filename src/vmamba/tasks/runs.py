@@ -115,8 +115,8 @@ class RunFolder:
             for leftover in folder.glob(".*.tmp"):  # of a process that was killed while writing
                 leftover.unlink()
         if fresh:
-            for file in (self.checkpoint, self.model, self.metrics, self.curve):
-                file.unlink(missing_ok=True)
+            for path in (self.checkpoint, self.model, self.metrics, self.curve):
+                path.unlink(missing_ok=True)
         with atomic_write(self.config) as file:
             file.write(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
         self._link()

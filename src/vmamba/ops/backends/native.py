@@ -14,6 +14,7 @@ torch's own OpenMP runtime where that can be found; a process forked from one th
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import warnings
@@ -158,9 +159,9 @@ def ss2d_scan(
     if u.numel():
         problem.y = y.data_ptr()
         if problem.threads > 2 and problem.batch * _blocks(problem) < 2 * problem.threads:
-            route_y = torch.empty((problem.routes, *u.shape))
+            keep.append(route_y := torch.empty((problem.routes, *u.shape)))
             problem.route_y = route_y.data_ptr()
-        _run("vmamba_forward", problem)
+        _run_forward(problem)
     del keep
     return y.to(u.dtype)
 
@@ -222,7 +223,7 @@ def _grid_problem(
         bfloat16=image.dtype == torch.bfloat16, route_bits=bits.data_ptr(), u=image.data_ptr(),
         dt_weight=weight.data_ptr(), dt_bias=bias.data_ptr(), A=A.data_ptr(), D=D.data_ptr(),
     )  # fmt: skip
-    _point_at_parameters(problem, projected)
+    _complete(problem, projected)
     return problem, [image, projected, weight, bias, A, D, bits]
 
 
@@ -336,7 +337,7 @@ def _sequence_problem(
         if vector is not None:
             keep.append(_dense(vector))
             setattr(problem, field, keep[-1].data_ptr())
-    _point_at_parameters(problem, parameters)
+    _complete(problem, parameters)
     return problem, keep
 
 
@@ -346,7 +347,7 @@ def _sequence_forward(problem: _Problem, keep: list[Tensor]) -> tuple[Tensor, Te
     last = torch.zeros(problem.batch, problem.channels, problem.states)
     if y.numel():
         problem.y, problem.last = y.data_ptr(), last.data_ptr()
-        _run("vmamba_forward", problem)
+        _run_forward(problem)
     return y, last
 
 
@@ -373,11 +374,12 @@ def _own(value: Tensor, like: Tensor) -> Tensor:
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
-def _point_at_parameters(problem: _Problem, parameters: Tensor) -> None:
+def _complete(problem: _Problem, parameters: Tensor) -> None:
     begin = parameters.data_ptr()
     problem.dt_low = begin
     problem.B = begin + problem.B_offset * parameters.element_size()
     problem.C = begin + problem.C_offset * parameters.element_size()
+    problem.threads = _threads(problem)
 
 
 def _blocks(problem: _Problem) -> int:
@@ -385,9 +387,19 @@ def _blocks(problem: _Problem) -> int:
     return problem.groups * -(-(problem.channels // problem.groups) // _BLOCK)
 
 
-def _run(function: str, problem: _Problem) -> None:
+def _threads(problem: _Problem) -> int:
     steps = problem.batch * problem.height * problem.width * problem.routes * _blocks(problem) * problem.states
-    problem.threads = torch.get_num_threads() if steps > _STEPS_FOR_THREADS else 1
+    return torch.get_num_threads() if steps > _STEPS_FOR_THREADS else 1
+
+
+def _run_forward(problem: _Problem) -> None:
+    """Runs on as many tasks as make equal shares for the threads."""
+    tasks = problem.batch * (problem.routes if problem.route_y else 1)
+    problem.slots = min(_blocks(problem), problem.threads // math.gcd(tasks, problem.threads))
+    _run("vmamba_forward", problem)
+
+
+def _run(function: str, problem: _Problem) -> None:
     assert _LIBRARY is not None
     if getattr(_LIBRARY, function)(ctypes.byref(problem)):
         raise RuntimeError(f"{function}: out of memory for a scan of {problem.height}×{problem.width} positions")

@@ -1,0 +1,237 @@
+"""How fast different kinds of network learn: one data set, one recipe, the same wall-clock budget for each.
+
+Our small VMamba against a Swin-, a ConvNeXt- and a ViT-type of timm's and a ResNet, all of the same number of parameters
+(within 15 %), on Fashion-MNIST. The networks take turns in short slices, so that a machine which slows down slows all of
+them; the learning rate follows the share of the budget that a network has used, so each gets the whole schedule.
+
+    python benchmarks/learning.py                # the committed table and plot: about 20 minutes on two cores
+    python benchmarks/learning.py --split held-out   # to choose between designs, without a look at the test set
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from environment import RESULTS, describe, sentence
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.layers import LayerNorm, LayerNorm2d, NormMlpClassifierHead
+from timm.models.convnext import ConvNeXtStage
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vmamba
+from vmamba.data.config import DataConfig
+from vmamba.data.datasets import MemorySamples, open_split
+from vmamba.data.transforms import Preprocessing, crop_and_flip
+
+DATA = Path(__file__).parents[1] / "examples"
+PRE = Preprocessing((28, 28), 1, (0.286,), (0.353,))
+SMALL = {"in_chans": 1, "num_classes": 10}
+
+
+def convnext(dims: tuple[int, int, int], depths: tuple[int, int, int]) -> nn.Module:
+    """timm's ConvNeXt stages behind a stem of stride 2: its own class cannot be built with three stages."""
+    stages = [
+        ConvNeXtStage(
+            dims[max(i - 1, 0)], dim, stride=2 if i else 1, depth=depth, norm_layer=LayerNorm2d, norm_layer_cl=LayerNorm
+        )
+        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True))
+    ]
+    stem = [nn.Conv2d(1, dims[0], 2, stride=2), LayerNorm2d(dims[0])]
+    return nn.Sequential(*stem, *stages, NormMlpClassifierHead(dims[-1], 10))
+
+
+def resnet(channels: tuple[int, int, int]) -> nn.Module:
+    """timm's ResNet with the stem usual for small images: a 3×3 convolution, here of stride 2, and no pooling."""
+    model = timm.models.ResNet(timm.models.resnet.BasicBlock, (2, 2, 2), channels=channels, **SMALL)
+    model.conv1 = nn.Conv2d(1, model.conv1.out_channels, 3, stride=2, padding=1, bias=False)
+    model.maxpool = model.layer4 = nn.Identity()
+    return model
+
+
+CONTENDERS: dict[str, Callable[[], nn.Module]] = {
+    "VMamba": lambda: vmamba.create_model("vmamba_femto_s2", img_size=28, **SMALL),
+    "Swin": lambda: timm.models.SwinTransformer(
+        img_size=28, patch_size=2, embed_dim=48, depths=(1, 2, 1), num_heads=(2, 4, 8), window_size=7, **SMALL
+    ),
+    "ConvNeXt": lambda: convnext((48, 96, 192), (1, 2, 2)),
+    "ViT": lambda: timm.models.VisionTransformer(
+        img_size=28, patch_size=4, embed_dim=120, depth=5, num_heads=4, **SMALL
+    ),
+    "ResNet": lambda: resnet((36, 72, 144)),
+}
+
+BATCH, PEAK_RATE, WARM_UP, WEIGHT_DECAY, SMOOTHING, AVERAGING = 128, 2e-3, 0.1, 0.05, 0.1, 0.998
+SLICE = 10.0  # seconds in a row
+
+
+@dataclass
+class Contender:
+    """One network on its way through its budget."""
+
+    name: str
+    model: nn.Module
+    budget: float
+    used: float = 0.0
+    images: int = 0
+    curve: list[tuple[float, float]] = field(default_factory=list)  # seconds, accuracy
+
+    def __post_init__(self) -> None:
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
+
+    def learn(self, images: Tensor, labels: Tensor, seconds: float) -> None:
+        """Train for so long, or to the end of the budget."""
+        self.model.train()
+        stop = min(self.used + seconds, self.budget)
+        while self.used < stop:
+            start = time.perf_counter()
+            share = self.used / self.budget
+            rate = (
+                share / WARM_UP if share < WARM_UP else (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP))) / 2
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = PEAK_RATE * rate
+            chosen = torch.randint(len(images), (BATCH,))
+            batch = PRE.normalise(crop_and_flip(images[chosen], 2, 0.5))
+            loss = F.cross_entropy(self.model(batch), labels[chosen], label_smoothing=SMOOTHING)
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+            self.optimizer.step()
+            self.images += BATCH
+            # The average forgets quickly at first, so that it is of use from the start.
+            decay = min(AVERAGING, (1 + self.images / BATCH) / (10 + self.images / BATCH))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+                for mine, theirs in zip(self.average.buffers(), self.model.buffers(), strict=True):
+                    mine.copy_(theirs)
+            self.used += time.perf_counter() - start
+
+    @torch.inference_mode()
+    def judge(self, images: Tensor, labels: Tensor) -> None:
+        """Note the accuracy of the averaged weights; this time is not counted."""
+        predicted = torch.cat([self.average(PRE.normalise(part)).argmax(1) for part in images.split(500)])
+        self.curve.append((round(self.used, 1), (predicted == labels).float().mean().item()))
+
+
+def load(split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels to learn from and to be judged by."""
+    config = DataConfig(root=str(DATA), dataset="torch/fashion_mnist")
+    known, test = (MemorySamples(open_split(config, training), PRE, 10) for training in (True, False))
+    if split == "test":
+        return known.images, known.labels, test.images, test.labels
+    return known.images[:-10_000], known.labels[:-10_000], known.images[-10_000:], known.labels[-10_000:]
+
+
+def run(budget: float, split: str, seed: int, only: list[str] | None = None) -> list[Contender]:
+    """Train all networks side by side."""
+    data = load(split)
+    contenders = []
+    for name in only or CONTENDERS:
+        torch.manual_seed(seed)
+        contenders.append(Contender(name, CONTENDERS[name](), budget))
+    with Progress(
+        TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.fields[accuracy]}"), TimeRemainingColumn()
+    ) as progress:
+        bars = {c.name: progress.add_task(c.name, total=budget, accuracy="") for c in contenders}
+        while any(c.used < budget for c in contenders):
+            for contender in contenders:
+                contender.learn(*data[:2], seconds=min(SLICE, budget / 10))
+                contender.judge(*data[2:])
+                progress.update(
+                    bars[contender.name], completed=contender.used, accuracy=f"{contender.curve[-1][1]:.2%}"
+                )
+    return contenders
+
+
+def report(contenders: list[Contender], budget: float, split: str, seed: int, folder: Path) -> str:
+    """Write learning.json, learning.md and learning.png; returns the table."""
+    environment = describe()
+    rows = [
+        {
+            "network": c.name,
+            "params": sum(p.numel() for p in c.model.parameters()),
+            "accuracy": round(c.curve[-1][1], 4),
+            "images": c.images,
+            "curve": c.curve,
+        }
+        for c in contenders
+    ]
+    rows.sort(key=lambda row: -row["accuracy"])
+    settings = {"budget_seconds": budget, "judged_by": split, "seed": seed, "batch": BATCH, "peak_rate": PEAK_RATE}
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {"environment": environment, "settings": settings, "results": rows}
+    (folder / "learning.json").write_text(json.dumps(found, indent=1))
+    lines = [
+        f"Fashion-MNIST, {budget:.0f} s of training each, one recipe, judged by the {split} set.",
+        "",
+        "| network | parameters | accuracy | images per second | epochs |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {r['network']} | {r['params'] / 1e6:.2f} M | {r['accuracy']:.2%} | {r['images'] / budget:,.0f} "
+            f"| {r['images'] / 60_000:.1f} |"
+            for r in rows
+        ),
+        "",
+        f"{sentence(environment)}; seed {seed}. Written by `python benchmarks/learning.py`.",
+    ]
+    table = "\n".join(lines) + "\n"
+    (folder / "learning.md").write_text(table)
+    draw(rows, sentence(environment), folder / "learning.png")
+    return table
+
+
+def draw(rows: list[dict[str, Any]], where: str, path: Path) -> None:
+    """Accuracy against seconds of training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    colours = {"VMamba": "#0072B2", "Swin": "#E69F00", "ConvNeXt": "#009E73", "ViT": "#CC79A7", "ResNet": "#7F7F7F"}
+    for row in rows:
+        seconds, accuracy = zip(*row["curve"], strict=True)
+        width = 2.6 if row["network"] == "VMamba" else 1.6
+        label = f"{row['network']}  {row['accuracy']:.2%}"
+        axes.plot(seconds, [100 * a for a in accuracy], label=label, lw=width, color=colours[row["network"]])
+    best = 100 * max(row["accuracy"] for row in rows)
+    axes.set(xlabel="seconds of training", ylabel="accuracy, %", ylim=(best - 14, best + 0.8), xlim=(0, None))
+    axes.set_title("Fashion-MNIST, same budget, same recipe, same number of parameters", loc="left", fontsize=11)
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    figure.supxlabel(where, fontsize=7, color="#666666")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Parse the arguments, run, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds of training for each network")
+    parser.add_argument("--split", choices=["test", "held-out"], default="test", help="what to judge by")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="some of the networks")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    arguments = parser.parse_args()
+    contenders = run(arguments.budget, arguments.split, arguments.seed, arguments.only)
+    print(report(contenders, arguments.budget, arguments.split, arguments.seed, arguments.output))
+
+
+if __name__ == "__main__":
+    main()

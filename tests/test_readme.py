@@ -1,0 +1,111 @@
+"""Every command and snippet of the README, run as a reader would."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models.released import as_released, golden_weights
+from tasks.small import make_images
+
+from vmamba.models.variants import VARIANTS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CHINESE = (ROOT / "README.zh-CN.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if shlex.split(line, comments=True)
+]
+
+# What makes a command short enough for a test; everything else runs as it stands.
+SHORTENED = {
+    "train": [
+        "--optim.epochs", "1", "--optim.warmup_epochs", "0", "--data.img_size", "32", "--data.batch_size", "4",
+        "--data.workers", "0", "--trainer.progress", "false",
+    ],
+    "validate": ["--data.workers", "0"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory) -> Path:
+    """A folder with all that the README speaks of, and a cache that already holds the released file."""
+    desk = tmp_path_factory.mktemp("desk")
+    (desk / "configs").symlink_to(ROOT / "configs")
+    make_images(desk / "flowers", train=2, val=2)
+    (desk / "photo.jpg").write_bytes((ROOT / "examples/images/bag.png").read_bytes())
+    name = "vmamba_tiny_s1l8"
+    cache = desk / "cache/hub/checkpoints"
+    cache.mkdir(parents=True)
+    released = {"model": as_released(name, golden_weights(name)), "epoch": 264}
+    torch.save(released, desk / "checkpoint.pth")
+    (cache / VARIANTS[name].release.file).symlink_to(desk / "checkpoint.pth")
+    return desk
+
+
+def run(desk: Path, command: list[str]) -> str:
+    environment = os.environ | {"TORCH_HOME": str(desk / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippets(desk, number):
+    run(desk, [sys.executable, "-c", SNIPPETS[number]])
+
+
+def test_commands(desk):
+    """In the README's order, in one folder: later ones use what earlier ones made."""
+    outputs = {}
+    for command in COMMANDS:
+        if command[0] == "make":
+            targets = subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+            assert targets.stdout
+            continue
+        program, name, *arguments = command
+        assert program == "vmamba"
+        shortened = SHORTENED.get(name, [])
+        outputs[name] = run(desk, [sys.executable, "-m", "vmamba.cli", name, *arguments, *shortened])
+    assert {"models", "info", "train", "validate", "predict"} <= set(outputs)
+    assert "photo.jpg" in outputs["predict"]
+    assert "6 images: top-1" in outputs["validate"]
+
+
+def test_table_of_models(desk):
+    """The table in the README is the one that `vmamba models` prints."""
+    printed = run(desk, [sys.executable, "-m", "vmamba.cli", "models"])
+    for text in (README, CHINESE):
+        rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", text, re.MULTILINE))
+        assert list(rows) == list(VARIANTS)
+        for name, row in rows.items():
+            (line,) = (line for line in printed.splitlines() if line.split()[0] == name)
+            params, flops, *_ = (cell.strip() for cell in row.split("|"))
+            assert params in line
+            if release := VARIANTS[name].release:
+                assert flops == f"{release.flops} G"
+                assert f"{release.top1} %" in row
+
+
+def test_both_languages_have_the_same_code():
+    def code(text: str) -> list[str]:
+        blocks = re.findall(r"```(?:python|bash)\n(.*?)```", text, re.DOTALL)
+        return [re.sub(r"\s*#.*", "", block) for block in blocks]
+
+    assert code(README) == code(CHINESE)
+
+
+def test_pictures_and_links_lead_somewhere():
+    for text in (README, CHINESE):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (ROOT / target).exists(), target
