@@ -1,8 +1,9 @@
 """How fast different kinds of network learn: one data set, one recipe, the same wall-clock budget for each.
 
-Our small VMamba against a Swin-, a ConvNeXt- and a ViT-type of timm's and a ResNet, all of the same number of parameters
-(within 15 %), on Fashion-MNIST. The networks take turns in short slices, so that a machine which slows down slows all of
-them; the learning rate follows the share of the budget that a network has used, so each gets the whole schedule.
+Our small VMamba against a Swin-, a ConvNeXt- and a ViT-type of timm's and a ResNet, all of the same number of
+parameters (within 15 %), on Fashion-MNIST. The networks take turns in short slices, so that a machine which slows down
+slows all of them; the learning rate follows the share of the budget that a network has used, so each gets the whole
+schedule.
 
     python benchmarks/learning.py                # the committed table and plot: about 20 minutes on two cores
     python benchmarks/learning.py --split held-out   # to choose between designs, without a look at the test set

@@ -267,7 +267,7 @@ def test_compiles_into_one_graph(name):
 )
 def test_exports_with_open_sizes(name, open_axes, shapes):
     model = create(name, num_classes=4, depths=(1, 1), dims=(16, 32))
-    dynamic = {"x": {axis: torch.export.Dim.DYNAMIC for axis in open_axes}}
+    dynamic = {"x": dict.fromkeys(open_axes, torch.export.Dim.DYNAMIC)}
     program = torch.export.export(model, (torch.randn(shapes[0]),), dynamic_shapes=dynamic)
     for shape in shapes:
         x = torch.randn(shape)

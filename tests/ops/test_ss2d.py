@@ -21,8 +21,8 @@ def test_reference_is_scan_then_selective_scan_then_merge():
         dt_low, B, C = torch.einsum("bkdl,kcd->bkcl", sequences, x_proj).split([2, 2, 2], dim=2)
         delta = torch.einsum("bkrl,kdr->bkdl", dt_low, dt_proj)
         y = selective_scan(
-            sequences.flatten(1, 2), delta.flatten(1, 2), A.flatten(0, 1), B, C, D.flatten(), None, bias.flatten(), True,
-            backend="reference",
+            sequences.flatten(1, 2), delta.flatten(1, 2), A.flatten(0, 1), B, C, D.flatten(), None, bias.flatten(),
+            delta_softplus=True, backend="reference",
         )  # fmt: skip
         expected = cross_merge(y.unflatten(1, (4, 3)), (4, 5), pattern).permute(0, 2, 3, 1)
         actual = ss2d_scan(u, x_proj, dt_proj, bias, A, D, pattern, backend="reference")

@@ -42,7 +42,7 @@ def test_killed_and_resumed_is_never_stopped(whole, tmp_path, monkeypatch, momen
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert checkpoint(tmp_path / "run")["epoch"] == 0
-    leftovers = list((tmp_path / "run/checkpoints").glob(".*.tmp"))
+    leftovers = list((tmp_path / "run/checkpoints").glob(".*.partial"))
     assert bool(leftovers) == (moment in ("writing", "renaming"))
 
     config.resume = True

@@ -221,7 +221,8 @@ def save_checkpoint(model: nn.Module, path: StrPath, metadata: Mapping[str, Any]
     text = json.dumps({**_default_metadata(model), **(metadata or {})}, ensure_ascii=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _network(model).items()}
     with replacing(path) as partial:
-        safetensors.torch.save_file(tensors, partial, {"format": "pt", "vmamba": text})
+        # Not save_file(): that leaves a file which only its owner may read, whatever the umask.
+        partial.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "vmamba": text}))
 
 
 # --- Telling what a file holds ---------------------------------------------------------------------------------------

@@ -352,7 +352,7 @@ def _build(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
                 " vmamba.create_model(..., checkpoint=PATH)"
             )
         if cfg.url and not (cfg.file or cfg.state_dict or cfg.hf_hub_id):
-            overlay["file"] = str(download(cfg.url))
+            overlay["file"] = str(download(str(cfg.url)))
         overlay.setdefault("custom_load", bool(overlay.get("file")))
 
     arguments = asdict(VARIANTS[name])

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import yaml
 
+from vmamba.models.weight_files import replacing
 from vmamba.tasks.recipe import RecipeError, differences, load_recipe
 
 LATEST = Path("runs/latest")
@@ -30,27 +31,9 @@ def report(message: str) -> None:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Write a file so that the path holds either its old content or all of the new, whatever happens meanwhile.
-
-    The bytes go to a temporary file in the same folder, are flushed to the disk, and take the name in one step.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name itself must reach the disk; other systems cannot open a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    """Write a file so that the path holds either its old content or all of the new, whatever happens meanwhile."""
+    with replacing(Path(path)) as partial, partial.open("wb") as file:
+        yield file
 
 
 @dataclass(frozen=True)
@@ -112,7 +95,7 @@ class RunFolder:
         """Make the folder ready; for one process only. A fresh run removes what an earlier one left under its names."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.checkpoint.parent):
-            for leftover in folder.glob(".*.tmp"):  # of a process that was killed while writing
+            for leftover in folder.glob(".*.partial"):  # of a process that was killed while writing
                 leftover.unlink()
         if fresh:
             for path in (self.checkpoint, self.model, self.metrics, self.curve):

@@ -330,9 +330,10 @@ def ss2d_scan_in_one(
     dt_low, B, C = parameters.to(dtype).split([R, N, N], dim=-1)
     delta = F.softplus(torch.einsum("blkr,kdr->blkd", dt_low, dt_proj_weight.to(dtype)) + dt_proj_bias.to(dtype))
     # Every state is a group of its own: (batch, L, K·N, D) with one state.
-    by_state = [v.unsqueeze(3).expand(-1, -1, -1, N, -1).flatten(2, 3) for v in (x, delta)]
-    y, _ = _scan(*by_state, A.to(dtype).transpose(1, 2).flatten(0, 1).unsqueeze(-1), B.flatten(2).unsqueeze(-1),
-                 C.flatten(2).unsqueeze(-1), backwards=False)  # fmt: skip
+    x_by_state, delta_by_state = (v.unsqueeze(3).expand(-1, -1, -1, N, -1).flatten(2, 3) for v in (x, delta))
+    A_by_state = A.to(dtype).transpose(1, 2).flatten(0, 1).unsqueeze(-1)
+    B, C = (v.flatten(2).unsqueeze(-1) for v in (B, C))
+    y, _ = _scan(x_by_state, delta_by_state, A_by_state, B, C, backwards=False)
     y = torch.addcmul(y.unflatten(2, (len(routes), N)).sum(3), x, D.to(dtype))
     grids = [_grid(flipped(y_k, r), r.columns, height, width) for y_k, r in zip(y.unbind(2), routes, strict=True)]
     return torch.stack(grids).sum(0).to(u.dtype)
