@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(STAMP) ## train a small VMamba on Fashion-MNIST, test it, show its predictions
-	$(BIN)/vmamba train --config configs/fashion_mnist/demo.yaml --overwrite true
-	$(BIN)/vmamba validate --checkpoint $(DEMO)/model.safetensors
-	$(BIN)/vmamba predict examples/images
-	@echo "The model is $(DEMO)/model.safetensors; beside it are predictions.png, confusion_matrix.png, learning_curve.png."
+	$(BIN)/vmamba train --config configs/fashion_mnist/demo.yaml --run $(DEMO) --overwrite true
+	$(BIN)/vmamba validate
+	$(BIN)/vmamba predict examples/images --topk 1
+	@echo "The model is $(DEMO)/model.safetensors. Beside it: predictions.png, confusion_matrix.png, learning_curve.png."
 
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest
@@ -21,13 +21,23 @@ lint: $(STAMP) ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## the learning benchmark: table and plot under benchmarks/results/
+bench: $(STAMP) ## the benchmarks of this machine; tables and plots under benchmarks/results/
 	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/cpu.py
+
+sanitize: $(STAMP) ## the CPU kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(PYTHON) -m venv $(VENV)/build && $(VENV)/build/bin/python -m pip install --quiet cmake ninja
+	PATH="$(abspath $(VENV))/build/bin:$$PATH" cmake -S . -B build/sanitize -G Ninja \
+	  -DVMAMBA_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	$(VENV)/build/bin/cmake --build build/sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 VMAMBA_NATIVE_LIBRARY=build/sanitize/_native.so \
+	  $(BIN)/python -m pytest tests/ops/test_native.py -s -k "not memory_of and not forked and not without"
 
 clean: ## everything that was built, but not runs/
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/vmamba/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[all,dev]"
 	touch $@

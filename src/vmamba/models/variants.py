@@ -115,8 +115,9 @@ VARIANTS: dict[str, Variant] = {
         (2, 2, 27, 2), _BASE, 0.6,
         Release("vssmbase_dp06_ckpt_epoch_241.pth", "#v0cls", 76_254_056, 18.0, 83.7),
     ),
-    # Ours. `nano` is for photographs on a CPU; the two others are for small images, 64 and 28 pixels wide.
+    # Ours. `nano` is for photographs on a CPU, the others for small images; `s2` marks a stem of stride 2.
     "vmamba_nano": Variant((2, 2, 6, 2), (48, 96, 192, 384), drop_path_rate=0.05),
     "vmamba_pico_s2": Variant((1, 2, 4, 1), (48, 96, 192, 256), stem_stride=2, img_size=(64, 64)),
-    "vmamba_femto_s2": Variant((1, 2, 1), (48, 96, 192), stem_stride=2, img_size=(28, 28)),
+    "vmamba_femto_s2": Variant((1, 2, 1), (48, 96, 192), stem_stride=2, img_size=(32, 32)),
+    "vmamba_femto": Variant((1, 2), (64, 160), img_size=(28, 28)),
 }  # fmt: skip
