@@ -205,13 +205,18 @@ def draw(rows: list[dict[str, Any]], where: str, path: Path) -> None:
     colours = {"VMamba": "#0072B2", "Swin": "#E69F00", "ConvNeXt": "#009E73", "ViT": "#CC79A7", "ResNet": "#7F7F7F"}
     for row in rows:
         seconds, accuracy = zip(*row["curve"], strict=True)
-        width = 2.6 if row["network"] == "VMamba" else 1.6
-        label = f"{row['network']}  {row['accuracy']:.2%}"
-        axes.plot(seconds, [100 * a for a in accuracy], label=label, lw=width, color=colours[row["network"]])
-    best = 100 * max(row["accuracy"] for row in rows)
-    axes.set(xlabel="seconds of training", ylabel="accuracy, %", ylim=(best - 14, best + 0.8), xlim=(0, None))
+        colour, width = colours[row["network"]], 2.6 if row["network"] == "VMamba" else 1.6
+        axes.plot(seconds, [100 * a for a in accuracy], lw=width, color=colour)
+        axes.annotate(
+            f"{row['network']}  {row['accuracy']:.1%}", (seconds[-1], 100 * accuracy[-1]), (6, 0),
+            textcoords="offset points", va="center", color=colour,
+        )  # fmt: skip
+    final = [100 * row["accuracy"] for row in rows]
+    longest = max(row["curve"][-1][0] for row in rows)
+    axes.set(xlabel="seconds of training", ylabel="accuracy, %", ylim=(min(final) - 8, max(final) + 1))
+    axes.set(xlim=(0, 1.22 * longest), xticks=[longest * part / 5 for part in range(6)])
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_title("Fashion-MNIST, same budget, same recipe, same number of parameters", loc="left", fontsize=11)
-    axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     figure.supxlabel(where, fontsize=7, color="#666666")
