@@ -359,12 +359,13 @@ def test_saving_replaces_a_file_only_when_it_is_written(tmp_path: Path, monkeypa
     save_checkpoint(model := small(), path := tmp_path / "model.safetensors")
     before = path.read_bytes()
 
-    def interrupted(tensors: State, partial: Path, metadata: dict[str, str]) -> None:
-        Path(partial).write_bytes(before[: len(before) // 2])
+    def interrupted(partial: Path, data: bytes) -> None:
+        with partial.open("wb") as file:
+            file.write(data[: len(data) // 2])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", interrupted)
+        patch.setattr(Path, "write_bytes", interrupted)
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(model, path)
     with pytest.raises(TypeError, match="JSON"):
