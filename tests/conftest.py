@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-# torch.export writes its trace to this logger, and pytest would keep gigabytes of it.
+# torch.export writes its trace to this logger, at length, and pytest would keep it all.
 logging.getLogger("torch.__trace").propagate = False
 
 GOLDEN = Path(__file__).parent / "golden"
