@@ -23,6 +23,7 @@ from vmamba.data.config import DataConfig
 from vmamba.data.images import IMAGE_EXTENSIONS, ImageError, read_image, standard_image
 from vmamba.data.seeding import derive_seed, seed_sample
 from vmamba.data.transforms import ImageTransform, Preprocessing
+from vmamba.models.weight_files import replacing
 
 PADDING = -1  # the label of samples that only fill up the last validation batches of a distributed run
 
@@ -228,13 +229,8 @@ def _unpack(root: Path, dataset: str) -> None:
     for packed in root.glob("*/raw/*.gz"):
         target = packed.with_suffix("")
         if packed.parts[-3].lower() == name and not target.exists():
-            temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-            try:
-                with gzip.open(packed) as source, open(temporary, "wb") as file:
-                    shutil.copyfileobj(source, file)
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with gzip.open(packed) as source, replacing(target) as partial, partial.open("wb") as file:
+                shutil.copyfileobj(source, file)
 
 
 def _class_names(source: Any) -> list[str] | None:

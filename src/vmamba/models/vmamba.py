@@ -31,8 +31,6 @@ from vmamba.models.variants import VARIANTS, Variant
 from vmamba.nn import ConvDownsample, ConvStem, PatchMerging, PatchStem, VSSBlock
 from vmamba.ops.registration import is_tracing_for_export
 
-__all__ = ["VMamba", "create_model", "list_models"]
-
 _STEMS = {"conv": ConvStem, "patch": PatchStem}
 _DOWNSAMPLES = {"conv": ConvDownsample, "merge": PatchMerging}
 

@@ -83,10 +83,11 @@ def selective_scan(
         checks.shape("z", z, (batch, channels, length), "(batch, D, L)")
     checks.real_and_together({"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias})
     B, C = (_as_groups(name, value, u, states) for name, value in (("B", B), ("C", C)))
-    groups = max(B.shape[1], C.shape[1])
-    if groups % B.shape[1] or groups % C.shape[1]:
-        groups = channels
-    B, C = (value.repeat_interleave(groups // value.shape[1], dim=1) for value in (B, C))
+    if B.shape[1] != C.shape[1]:
+        groups = max(B.shape[1], C.shape[1])
+        if groups % B.shape[1] or groups % C.shape[1]:
+            groups = channels
+        B, C = (value.repeat_interleave(groups // value.shape[1], dim=1) for value in (B, C))
 
     chosen = choose_backend(backend, u.device)
     arguments = (u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))

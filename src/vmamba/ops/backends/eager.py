@@ -203,6 +203,13 @@ def selective_scan(
     return y.to(u.dtype).contiguous(), last.flatten(1, 2)
 
 
+def gate_backward(grad: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of y · SiLU(z) for y and z."""
+    gate = torch.sigmoid(z)
+    silu = z * gate
+    return grad * silu, grad * y * (gate + silu * (1 - gate))
+
+
 def selective_scan_backward(
     grad_y: Tensor,
     grad_last: Tensor,
@@ -226,10 +233,7 @@ def selective_scan_backward(
         y, _ = _scan(s.u, s.delta, s.A, s.B, s.C, backwards=False)
         y = y.flatten(2).transpose(1, 2)
         y = y if D is None else torch.addcmul(y, D.to(dtype)[:, None], x)
-        gate = torch.sigmoid(z.to(dtype))
-        silu = z.to(dtype) * gate
-        grad_z = grad * y * (gate + silu * (1 - gate))
-        grad = grad * silu
+        grad, grad_z = gate_backward(grad, y, z.to(dtype))
 
     grad_time_first = grad.transpose(1, 2).contiguous().unflatten(2, (groups, -1))
     grads = _scan_backward(

@@ -288,10 +288,7 @@ def selective_scan_backward(
     grad, grad_z = grad_y.float(), None
     if z is not None:
         y, _ = _sequence_forward(problem, keep)
-        gate = torch.sigmoid(z.float())
-        silu = z.float() * gate
-        grad_z = grad * y.transpose(1, 2) * (gate + silu * (1 - gate))
-        grad = grad * silu
+        grad, grad_z = eager.gate_backward(grad, y.transpose(1, 2), z.float())
     keep += [grad := _dense(grad.transpose(1, 2)), last := _dense(grad_last)]
     grad_delta = torch.empty(grad.shape)
     problem.grad_y, problem.grad_last, problem.grad_delta = grad.data_ptr(), last.data_ptr(), grad_delta.data_ptr()
