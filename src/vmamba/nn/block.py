@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vmamba.nn.mlp import Mlp
 from vmamba.nn.ss2d import SS2D
 
 

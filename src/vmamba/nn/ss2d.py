@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmamba.nn import packed
 from vmamba.nn.conv import GridConv2d
 from vmamba.ops import PATTERNS, ss2d_scan
 from vmamba.ops.precision import state_dtype
@@ -101,13 +102,14 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the pixels of (B, H, W, C); returns (B, H, W, C)."""
-        x = self.in_proj(x)
+        call = packed.caller(self, x)
+        x = call(self.in_proj, x)
         gate = None
         if self.gated:
             x, gate = x.chunk(2, dim=-1)
-        u = F.silu(self.conv(x))
+        u = call(self.conv, x, "swish")
         A = -torch.exp(self.A_log.to(state_dtype(self.A_log)))
         y = self.norm(ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, self.pattern))
         if gate is not None:
             y = y * F.silu(gate)
-        return self.dropout(self.out_proj(y))
+        return self.dropout(call(self.out_proj, y))

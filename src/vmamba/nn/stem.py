@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vmamba.nn import packed
 from vmamba.nn.conv import GridConv2d
 
 
@@ -30,7 +31,9 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, in_chans) to (B, ⌈H/stride⌉, ⌈W/stride⌉, dim)."""
-        return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+        call = packed.caller(self, x)
+        x = self.act(self.norm1(call(self.conv1, x)))
+        return self.norm2(call(self.conv2, x))
 
 
 class PatchStem(nn.Module):
@@ -43,4 +46,4 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, in_chans) to (B, ⌊H/stride⌋, ⌊W/stride⌋, dim)."""
-        return self.norm(self.conv(x))
+        return self.norm(packed.caller(self, x)(self.conv, x))

@@ -19,6 +19,8 @@ def shape(name: str, value: Tensor, expected: Sequence[int | None], meaning: str
     """Require a shape; None stands for any size."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor of shape {meaning}")
+    if value.shape == expected:
+        return
     fits = value.ndim == len(expected) and all(
         want is None or have == want for have, want in zip(value.shape, expected, strict=True)
     )

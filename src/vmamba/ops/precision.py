@@ -21,4 +21,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """
     if torch.compiler.is_exporting() or not torch.amp.is_autocast_available(device.type):
         return nullcontext()
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)

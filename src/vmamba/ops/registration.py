@@ -12,11 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def is_tracing_for_export() -> bool:
     """Whether the graph being traced must stand without this package: torch.export, ONNX or torch.jit.trace."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def runs_eagerly(value: Tensor) -> bool:
+    """Whether what is called with `value` is computed at once, and nothing traces, watches or transforms it."""
+    return (
+        type(value) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and _get_current_dispatch_mode() is None
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
 
 
 def register_gradients(

@@ -9,7 +9,7 @@ from torch import Tensor
 from vmamba.ops import checks
 from vmamba.ops.backends import BACKENDS, choose_backend, eager
 from vmamba.ops.precision import state_dtype, without_autocast
-from vmamba.ops.registration import is_tracing_for_export, register_gradients
+from vmamba.ops.registration import is_tracing_for_export, register_gradients, runs_eagerly
 from vmamba.ops.routes import get_routes
 
 
@@ -71,6 +71,9 @@ def ss2d_scan(
         dtype = state_dtype(*arguments.values())
         projected = F.linear(u.to(dtype), x_proj_weight.to(dtype).flatten(0, 1)).unflatten(-1, (K, R + 2 * N))
         if chosen.traceable:
+            return chosen.module.ss2d_scan(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern)
+        if not torch.is_grad_enabled() and runs_eagerly(u):
+            # The operator itself, without the dispatcher's detour, which in small models costs as much.
             return chosen.module.ss2d_scan(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern)
         if is_tracing_for_export():
             return eager.ss2d_scan_in_one(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern)

@@ -14,6 +14,7 @@ torch's own OpenMP runtime where that can be found; a process forked from one th
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import sys
@@ -216,7 +217,7 @@ def _grid_problem(
     checks.shape("D", D, (K, channels), "(4, D)")
     image = _dense(u, _image_dtype(u))
     projected, weight, bias, A, D = (_dense(value) for value in (projected, dt_proj_weight, dt_proj_bias, A, D))
-    bits = torch.tensor([route.columns + 2 * route.backwards for route in routes], dtype=torch.int32)
+    bits = _route_bits(pattern)
     problem = _Problem(
         batch=batch, height=height, width=width, channels=channels, groups=1, states=N, rank=R, routes=K,
         pixel_stride=K * (R + 2 * N), route_stride=R + 2 * N, B_offset=R, C_offset=R + N, softplus=1,
@@ -224,7 +225,13 @@ def _grid_problem(
         dt_weight=weight.data_ptr(), dt_bias=bias.data_ptr(), A=A.data_ptr(), D=D.data_ptr(),
     )  # fmt: skip
     _complete(problem, projected)
-    return problem, [image, projected, weight, bias, A, D, bits]
+    return problem, [image, projected, weight, bias, A, D]
+
+
+@functools.cache
+def _route_bits(pattern: str) -> Tensor:
+    """A pattern's routes as the kernel knows them: 1 by columns, 2 backwards."""
+    return torch.tensor([route.columns + 2 * route.backwards for route in get_routes(pattern)], dtype=torch.int32)
 
 
 # --- one sequence ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,172 @@
+"""Packed weights on the CPU: the same results, and never those of weights that have since changed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import vmamba
+from vmamba.nn import packed
+from vmamba.nn.conv import GridConv2d
+
+pytestmark = pytest.mark.skipif(not packed._packable_dtypes(), reason="this build of torch has no oneDNN")
+has_bfloat16 = pytest.mark.skipif(torch.bfloat16 not in packed._packable_dtypes(), reason="no bfloat16 instructions")
+
+
+def _is_packed(layer, x):
+    packed._copies.pop(layer, None)
+    packed.caller(layer, x)(layer, x)
+    return layer in packed._copies
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(40, 24), (2, 3, 5, 40)),
+    "linear without bias": (lambda: nn.Linear(40, 24, bias=False), (7, 40)),
+    "convolution": (lambda: GridConv2d(8, 12, 3, stride=2, padding=1), (2, 9, 6, 8)),
+    "depthwise": (lambda: GridConv2d(20, 20, 3, padding=1, groups=20, bias=False), (1, 7, 5, 20)),
+    "patches": (lambda: GridConv2d(3, 10, 4, stride=4), (1, 9, 8, 3)),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer_and_input(request):
+    torch.manual_seed(0)
+    make, shape = LAYERS[request.param]
+    return make().eval(), torch.randn(shape)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["none", "gelu", "swish"])
+def test_equals_the_layer(layer_and_input, activation):
+    layer, x = layer_and_input
+    expected = {"none": lambda y: y, "gelu": F.gelu, "swish": F.silu}[activation](layer(x))
+    for _ in range(2):  # packs, then finds the copy
+        torch.testing.assert_close(packed.caller(layer, x)(layer, x, activation), expected, atol=1e-5, rtol=1e-5)
+    assert layer in packed._copies
+    strided = torch.cat([x, x], dim=1)[:, : x.shape[1]]
+    torch.testing.assert_close(packed.caller(layer, x)(layer, strided, activation), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@has_bfloat16
+def test_autocast_and_bfloat16_layers(layer_and_input):
+    layer, x = layer_and_input
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = packed.caller(layer, x)(layer, x)
+        expected = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, atol=2e-2, rtol=2e-2)
+    low = copy.deepcopy(layer).bfloat16()
+    y = packed.caller(low, x.bfloat16())(low, x.bfloat16())
+    torch.testing.assert_close(y, low(x.bfloat16()), atol=2e-2, rtol=2e-2)
+
+
+@torch.no_grad()
+def test_images_of_changing_size():
+    layer = GridConv2d(8, 12, 3, stride=2, padding=1).eval()
+    for height, width in ((8, 8), (30, 17), (8, 8), (1, 1)):
+        x = torch.randn(1, height, width, 8)
+        torch.testing.assert_close(packed.caller(layer, x)(layer, x), layer(x), atol=1e-5, rtol=1e-5)
+
+
+CHANGES = {
+    "in place": lambda layer: layer.weight.mul_(2),
+    "through data": lambda layer: layer.weight.data.mul_(2),
+    "a new tensor as data": lambda layer: setattr(layer.weight, "data", layer.weight.data * 2),
+    "a new parameter": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight * 2)),
+    "load_state_dict": lambda layer: layer.load_state_dict({n: v * 2 for n, v in layer.state_dict().items()}),
+    "the bias": lambda layer: layer.bias.mul_(3),
+    "the bias through data": lambda layer: layer.bias.data.mul_(3),
+    "an optimizer": lambda layer: _optimizer_step(layer),
+    "there and back": lambda layer: layer.double().float(),
+}
+
+
+def _optimizer_step(layer):
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(layer.parameters(), lr=0.5).step()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("name", ["linear", "convolution"])
+def test_sees_every_change_of_the_weights(name, change):
+    make, shape = LAYERS[name]
+    layer, x = make().eval(), torch.randn(shape)
+    packed.caller(layer, x)(layer, x)
+    change(layer)
+    torch.testing.assert_close(packed.caller(layer, x)(layer, x), layer(x), atol=1e-5, rtol=1e-5)
+
+
+def test_leaves_everything_unusual_to_the_layer():
+    layer, x = nn.Linear(6, 4).eval(), torch.randn(3, 6)
+    assert not _is_packed(layer, x)  # gradients
+    with torch.no_grad():
+        assert _is_packed(layer, x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not _is_packed(layer, x)
+        assert not _is_packed(layer.train(), x)
+        layer.eval()
+        assert not _is_packed(layer, torch.empty(0, 6))
+        assert not _is_packed(copy.deepcopy(layer).double(), x.double())
+        with FlopCounterMode(display=False) as counter:
+            assert not _is_packed(layer, x)
+        assert counter.get_total_flops() == 2 * 3 * 6 * 4
+        assert not _is_packed(torch.nn.utils.parametrizations.weight_norm(copy.deepcopy(layer)), x)
+        hook = layer.register_forward_hook(lambda module, inputs, output: output + 1)
+        assert not _is_packed(layer, x)
+        torch.testing.assert_close(packed.caller(layer, x)(layer, x), F.linear(x, layer.weight, layer.bias) + 1)
+        hook.remove()
+        torch.func.vmap(lambda row: packed.caller(layer, row)(layer, row))(x)
+        y = torch.func.functional_call(_Through(layer), {"layer.weight": torch.zeros(4, 6)}, (x,))
+        torch.testing.assert_close(y, layer.bias.expand(3, 4))
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(packed.caller(layer, dual)(layer, dual)).tangent
+    torch.testing.assert_close(tangent, layer.weight.detach().sum(1).expand(3, 4))
+
+
+class _Through(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return packed.caller(self, x)(self.layer, x)
+
+
+@torch.no_grad()
+def test_a_wrong_width_gets_the_layer_s_own_error():
+    layer = nn.Linear(6, 4).eval()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        packed.caller(layer, torch.randn(3, 5))(layer, torch.randn(3, 5))
+
+
+@torch.no_grad()
+def test_copies_go_with_their_layers():
+    layer, x = nn.Linear(6, 4).eval(), torch.randn(3, 6)
+    packed.caller(layer, x)(layer, x)
+    copies = weakref.ref(packed._copies[layer][torch.float32])
+    assert copies() is not None
+    del layer
+    gc.collect()
+    assert copies() is None
+
+
+@torch.no_grad()
+def test_a_model_gives_what_it_gives_without():
+    model, x = vmamba.create_model("vmamba_femto").eval(), torch.randn(2, 3, 45, 70)
+    fast = model(x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        slow = model(x)
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
+    with torch.enable_grad():
+        torch.testing.assert_close(fast, model(x).detach(), atol=1e-5, rtol=1e-4)
