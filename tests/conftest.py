@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+# Without a GPU, Triton's kernels run in its interpreter, which has to be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # torch.export writes its trace to this logger, at length, and pytest would keep it all.
 logging.getLogger("torch.__trace").propagate = False

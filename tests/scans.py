@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vmamba.ops.backends import BACKENDS
+from vmamba.ops.backends import BACKENDS, triton
 
 FAST_BACKENDS = [name for name, backend in BACKENDS.items() if name != "reference"]
 
@@ -56,3 +57,37 @@ def assert_matches(actual: list[Tensor], expected: list[Tensor], tolerance: floa
         error = (value.double() - reference.double()).abs().max() if value.numel() else torch.tensor(0.0)
         scale = reference.abs().max().clamp(min=1e-3) if value.numel() else torch.tensor(1.0)
         assert error <= tolerance * scale, f"tensor {i}: {error:.2e} of {scale:.2e}"
+
+
+def _combine_by_row(operation: Any, given: list[Any]) -> list[np.ndarray]:
+    """All partial results of a scan or reduction in Triton's interpreter, along the first axis."""
+    rows = zip(*(np.moveaxis(value.handle.data, operation.axis, 0) for value in given), strict=True)
+    total, results = None, []
+    for row in rows:
+        row = tuple(operation.to_tensor(part, value.dtype) for part, value in zip(row, given, strict=True))
+        total = row if total is None else operation.combine_fn.fn(*total, *row)
+        total = total if isinstance(total, tuple) else (total,)
+        results.append([value.handle.data.copy() for value in total])
+    return [np.stack(column) for column in zip(*results, strict=True)]
+
+
+def _scan(self: Any, given: list[Any]) -> list[Any]:
+    results = _combine_by_row(self, given)
+    return [self.to_tensor(np.moveaxis(x, 0, self.axis), v.dtype) for x, v in zip(results, given, strict=True)]
+
+
+def _reduce(self: Any, given: list[Any]) -> list[Any]:
+    results = [x[-1] for x in _combine_by_row(self, given)]
+    results = [np.expand_dims(x, self.axis) if self.keep_dims else x for x in results]
+    return [self.to_tensor(x, v.dtype) for x, v in zip(results, given, strict=True)]
+
+
+if triton.INTERPRETED and triton.unavailable(torch.device("cpu")) is None:
+    # The interpreter combines element by element, a hundred times slower than by row. Large tiles make few programs.
+    from triton.runtime import interpreter
+
+    large = triton.Configuration(run=16, runs=4, block=128, warps=4)
+    triton.configurations.TABLES[""] = ((float("inf"), triton.Configurations(large, large)),)
+
+    interpreter.ScanOps.generic_scan = _scan
+    interpreter.ReduceOps.generic_reduce = _reduce

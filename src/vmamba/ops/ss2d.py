@@ -43,7 +43,7 @@ def ss2d_scan(
 
     Returns:
         (B, H, W, D) in the dtype of `u`. Projections, steps and states are float32 (float64 as soon as one argument
-        is), also under autocast.
+        is), also under autocast; on a GPU, the first projection of a bfloat16 `u` is bfloat16.
 
     Raises:
         ValueError: a shape or device that does not fit, an unknown pattern or backend.
@@ -68,7 +68,8 @@ def ss2d_scan(
     chosen = choose_backend(backend, u.device)
 
     with without_autocast(u.device):
-        dtype = state_dtype(*arguments.values())
+        # A GPU multiplies bfloat16 at many times float32's speed, and adds up in float32; float16 could overflow.
+        dtype = u.dtype if u.is_cuda and u.dtype == torch.bfloat16 else state_dtype(*arguments.values())
         projected = F.linear(u.to(dtype), x_proj_weight.to(dtype).flatten(0, 1)).unflatten(-1, (K, R + 2 * N))
         if chosen.traceable:
             return chosen.module.ss2d_scan(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern)

@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from vmamba.ops.backends import eager, native, reference
+from vmamba.ops.backends import eager, native, reference, triton
 
 ENVIRONMENT_VARIABLE = "VMAMBA_BACKEND"
 
@@ -46,6 +46,7 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "native": Backend("native", native, unavailable=native.unavailable),
+    "triton": Backend("triton", triton, automatic=not triton.INTERPRETED, unavailable=triton.unavailable),
     "eager": Backend("eager", eager),
     "reference": Backend("reference", reference, traceable=True, automatic=False),
 }

@@ -1,0 +1,396 @@
+"""The Triton kernels: tiles of every shape in the interpreter, what the compiler makes of them, and runs on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from scans import assert_matches, gradients, scan_arguments, ss2d_arguments
+
+from vmamba.ops import selective_scan, ss2d_scan
+from vmamba.ops.backends import BACKENDS, choose_backend, triton
+from vmamba.ops.backends.triton import Configuration, Configurations, use_configurations
+
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(triton.unavailable(CPU) is not None, reason=str(triton.unavailable(CPU)))
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or triton.unavailable(torch.device("cuda")) is not None, reason="needs a GPU"
+)
+
+
+def _ss2d(*arguments, pattern="cross", backend="triton"):
+    return ss2d_scan(*arguments, pattern=pattern, backend=backend)
+
+
+def _assert_as_exact(arguments, pattern="cross", device="cpu"):
+    """Values and gradients in float32 against eager in float64."""
+    ys, grads = gradients(lambda *v: _ss2d(*v, pattern=pattern), [v.to(device) for v in arguments])
+    exact_ys, exact_grads = gradients(
+        lambda *v: _ss2d(*v, pattern=pattern, backend="eager"), [v.double() for v in arguments]
+    )
+    assert_matches([y.cpu() for y in ys], exact_ys, 1e-5)
+    assert_matches([g.cpu() for g in grads], exact_grads, 1e-4)
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("configuration", "shape"),
+    [
+        # (run, runs, block, warps), (batch, H, W, D, N, R)
+        ((4, 2, 16, 4), (2, 3, 5, 20, 1, 6)),  # many tiles, channels that do not fill a block, uneven runs
+        ((4, 1, 16, 4), (1, 6, 3, 16, 1, 17)),  # one run a tile
+        ((8, 8, 16, 4), (1, 5, 7, 20, 3, 1)),  # one tile
+        ((2, 16, 16, 4), (1, 3, 11, 33, 1, 2)),  # a tile longer than the image
+        ((4, 2, 32, 4), (1, 2, 3, 3, 16, 1)),  # fewer channels than a block
+        ((16, 4, 16, 4), (1, 1, 70, 16, 1, 3)),  # a single row
+        ((4, 2, 16, 4), (1, 9, 1, 5, 2, 2)),  # a single column
+        ((8, 2, 16, 4), (1, 1, 1, 7, 1, 1)),  # a single position
+    ],
+)
+def test_tiles(configuration, shape):
+    configuration = Configuration(*configuration)
+    with use_configurations(Configurations(configuration, configuration)):
+        _assert_as_exact(ss2d_arguments(*shape))
+
+
+@interpreted
+@pytest.mark.parametrize("pattern", ["unidirectional", "bidirectional"])
+def test_patterns_along_one_axis(pattern):
+    configuration = Configuration(4, 2, 16, 4)
+    with use_configurations(Configurations(configuration, configuration)):
+        _assert_as_exact(ss2d_arguments(1, 4, 5, 18, 1, 2), pattern)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("configuration", "shape"),
+    [
+        # (run, runs, block, warps), (batch, D, L, N, G)
+        ((4, 2, 8, 4), (2, 6, 37, 1, 1)),
+        ((4, 2, 4, 4), (1, 10, 21, 2, 2)),  # groups that do not fill a block
+        ((8, 4, 32, 4), (1, 3, 50, 1, 3)),  # a channel a group: runs fill the tile
+        ((4, 16, 2, 4), (1, 5, 33, 3, 1)),
+    ],
+)
+def test_tiles_of_a_sequence(configuration, shape):
+    configuration = Configuration(*configuration)
+    arguments = scan_arguments(*shape)
+    names = list(arguments)
+
+    def run(backend, *values):
+        return selective_scan(
+            **dict(zip(names, values, strict=True)), delta_softplus=True, return_last_state=True, backend=backend
+        )
+
+    values = list(arguments.values())
+    with use_configurations(Configurations(configuration, configuration)):
+        ys, grads = gradients(lambda *v: run("triton", *v), values)
+    exact_ys, exact_grads = gradients(lambda *v: run("eager", *v), [v.double() for v in values])
+    assert_matches(ys, exact_ys, 1e-5)
+    assert_matches(grads, exact_grads, 1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gradients(dtype):
+    """Also with the projections themselves in half precision, as the registered operator takes them."""
+    u, _, weight, bias, A, D = ss2d_arguments(1, 4, 5, 16, 1, 2)
+    u, projected = u.to(dtype), torch.randn(1, 4, 5, 4, 4).to(dtype)
+    configuration = Configuration(4, 2, 16, 4)
+
+    def run(backend, *values):
+        return torch.ops.vmamba.ss2d_scan(*values, "cross", backend)
+
+    with use_configurations(Configurations(configuration, configuration)):
+        ys, grads = gradients(lambda *v: run("triton", *v), [u, projected, weight, bias, A, D])
+    exact_ys, exact_grads = gradients(
+        lambda *v: run("eager", *v), [v.double() for v in (u, projected, weight, bias, A, D)]
+    )
+    assert [g.dtype for g in grads] == [dtype, dtype] + 4 * [torch.float32]
+    assert_matches(ys, exact_ys, 4 * torch.finfo(dtype).eps)
+    # The gradients are of a sum weighted with numbers of `dtype`.
+    assert_matches(grads, exact_grads, 8 * torch.finfo(dtype).eps)
+
+
+@interpreted
+@pytest.mark.parametrize("bias", [-200.0, -30.0, 60.0, 1e4])
+def test_extreme_steps(bias):
+    arguments = ss2d_arguments(1, 4, 9, 16, 1, 1)
+    arguments[3] = torch.full_like(arguments[3], bias)
+    _assert_as_exact(arguments)
+
+
+@interpreted
+@pytest.mark.parametrize("position", range(6))
+def test_the_registered_operator_checks_shapes_itself(position):
+    u, _, *parameters = ss2d_arguments(1, 4, 4, 16, 2, 2)
+    arguments = [u, torch.randn(1, 4, 4, 4, 6), *parameters]
+    arguments[position] = arguments[position][..., :-1]
+    with pytest.raises(ValueError, match="has shape"):
+        torch.ops.vmamba.ss2d_scan(*arguments, "cross", "triton")
+    with pytest.raises(ValueError, match="has shape"):
+        torch.ops.vmamba.ss2d_scan_backward(u, *arguments, "cross", "triton")
+
+
+@interpreted
+def test_memory_that_is_not_dense_or_very_wide():
+    u, *parameters = ss2d_arguments(1, 3, 4, 16, 1, 2)
+    strange = [value.transpose(0, -1).contiguous().transpose(0, -1) for value in (u, *parameters)]
+    assert torch.equal(_ss2d(*strange), _ss2d(u, *parameters))
+    wide = torch.empty(1, 1, 2**23, 4, device="meta")
+    assert not triton._is_too_wide(wide, torch.empty(1, 1, 2**23, 1, device="meta"))
+    assert triton._is_too_wide(wide, torch.empty(1, 1, 2**23, 5, device="meta"))
+
+
+# --- availability ----------------------------------------------------------------------------------------------------
+
+
+def _run_python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_the_interpreter_is_never_chosen_by_itself(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "native", BACKENDS["reference"])
+    monkeypatch.delenv("VMAMBA_BACKEND", raising=False)
+    assert choose_backend(None, CPU).name == "eager"
+
+
+def test_reasons():
+    code = """
+import importlib.util, sys, torch, vmamba
+from vmamba.ops import available_backends
+assert "vmamba.ops.backends.triton.kernels" not in sys.modules
+print(available_backends("cpu")["triton"])
+torch.cuda.is_available, torch.cuda.get_device_capability = lambda: False, lambda device: (7, 5)
+print(available_backends("cuda")["triton"])
+torch.cuda.is_available = lambda: True
+print(available_backends("cuda")["triton"])
+importlib.util.find_spec = lambda name: None
+print(available_backends("cuda")["triton"])
+"""
+    expected = ["GPUs only", "torch finds no GPU", "compute capability 7.5", "not installed"]
+    for line, words in zip(_run_python(code, TRITON_INTERPRET="0").splitlines(), expected, strict=True):
+        assert words in line
+
+
+# --- what the compiler makes of it -----------------------------------------------------------------------------------
+
+# Every launch of a forward and (NVIDIA) a backward pass on tensors without memory, compiled for a card that need not
+# be there.
+_COMPILE = """
+import json, pathlib, re, subprocess, sys, tempfile
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vmamba.ops.backends import triton as backend
+from vmamba.ops.backends.triton import kernels, launch
+
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+launches = {}
+
+class Recorder:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def record(*values, num_warps, num_stages=1, **named):
+            names = self.kernel.arg_names
+            given = dict(zip(names, values)) | named
+            constants = {n: v for n, v in given.items() if v is None or n == "groups" or (n.isupper() and n != "A")}
+            if constants.get("ROUTES") == 5:  # the rows' kernels differ from the columns' in nothing that matters
+                return
+            signature = {
+                n: "constexpr" if n in constants else TYPES[v.dtype] if isinstance(v, torch.Tensor) else "i32"
+                for n, v in ((n, given[n]) for n in names)
+            }
+            key = (self.kernel.__name__, tuple(signature.items()), tuple(constants.items()), num_warps)
+            launches[key] = (self.kernel, signature, constants, num_warps)
+        return record
+
+for name in ("carry_kernel", "chain_kernel", "scan_kernel", "gradient_kernel"):
+    setattr(kernels, name, Recorder(getattr(kernels, name)))
+
+target, architecture, cases = json.loads(sys.argv[1])
+for dtype, height, width, D, R, N in cases:
+    u = torch.empty(2, height, width, D, device="meta", dtype=getattr(torch, dtype))
+    shapes = [(2, height, width, 4, R + 2 * N), (4, D, R), (4, D), (4, D, N), (4, D)]
+    arguments = (u, *(torch.empty(s, device="meta") for s in shapes), "cross")
+    backend.ss2d_scan(*arguments)
+    if target == "cuda":
+        backend.ss2d_scan_backward(u, *arguments)
+
+for kernel, signature, constants, warps in launches.values():
+    attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    source = ASTSource(kernel, signature, constants, attributes)
+    wide = 64 if target == "hip" else 32
+    compiled = triton.compile(
+        source, target=GPUTarget(target, architecture, wide), options={"num_warps": warps, "num_stages": 1}
+    )
+    result = {"kernel": kernel.__name__, **{n: constants[n] for n in ("N", "R", "RUN", "RUNS") if n in constants}}
+    if target == "cuda":
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True).stdout
+        result |= dict(zip(("registers", "stack"), map(int, re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups())))
+    else:
+        text = compiled.asm["amdgcn"]
+        result["stack"] = int(re.search(r"private_segment_fixed_size:? +(\\d+)", text).group(1))
+    print(json.dumps(result))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton; its packages bring ptxas")
+@pytest.mark.parametrize(
+    ("target", "architecture", "cases"),
+    [
+        (
+            "cuda",
+            90,
+            [("bfloat16", 56, 56, 96, 6, 1), ("bfloat16", 14, 14, 384, 24, 1), ("bfloat16", 7, 7, 768, 48, 1)],
+        ),
+        ("cuda", 90, [("bfloat16", 56, 56, 192, 6, 16)]),
+        ("cuda", 80, [("float32", 56, 56, 96, 6, 1)]),
+        ("hip", "gfx942", [("bfloat16", 56, 56, 96, 6, 1)]),
+    ],
+)
+def test_default_configurations_compile_without_spills(target, architecture, cases):
+    code = f"import sys; sys.argv[1:] = [{json.dumps([target, architecture, cases])!r}]\n{_COMPILE}"
+    results = [json.loads(line) for line in _run_python(code, TRITON_INTERPRET="0").splitlines()]
+    kernels = {"carry_kernel", "chain_kernel", "scan_kernel"} | ({"gradient_kernel"} if target == "cuda" else set())
+    assert {r["kernel"] for r in results} == kernels
+    # Bytes a thread: compilers differ by a few registers at the limit of 255; real spills are hundreds of bytes.
+    assert not [r for r in results if r["stack"] > 32]
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "shape", [(2, 56, 56, 96, 1, 6), (3, 14, 14, 384, 1, 24), (2, 7, 7, 768, 1, 48), (1, 33, 65, 50, 16, 5)]
+)
+def test_gpu_float32_against_float64(shape):
+    _assert_as_exact(ss2d_arguments(*shape), device="cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gpu_half_precision(dtype):
+    arguments = ss2d_arguments(2, 56, 56, 96, 1, 6)
+    arguments[0] = arguments[0].to(dtype)
+    ys, grads = gradients(_ss2d, [v.cuda() for v in arguments])
+    exact_ys, exact_grads = gradients(lambda *v: _ss2d(*v, backend="eager"), [v.double() for v in arguments])
+    assert_matches([y.cpu() for y in ys], exact_ys, 4 * torch.finfo(dtype).eps)
+    assert_matches([g.cpu() for g in grads], exact_grads, 0.02)
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(2, 96, 3136, 1, 1), (2, 40, 1000, 16, 4)])
+def test_gpu_selective_scan(shape):
+    arguments = scan_arguments(*shape)
+    names, values = list(arguments), list(arguments.values())
+
+    def run(backend, *given):
+        return selective_scan(
+            **dict(zip(names, given, strict=True)), delta_softplus=True, return_last_state=True, backend=backend
+        )
+
+    ys, grads = gradients(lambda *v: run("triton", *v), [v.cuda() for v in values])
+    exact_ys, exact_grads = gradients(lambda *v: run("eager", *v), [v.double() for v in values])
+    assert_matches([y.cpu() for y in ys], exact_ys, 1e-5)
+    assert_matches([g.cpu() for g in grads], exact_grads, 1e-4)
+
+
+@needs_gpu
+def test_gpu_is_the_automatic_choice():
+    assert choose_backend("auto", torch.device("cuda")).name == "triton"
+
+
+@needs_gpu
+def test_gpu_repeats_bit_by_bit():
+    arguments = [v.cuda() for v in ss2d_arguments(2, 56, 56, 96, 1, 6)]
+    first, second = gradients(_ss2d, arguments), gradients(_ss2d, arguments)
+    for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_gpu
+def test_gpu_large_inputs_in_half_precision_train_without_nan():
+    arguments = [v.cuda() for v in ss2d_arguments(1, 20, 20, 32, 1, 2)]
+    arguments[0] = (arguments[0] * 1e3).half()
+    arguments[1] = arguments[1] * 1e-4
+    arguments[2] = arguments[2] * 1e3
+    ys, grads = gradients(_ss2d, arguments)
+    assert all(torch.isfinite(t).all() for t in (*ys, *grads))
+
+
+@needs_gpu
+def test_gpu_operator_is_registered_properly():
+    u, x_proj, *parameters = (v.cuda() for v in ss2d_arguments(1, 3, 4, 4, 2, 1))
+    projected = torch.nn.functional.linear(u, x_proj.flatten(0, 1)).unflatten(-1, (4, -1))
+    leaves = [v.detach().requires_grad_() for v in (u, projected, *parameters)]
+    torch.library.opcheck(torch.ops.vmamba.ss2d_scan, (*leaves, "cross", "triton"))
+
+
+@needs_gpu
+def test_gpu_compiles_into_one_graph_for_every_size():
+    compiled = torch.compile(_ss2d, fullgraph=True, dynamic=True)
+    for size in ((1, 8, 9), (2, 17, 16)):
+        arguments = [v.cuda() for v in ss2d_arguments(*size, 32, 1, 2)]
+        ys, grads = gradients(compiled, arguments)
+        expected_ys, expected_grads = gradients(_ss2d, arguments)
+        assert_matches(ys, expected_ys, 1e-5)
+        assert_matches(grads, expected_grads, 1e-5)
+
+
+@needs_gpu
+def test_gpu_sizes_are_not_specialised():
+    """A new image size is no reason to compile again."""
+    from vmamba.ops.backends.triton import kernels
+
+    u, *parameters = (v.cuda() for v in ss2d_arguments(1, 40, 40, 32, 1, 2))
+    _ss2d(u, *parameters)
+    count = sum(len(cache[0]) for cache in kernels.scan_kernel.device_caches.values())
+    for height, width in ((41, 32), (64, 37), (48, 48)):
+        _ss2d(torch.randn(1, height, width, 32, device="cuda"), *parameters)
+    assert sum(len(cache[0]) for cache in kernels.scan_kernel.device_caches.values()) == count
+
+
+@needs_gpu
+def test_gpu_graph_capture():
+    u, *parameters = (v.cuda() for v in ss2d_arguments(1, 30, 30, 32, 1, 2))
+    _ss2d(u, *parameters)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = _ss2d(u, *parameters)
+    u.copy_(torch.randn_like(u))
+    graph.replay()
+    assert torch.equal(y, _ss2d(u, *parameters))
+
+
+@needs_gpu
+def test_gpu_more_than_two_to_the_31_elements():
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    batch, size, channels = 9, 1600, 96
+    if free < 40e9:
+        pytest.skip(f"needs 40 GB of free GPU memory, found {free / 1e9:.0f}")
+    _, *parameters = (v.cuda() for v in ss2d_arguments(1, 1, 1, channels, 1, 1))
+    u = torch.randn(batch, size, size, channels, device="cuda", dtype=torch.bfloat16)
+    assert u.numel() > 2**31
+    with torch.no_grad():
+        y = _ss2d(u, *parameters)
+        assert torch.equal(y[-1:], _ss2d(u[-1:].clone(), *parameters))
