@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 
-import timm
 import torch
 from environment import RESULTS, describe, sentence
+from measuring import CONVNEXT, DEIT, MODELS, OURS, SWIN, Figure, build, figure_cells, interleave, kind_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -29,13 +26,10 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-import vmamba
 from vmamba.ops import available_backends, use_backend
 from vmamba.ops.backends import native
 
-OURS, VANILLA = "vmamba_tiny_s1l8", "vanilla_vmamba_tiny"
-SWIN, CONVNEXT, DEIT = "swin_tiny_patch4_window7_224", "convnext_tiny", "deit_small_patch16_224"
-MODELS = (OURS, SWIN, CONVNEXT, DEIT)
+VANILLA = "vanilla_vmamba_tiny"
 SIZES = (224, 384, 512, 768, 1024)
 # (grid, channels, calls) of the scans of one 224² image.
 SCANS = ((56, 96, 2), (28, 192, 2), (14, 384, 8), (7, 768, 2))
@@ -48,41 +42,6 @@ KINDS = {
     "activations": ("gelu", "silu"),
     "copies": ("copy_", "::cat", "clone", "contiguous"),
 }
-
-
-@dataclass
-class Figure:
-    """One measured number beside what it should be at most (at least, where `more` is better)."""
-
-    name: str
-    value: float
-    bound: float
-    more: bool = False
-
-    @property
-    def is_met(self) -> bool:
-        return self.value >= self.bound if self.more else self.value <= self.bound
-
-
-def build(name: str, size: int) -> nn.Module:
-    """A model in eval mode; those with a fixed image size are built for `size`."""
-    torch.manual_seed(0)
-    if "vmamba" in name:
-        return vmamba.create_model(name).eval()
-    options = {} if name == CONVNEXT else {"img_size": size}
-    return timm.create_model(name, **options).eval()
-
-
-def interleave(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call; the calls take turns, after one round that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if turn:
-                times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 @torch.inference_mode()
@@ -180,8 +139,7 @@ def profile_kinds(size: int, rounds: int) -> dict[str, dict[str, float]]:
             model(image)
     kinds: dict[str, float] = defaultdict(float)
     for event in recorded.key_averages():
-        kind = next((kind for kind, words in KINDS.items() if any(word in event.key for word in words)), "the rest")
-        kinds[kind] += event.self_cpu_time_total / 1e3 / rounds
+        kinds[kind_of(event.key, KINDS)] += event.self_cpu_time_total / 1e3 / rounds
     with FlopCounterMode(display=False) as counter:
         model(image)
     flops = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
@@ -234,7 +192,7 @@ def measure(quick: bool, threads: int, say: Callable[[str], None]) -> dict:
         figures.append(Figure(name, vanilla["reference"] / vanilla["native"], 15, more=True))
     return {
         "environment": describe() | {"threads": threads, "kernels": native.kernels() or "none"},
-        "figures": [asdict(figure) | {"met": figure.is_met} for figure in figures],
+        "figures": [figure.record() for figure in figures],
         "forward_seconds": seconds,
         "peak_memory_mb": memory,
         "batch_8_seconds": batch,
@@ -253,8 +211,7 @@ def show(results: dict, console: Console) -> None:
     """The figures and the profile as tables."""
     table = Table("figure", "measured", "wanted", title=sentence(results["environment"]))
     for figure in results["figures"]:
-        sign, mark = ("≥" if figure["more"] else "≤"), ("" if figure["met"] else "  not met")
-        table.add_row(figure["name"], f"{figure['value']:.2f}", f"{sign} {figure['bound']:g}{mark}")
+        table.add_row(*figure_cells(figure))
     console.print(table)
     table = Table("image", "model", "forward, ms", "peak memory, MB")
     for size, times in results["forward_seconds"].items():

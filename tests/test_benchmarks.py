@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from vmamba.nn import SS2D
+from vmamba.ops import ss2d_scan
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def learning(monkeypatch):
+def load(monkeypatch):
+    """Imports a module of the benchmarks, which find each other as when they are run."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("learning")
-    for name in ("learning", "environment"):
-        sys.modules.pop(name, None)
+    yield importlib.import_module
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def learning(load):
+    return load("learning")
 
 
 def test_contenders_are_of_one_size(learning):
@@ -37,3 +49,264 @@ def test_a_short_run_learns_and_reports(learning, monkeypatch, tmp_path):
     assert contenders[0].curve[-1][1] > 0.9
     assert "| VMamba | 0.71 M |" in table
     assert {path.name for path in tmp_path.iterdir()} == {"learning.json", "learning.md", "learning.png"}
+
+
+# --- cpu.py and gpu.py -----------------------------------------------------------------------------------------------
+
+
+def test_figures_know_whether_they_are_met(load):
+    measuring = load("measuring")
+    assert measuring.figure_cells(measuring.Figure("a", 0.5, 1.0).record()) == ("a", "0.50", "≤ 1")
+    assert measuring.figure_cells(measuring.Figure("a", 0.5, 1.0, more=True).record()) == ("a", "0.50", "≥ 1  not met")
+    absent = measuring.Figure("a", None, 1.0, note="why").record()
+    assert measuring.figure_cells(absent) == ("a", "–", "≤ 1")
+    assert absent["note"] == "why"
+    assert "note" not in measuring.Figure("a", 0.5, 1.0).record()
+
+
+def test_calls_take_turns_and_long_ones_have_fewer(load, monkeypatch):
+    measuring, order = load("measuring"), []
+    monkeypatch.setattr(measuring, "seconds_of", lambda call, device, repeats=1: (order.append(call), call())[1])
+    long, short = (lambda: 2.0), (lambda: 0.5)
+    seconds = measuring.interleave({"long": long, "short": short}, rounds=10, least=1.0, most=7.0)
+    assert seconds == {"long": 2.0, "short": 0.5}
+    assert order[:6] == [long, short] * 3
+    assert [order.count(call) - 1 for call in (long, short)] == [4, 7]  # 2 s a turn, and two of half a second a turn
+
+
+def test_the_programs_for_the_processor_can_be_imported(load):
+    assert load("cpu").MODELS[0] == "vmamba_tiny_s1l8"
+
+
+@pytest.fixture
+def gpu_run(load, tmp_path_factory):
+    """Runs gpu.py with tiny models on the CPU; returns the results and the folder."""
+
+    def run(*arguments: str, folder: Path | None = None) -> tuple[dict, Path]:
+        folder = folder or tmp_path_factory.mktemp("gpu")
+        load("gpu").main(["--device", "cpu", "--output", str(folder), *arguments])
+        return json.loads((folder / "gpu.json").read_text()), folder
+
+    return run
+
+
+@pytest.mark.timeout(120)  # on one core it takes about fifteen seconds
+def test_gpu_benchmark_from_end_to_end(gpu_run, capsys):
+    results, folder = gpu_run()
+    assert {path.name for path in folder.iterdir()} == {"gpu.json", "gpu.md", "gpu.png"}
+    assert results["skipped"] == {}
+    tables = results["tables"]
+    assert set(tables) == {
+        "checks", "rates", "operators", "inference", "training", "latency", "profile", "kernels", "resolution"
+    }  # fmt: skip
+    errors = {row["error"] for rows in tables.values() for row in rows if "error" in row}
+    assert errors == {"mamba-ssm is absent", "there are no graphs on the CPU"}
+    figures = {figure["name"]: figure for figure in results["figures"]}
+    assert len(figures) == 12
+    for name, figure in figures.items():
+        if "mamba-ssm" in name:
+            assert figure["note"] == "not measured: mamba-ssm is absent"
+        assert (figure["value"] is None) == ("mamba-ssm" in name or "memory" in name), name
+    page = (folder / "gpu.md").read_text()
+    assert all(name in page for name in figures)
+    assert "| VMamba-T, torch chain |" in page
+    assert "VMamba-T, compiled" in capsys.readouterr().out
+
+
+def test_gpu_benchmark_keeps_what_other_runs_measured(gpu_run):
+    before, folder = gpu_run("--sections", "operators")
+    after, _ = gpu_run("--sections", "latency", "--modes", "eager", folder=folder)
+    assert after["tables"]["operators"] == before["tables"]["operators"]
+    assert [row["mode"] for row in after["tables"]["latency"]] == ["eager", "graph"] * 3
+
+
+def test_gpu_benchmark_keeps_to_its_budget(gpu_run):
+    results, folder = gpu_run("--budget", "1", "--sections", "inference")
+    assert "inference" not in results["tables"]
+    assert "takes about" in results["skipped"]["inference"]
+    assert "The section `inference` is incomplete" in (folder / "gpu.md").read_text()
+
+
+def test_gpu_benchmark_survives_what_fails(gpu_run, load, monkeypatch):
+    models, build = load("gpu_parts.models"), load("measuring").build
+
+    def fail(name: str, size: int, **options: object) -> torch.nn.Module:
+        if "swin" in name:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
+        return build(name, size, **options)
+
+    monkeypatch.setattr(models, "build", fail)
+    results, _ = gpu_run("--sections", "inference", "--modes", "eager")
+    rows = {row["model"]: row for row in results["tables"]["inference"]}
+    assert rows["Swin-T"]["error"] == "out of memory"
+    assert rows["VMamba-T"]["seconds"] > 0
+    notes = {figure["name"]: figure.get("note") for figure in results["figures"]}
+    assert notes["inference, 64², batch 2: images/s, ours / Swin-T"] == "not measured: out of memory"
+    assert notes["inference, 64², batch 2: images/s, ours / ConvNeXt-T"] == "eager"
+
+
+def test_gpu_benchmark_does_not_time_what_is_wrong(gpu_run, load, monkeypatch, tmp_path):
+    def scan(*arguments: torch.Tensor, **options: str) -> torch.Tensor:
+        return ss2d_scan(*arguments, **options) * (1 if options else 1.002)
+
+    monkeypatch.setattr(load("gpu_parts.scans"), "ss2d_scan", scan)
+    with pytest.raises(SystemExit, match=r"nothing was timed, since our scan fails its check: its .* is wrong, off by"):
+        gpu_run(folder=tmp_path)
+    assert set(json.loads((tmp_path / "gpu.json").read_text())["tables"]) == {"checks"}
+
+
+def test_gpu_benchmark_needs_a_gpu(load, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="needs a GPU") as exit_:
+        load("gpu").main([])
+    assert isinstance(exit_.value.code, str)  # which makes the exit status 1
+
+
+def test_gpu_figures_are_ratios_of_the_better_modes(load):
+    report = load("gpu_parts.report")
+
+    def row(model: str, mode: str, seconds: float, size: int = 224, **others: object) -> dict:
+        return {"model": model, "mode": mode, "size": size, "batch": 4, "seconds": seconds, **others}
+
+    tables = {
+        "inference": [
+            row("VMamba-T", "eager", 4.0), row("VMamba-T", "compiled", 2.0), row("Swin-T", "eager", 3.0),
+            row("Swin-T", "compiled", 5.0), {"model": "ConvNeXt-T", "mode": "eager", "size": 224, "error": "out of it"},
+        ],
+        "training": [row("VMamba-T", "eager", 1.0, peak_mb=50.0), row("Swin-T", "eager", 1.5, peak_mb=100.0)],
+        "latency": [
+            row("VMamba-T", "graph", 3.0), row("VMamba-T", "compiled", 1.0), row("Swin-T", "graph", 4.0),
+            row("Swin-T", "compiled", 8.0), row("Swin-T", "eager", 1.0),
+        ],
+        "resolution": [row("VMamba-T", "compiled", 40.0, 896), row("DeiT-S", "eager", 200.0, 896)],
+        "operators": [
+            {"scan": "operator", "grid": 56, "channels": 96, "batch": batch, "seconds": 1.0, "share": share,
+             "timed": "graph"}
+            for batch, share in ((1, 0.1), (128, 0.5))
+        ],
+    }  # fmt: skip
+    found = {figure.name: figure for figure in report.figures(tables, 224, 4, (896,))}
+    values = {name: (figure.value and round(figure.value, 6), figure.note) for name, figure in found.items()}
+    assert values == {
+        "inference, 224², batch 4: images/s, ours / mamba-ssm's scan": (None, "not measured: no run has measured it"),
+        "inference, 224², batch 4: images/s, ours / Swin-T": (1.5, "compiled; Swin-T eager"),
+        "inference, 224², batch 4: images/s, ours / ConvNeXt-T": (None, "not measured: out of it"),
+        "training step, 224², batch 4: images/s, ours / mamba-ssm's scan": (
+            None,
+            "not measured: no run has measured it",
+        ),
+        "training step, 224², batch 4: images/s, ours / Swin-T": (1.5, "eager"),
+        "training step, 224², batch 4: images/s, ours / ConvNeXt-T": (None, "not measured: no run has measured it"),
+        "inference, 896²: images/s, ours / Swin-T": (None, "not measured: no run has measured it"),
+        "inference, 896²: images/s, ours / DeiT-S": (5.0, "compiled; DeiT-S eager"),
+        "time a pixel, ours, 896² / 224²": (1.25, "compiled"),
+        "scan, stage 1: bytes of u, projections and y a second / copy rate": (0.5, "56² × 96, batch 128, graph"),
+        "peak training memory, 224², batch 4: ours / Swin-T": (0.5, "eager"),
+        "latency, batch 1, 224²: ours / Swin-T, same mode": (0.75, "graph"),
+    }
+    assert [name for name, figure in found.items() if figure.is_met] == [
+        name for name in found if ("Swin-T" in name and "896" not in name) or "DeiT" in name or "scan, stage" in name
+    ]
+
+
+def test_the_released_operator_is_ours_step_by_step(load):
+    yardsticks, scans = load("gpu_parts.yardsticks"), load("gpu_parts.scans")
+    inputs = scans.scan_inputs(2, 4, 5, 32, "cpu", torch.float64)
+    expected = inputs.run(ss2d_scan, torch.float64)
+    found = inputs.run(yardsticks.released_with(yardsticks.plain_scan), torch.float64)
+    for ours, theirs in zip(expected, found, strict=True):
+        torch.testing.assert_close(theirs, ours)
+
+
+def test_a_replaced_scan_is_used_in_the_block_only(load):
+    yardsticks, calls = load("gpu_parts.yardsticks"), []
+
+    def scan(*arguments: object, **options: object) -> torch.Tensor:
+        calls.append(options)
+        return yardsticks.plain_scan(*arguments, **options)
+
+    layer, x = SS2D(32).eval(), torch.randn(1, 4, 3, 32)
+    with torch.no_grad():
+        expected = layer(x)
+        with yardsticks.replaced_scan(scan):
+            torch.testing.assert_close(layer(x), expected)
+        assert len(calls) == 1
+        layer(x)
+    assert len(calls) == 1
+
+
+def test_compiled_code_for_a_replaced_scan_is_kept(load):
+    yardsticks = load("gpu_parts.yardsticks")
+    layer, x = SS2D(32).eval(), torch.randn(1, 4, 3, 32)
+    compilations = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        compilations.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, dynamic=False, backend=backend)
+    with torch.no_grad():
+        for _ in range(3):
+            with yardsticks.replaced_scan(yardsticks.plain_scan):
+                torch.testing.assert_close(compiled(x), layer(x))
+    assert len(compilations) == 1
+
+
+def test_least_bytes_count_every_layer_of_a_block(load):
+    profiling = load("gpu_parts.profiling")
+    from vmamba.nn import VSSBlock
+
+    block, x = VSSBlock(32), torch.randn(2, 4, 4, 32)
+    n, projected = x.numel(), 2 * 4 * 4 * 4 * (2 + 2)
+    products = 2 * (2 * n + 32 * 32) + 2 * (5 * n + 32 * 128) + n + 32 * 4 * (2 + 2) + projected
+    elementwise = 2 * 3 * n + 2 * n + 2 * 4 * n  # two sums, SiLU, GELU of the MLP
+    least = profiling.least_bytes(block, block, x, training=False)
+    assert least == {
+        "matrix products": 2 * products,
+        "elementwise": 2 * elementwise,
+        "convolutions": 2 * (2 * n + 32 * 9),
+        "normalisation": 2 * 3 * 2 * n,
+        "scan": 2 * (2 * n + projected),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("scan_kernel", "scan"),
+        ("triton_poi_fused_add_native_layer_norm_3", "elementwise"),
+        ("triton_per_fused__to_copy_native_layer_norm_1", "normalisation"),
+        ("void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float>(...)", "normalisation"),
+        ("void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(...)>", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, GeluCUDAKernelImpl(...)>", "elementwise"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolutions"),
+        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_bias_TNN", "matrix products"),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, ...>>", "sums"),
+        ("something_else", "the rest"),
+    ],
+)
+def test_kernels_are_known_by_their_names(load, kernel, kind):
+    profiling, measuring = load("gpu_parts.profiling"), load("measuring")
+    assert measuring.kind_of(kernel, profiling.KINDS | {"scan": ("vmamba::", "scan_kernel")}) == kind
+
+
+def test_tuning_tries_configurations_and_prints_a_table(load, monkeypatch):
+    tuning, bench, report = load("gpu_parts.tuning"), load("gpu_parts.bench"), load("gpu_parts.report")
+    monkeypatch.setattr(tuning, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(tuning, "compile_trial", lambda trial: "too large" if trial.configuration.run == 32 else None)
+    monkeypatch.setattr(tuning, "capture", lambda call: call)
+    monkeypatch.setattr(tuning.Trial, "call", lambda trial, batch: lambda: None)
+    run = bench.Bench(bench.replace(bench.FULL, scans=((7, 768, (1, 128)), (14, 384, (1, 128)))))
+    fastest = tuning.Configuration(run=8, runs=4, block=32, warps=4)
+    monkeypatch.setattr(
+        bench.Bench,
+        "interleave",
+        lambda self, calls: {trial: 1.0 + (trial.configuration != fastest) for trial in calls},
+    )
+    rows = [row for _, part in tuning.tuning(run) for row in part]
+    assert {row["pass"] for row in rows} == {"scan", "gradient"}
+    assert any(row.get("error") == "too large" for row in rows)
+    assert report.configuration_table(rows) == [
+        f"({size}, Configurations(scan={fastest}, gradient={fastest}))," for size in (49, 196)
+    ]

@@ -1,0 +1,99 @@
+"""Configurations of the Triton kernels, for the table that is committed with them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+
+import torch
+
+from gpu_parts.bench import Bench, Part, brief, capture, failures_in, release
+from gpu_parts.report import Row
+from gpu_parts.scans import operator_arguments, scan_inputs
+from gpu_parts.yardsticks import NotMeasuredError
+from vmamba.ops.backends.triton import Configuration, Configurations, use_configurations
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration for one of the two kernels at one shape."""
+
+    kernel: str  # a field of `Configurations`
+    configuration: Configuration
+    grid: int
+    channels: int
+
+    @property
+    def row(self) -> Row:
+        return {
+            "pass": self.kernel, "grid": self.grid, "channels": self.channels, "configuration": repr(self.configuration)
+        }  # fmt: skip
+
+    def configurations(self) -> Configurations:
+        return Configurations(scan=self.configuration, gradient=self.configuration)
+
+    def call(self, batch: int) -> Callable[[], object]:
+        """What is to be timed, to be called under `use_configurations(self.configurations())`."""
+        inputs = scan_inputs(batch, self.grid, self.grid, self.channels, "cuda", torch.bfloat16)
+        arguments = operator_arguments(inputs)
+        if self.kernel == "scan":
+            return partial(torch.ops.vmamba.ss2d_scan, *arguments)
+        return partial(torch.ops.vmamba.ss2d_scan_backward, inputs.gradient, *arguments)
+
+
+COMPILERS = max(1, (os.cpu_count() or 1) - 2)  # processes
+SECONDS_OF_TRIAL = 1.5  # with so many of them, roughly
+
+
+def trials(scans: Iterable[tuple[int, int, tuple[int, ...]]]) -> list[Trial]:
+    """Tiles in which every thread has one channel of one run."""
+    found = []
+    for (grid, channels, _), kernel in itertools.product(scans, ("scan", "gradient")):
+        for run, block, warps in itertools.product((4, 8, 16, 32), (16, 32, 64), (1, 2, 4, 8)):
+            runs = 32 * warps // block
+            if runs and run * runs <= 2 * grid**2 and (kernel == "scan" or run <= 16):
+                found.append(Trial(kernel, Configuration(run, runs, block, warps), grid, channels))
+    return found
+
+
+def compile_trial(trial: Trial) -> str | None:
+    """Compile in a process of its own, for Triton's cache on the disk; returns what went wrong."""
+    try:
+        call = trial.call(1)
+        with use_configurations(trial.configurations()):
+            call()
+            torch.cuda.synchronize()
+    except Exception as error:
+        return brief(error)
+    return None
+
+
+def tuning(bench: Bench) -> Iterator[Part]:
+    """Every sensible shape of the Triton kernels' tiles at the stages of a large batch."""
+    if bench.device != "cuda":
+        raise NotMeasuredError("the kernels can be tuned on a GPU only")
+    with ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn")) as pool:
+        for _, group in itertools.groupby(trials(bench.settings.scans[:4]), lambda trial: (trial.grid, trial.kernel)):
+            members = list(group)
+            bench.has_time_for(SECONDS_OF_TRIAL * len(members))
+            bench.say(f"  {members[0].kernel}, {members[0].grid}², {len(members)} configurations")
+            rows = {trial: trial.row for trial in members}
+            calls = {}
+            call = members[0].call(bench.settings.batch)
+            for trial, error in zip(members, pool.map(compile_trial, members), strict=True):
+                with failures_in(rows[trial]):
+                    if error:
+                        raise NotMeasuredError(error)
+                    with use_configurations(trial.configurations()):
+                        calls[trial] = capture(call)
+            for trial, seconds in bench.interleave(calls).items():
+                rows[trial]["seconds"] = seconds
+            yield "tuning", sorted(rows.values(), key=lambda row: row.get("seconds", math.inf))
+            del calls, call
+            release()
