@@ -13,17 +13,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vmamba
-from vmamba.nn import packed
+from vmamba.nn import cpu
 from vmamba.nn.conv import GridConv2d
 
-pytestmark = pytest.mark.skipif(not packed._packable_dtypes(), reason="this build of torch has no oneDNN")
-has_bfloat16 = pytest.mark.skipif(torch.bfloat16 not in packed._packable_dtypes(), reason="no bfloat16 instructions")
+pytestmark = pytest.mark.skipif(not cpu._packable_dtypes(), reason="this build of torch has no oneDNN")
+has_bfloat16 = pytest.mark.skipif(torch.bfloat16 not in cpu._packable_dtypes(), reason="no bfloat16 instructions")
 
 
 def _is_packed(layer, x):
-    packed._copies.pop(layer, None)
-    packed.caller(layer, x)(layer, x)
-    return layer in packed._copies
+    cpu._copies.pop(layer, None)
+    cpu.caller(layer, x)(layer, x)
+    return layer in cpu._copies
 
 
 LAYERS = {
@@ -48,10 +48,10 @@ def test_equals_the_layer(layer_and_input, activation):
     layer, x = layer_and_input
     expected = {"none": lambda y: y, "gelu": F.gelu, "swish": F.silu}[activation](layer(x))
     for _ in range(2):  # packs, then finds the copy
-        torch.testing.assert_close(packed.caller(layer, x)(layer, x, activation), expected, atol=1e-5, rtol=1e-5)
-    assert layer in packed._copies
+        torch.testing.assert_close(cpu.caller(layer, x)(layer, x, activation), expected, atol=1e-5, rtol=1e-5)
+    assert layer in cpu._copies or activation == "swish"  # a depthwise convolution before it has a kernel of its own
     strided = torch.cat([x, x], dim=1)[:, : x.shape[1]]
-    torch.testing.assert_close(packed.caller(layer, x)(layer, strided, activation), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cpu.caller(layer, x)(layer, strided, activation), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -59,12 +59,12 @@ def test_equals_the_layer(layer_and_input, activation):
 def test_autocast_and_bfloat16_layers(layer_and_input):
     layer, x = layer_and_input
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = packed.caller(layer, x)(layer, x)
+        y = cpu.caller(layer, x)(layer, x)
         expected = layer(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected, atol=2e-2, rtol=2e-2)
     low = copy.deepcopy(layer).bfloat16()
-    y = packed.caller(low, x.bfloat16())(low, x.bfloat16())
+    y = cpu.caller(low, x.bfloat16())(low, x.bfloat16())
     torch.testing.assert_close(y, low(x.bfloat16()), atol=2e-2, rtol=2e-2)
 
 
@@ -73,7 +73,7 @@ def test_images_of_changing_size():
     layer = GridConv2d(8, 12, 3, stride=2, padding=1).eval()
     for height, width in ((8, 8), (30, 17), (8, 8), (1, 1)):
         x = torch.randn(1, height, width, 8)
-        torch.testing.assert_close(packed.caller(layer, x)(layer, x), layer(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(cpu.caller(layer, x)(layer, x), layer(x), atol=1e-5, rtol=1e-5)
 
 
 CHANGES = {
@@ -101,9 +101,9 @@ def _optimizer_step(layer):
 def test_sees_every_change_of_the_weights(name, change):
     make, shape = LAYERS[name]
     layer, x = make().eval(), torch.randn(shape)
-    packed.caller(layer, x)(layer, x)
+    cpu.caller(layer, x)(layer, x)
     change(layer)
-    torch.testing.assert_close(packed.caller(layer, x)(layer, x), layer(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cpu.caller(layer, x)(layer, x), layer(x), atol=1e-5, rtol=1e-5)
 
 
 def test_leaves_everything_unusual_to_the_layer():
@@ -123,14 +123,14 @@ def test_leaves_everything_unusual_to_the_layer():
         assert not _is_packed(torch.nn.utils.parametrizations.weight_norm(copy.deepcopy(layer)), x)
         hook = layer.register_forward_hook(lambda module, inputs, output: output + 1)
         assert not _is_packed(layer, x)
-        torch.testing.assert_close(packed.caller(layer, x)(layer, x), F.linear(x, layer.weight, layer.bias) + 1)
+        torch.testing.assert_close(cpu.caller(layer, x)(layer, x), F.linear(x, layer.weight, layer.bias) + 1)
         hook.remove()
-        torch.func.vmap(lambda row: packed.caller(layer, row)(layer, row))(x)
+        torch.func.vmap(lambda row: cpu.caller(layer, row)(layer, row))(x)
         y = torch.func.functional_call(_Through(layer), {"layer.weight": torch.zeros(4, 6)}, (x,))
         torch.testing.assert_close(y, layer.bias.expand(3, 4))
     with torch.no_grad(), torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        tangent = torch.autograd.forward_ad.unpack_dual(packed.caller(layer, dual)(layer, dual)).tangent
+        tangent = torch.autograd.forward_ad.unpack_dual(cpu.caller(layer, dual)(layer, dual)).tangent
     torch.testing.assert_close(tangent, layer.weight.detach().sum(1).expand(3, 4))
 
 
@@ -140,21 +140,21 @@ class _Through(nn.Module):
         self.layer = layer
 
     def forward(self, x):
-        return packed.caller(self, x)(self.layer, x)
+        return cpu.caller(self, x)(self.layer, x)
 
 
 @torch.no_grad()
 def test_a_wrong_width_gets_the_layer_s_own_error():
     layer = nn.Linear(6, 4).eval()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        packed.caller(layer, torch.randn(3, 5))(layer, torch.randn(3, 5))
+        cpu.caller(layer, torch.randn(3, 5))(layer, torch.randn(3, 5))
 
 
 @torch.no_grad()
 def test_copies_go_with_their_layers():
     layer, x = nn.Linear(6, 4).eval(), torch.randn(3, 6)
-    packed.caller(layer, x)(layer, x)
-    copies = weakref.ref(packed._copies[layer][torch.float32])
+    cpu.caller(layer, x)(layer, x)
+    copies = weakref.ref(cpu._copies[layer][torch.float32])
     assert copies() is not None
     del layer
     gc.collect()

@@ -7,13 +7,13 @@ import timm.layers
 import torch
 from torch import nn
 
-from vmamba.nn import mlp as module
+from vmamba.nn import cpu
 from vmamba.nn.mlp import Mlp
 
 
 @pytest.fixture
 def short_stretches(monkeypatch):
-    monkeypatch.setattr(module, "_STRETCH", 100)
+    monkeypatch.setattr(cpu, "_STRETCH", 100)
 
 
 def _pair(dim, hidden, dtype=torch.float32):

@@ -265,3 +265,22 @@ native.ss2d_scan_backward(values[0], *values, "cross")
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     assert float(_run_python(code)) < 120
+
+
+def test_default_dtype_and_device_do_not_matter():
+    """Buffers that followed them would hand the kernel memory of another size, or of a GPU."""
+    arguments = ss2d_arguments(2, 6, 5, 20, 2, 3)
+    sequence = scan_arguments(2, 6, 40, 2, 3)
+    expected = gradients(lambda *v: ss2d_scan(*v, backend="native"), arguments)
+    expected_scan = gradients(lambda *v: selective_scan(*v, True, backend="native"), list(sequence.values()))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            y = ss2d_scan(*arguments, backend="native")
+        assert torch.equal(y, expected[0][0])
+        actual_scan = gradients(lambda *v: selective_scan(*v, True, backend="native"), list(sequence.values()))
+        actual_grid = gradients(lambda *v: ss2d_scan(*v, backend="native"), arguments)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_matches([*actual_grid[0], *actual_grid[1]], [*expected[0], *expected[1]], 1e-6)
+    assert_matches([*actual_scan[0], *actual_scan[1]], [*expected_scan[0], *expected_scan[1]], 1e-6)

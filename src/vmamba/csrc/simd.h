@@ -28,7 +28,11 @@ inline Floats load(const float* p) { return *reinterpret_cast<const FloatsInMemo
 inline Floats load(const uint16_t* p) {
     Halves v;
     memcpy(&v, p, sizeof v);
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);  // __builtin_convertvector takes it in halves
+#else
     return (Floats)(__builtin_convertvector(v, Words) << 16);
+#endif
 }
 
 inline void store(float* p, Floats v) { *reinterpret_cast<FloatsInMemory*>(p) = v; }
@@ -38,7 +42,11 @@ inline void store(uint16_t* p, Floats v) {
     Words bits = (Words)v;
     Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     Words kept = v == v ? rounded : (bits >> 16) | 0x40;
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+    Halves halves = (Halves)_mm512_cvtepi32_epi16((__m512i)kept);
+#else
     Halves halves = __builtin_convertvector(kept, Halves);
+#endif
     memcpy(p, &halves, sizeof halves);
 }
 

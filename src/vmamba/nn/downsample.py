@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba.nn import packed
+from vmamba.nn import cpu
 from vmamba.nn.conv import GridConv2d
 
 
@@ -22,7 +22,8 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) to (B, ⌈H/2⌉, ⌈W/2⌉, out_dim)."""
-        return self.norm(packed.caller(self, x)(self.conv, x))
+        call = cpu.caller(self, x)
+        return call(self.norm, call(self.conv, x), overwrite=cpu.is_unwatched(self))
 
 
 class PatchMerging(nn.Module):
@@ -38,4 +39,5 @@ class PatchMerging(nn.Module):
         _, height, width, _ = x.shape
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         corners = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        return packed.caller(self, x)(self.reduction, self.norm(torch.cat(corners, dim=-1)))
+        call = cpu.caller(self, x)
+        return call(self.reduction, call(self.norm, torch.cat(corners, dim=-1)))

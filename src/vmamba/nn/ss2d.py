@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba.nn import packed
+from vmamba.nn import cpu
 from vmamba.nn.conv import GridConv2d
 from vmamba.ops import PATTERNS, ss2d_scan
 from vmamba.ops.precision import state_dtype
@@ -102,14 +102,23 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the pixels of (B, H, W, C); returns (B, H, W, C)."""
-        call = packed.caller(self, x)
-        x = call(self.in_proj, x)
+        call = cpu.caller(self, x)
+        y, gate = self.mix(call(self.in_proj, x), call)
+        return self.dropout(self.project(y, gate, call))
+
+    def mix(self, x: Tensor, call: cpu.Caller) -> tuple[Tensor, Tensor | None]:
+        """From the first projection's result to that of the scans, (B, H, W, D), and the gate."""
         gate = None
         if self.gated:
             x, gate = x.chunk(2, dim=-1)
         u = call(self.conv, x, "swish")
+        del x  # in inference its memory is free for the result
         A = -torch.exp(self.A_log.to(state_dtype(self.A_log)))
-        y = self.norm(ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, self.pattern))
+        return ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, self.pattern), gate
+
+    def project(self, y: Tensor, gate: Tensor | None, call: cpu.Caller) -> Tensor:
+        """From the scans' result (..., D), whose memory may be used, to that of the last projection, (..., C)."""
+        y = call(self.norm, y, overwrite=True)
         if gate is not None:
             y = y * F.silu(gate)
-        return self.dropout(call(self.out_proj, y))
+        return call(self.out_proj, y)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vmamba.nn import packed
+from vmamba.nn import cpu
 from vmamba.nn.conv import GridConv2d
 
 
@@ -25,15 +25,14 @@ class ConvStem(nn.Module):
             raise ValueError(f"stem stride is {stride}; expected 1, 2 or 4")
         self.conv1 = GridConv2d(in_chans, dim // 2, 3, stride=2 if stride > 1 else 1, padding=1, **dd)
         self.norm1 = nn.LayerNorm(dim // 2, **dd)
-        self.act = nn.GELU()
         self.conv2 = GridConv2d(dim // 2, dim, 3, stride=2 if stride > 2 else 1, padding=1, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, in_chans) to (B, ⌈H/stride⌉, ⌈W/stride⌉, dim)."""
-        call = packed.caller(self, x)
-        x = self.act(self.norm1(call(self.conv1, x)))
-        return self.norm2(call(self.conv2, x))
+        call, unwatched = cpu.caller(self, x), cpu.is_unwatched(self)
+        x = call(self.norm1, call(self.conv1, x), "gelu", overwrite=unwatched)
+        return call(self.norm2, call(self.conv2, x), overwrite=unwatched)
 
 
 class PatchStem(nn.Module):
@@ -46,4 +45,5 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, in_chans) to (B, ⌊H/stride⌋, ⌊W/stride⌋, dim)."""
-        return self.norm(packed.caller(self, x)(self.conv, x))
+        call = cpu.caller(self, x)
+        return call(self.norm, call(self.conv, x), overwrite=cpu.is_unwatched(self))

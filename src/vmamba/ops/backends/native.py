@@ -33,7 +33,7 @@ from vmamba.ops.routes import get_routes
 LIBRARY_VARIABLE = "VMAMBA_NATIVE_LIBRARY"
 KERNELS_VARIABLE = "VMAMBA_NATIVE_KERNELS"
 
-_INTERFACE = 1
+_INTERFACE = 2
 # Below this many steps of 16 channels, waking other threads takes longer than the work.
 _STEPS_FOR_THREADS = 512
 # The backward pass splits the channels of a batch into about this many tasks, on any number of threads, because the
@@ -115,6 +115,11 @@ def unavailable(device: torch.device) -> str | None:
     return _WHY_NOT
 
 
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None where it is missing."""
+    return _LIBRARY
+
+
 def kernels() -> str | None:
     """The instruction set in use ("avx512", "avx2" or "baseline"), or None where the library is missing."""
     return None if _LIBRARY is None else _LIBRARY.vmamba_kernels().decode()
@@ -155,12 +160,12 @@ def ss2d_scan(
     """
     if _is_for_eager(A.shape[-1], dt_proj_weight.shape[-1], u, projected, dt_proj_weight, dt_proj_bias, A, D):
         return eager.ss2d_scan(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern)
-    y = torch.empty(u.shape, dtype=_image_dtype(u))
+    y = torch.empty(u.shape, dtype=_image_dtype(u), device="cpu")
     problem, keep = _grid_problem(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern)
     if u.numel():
         problem.y = y.data_ptr()
         if problem.threads > 2 and problem.batch * _blocks(problem) < 2 * problem.threads:
-            keep.append(route_y := torch.empty((problem.routes, *u.shape)))
+            keep.append(route_y := _buffer(problem.routes, *u.shape))
             problem.route_y = route_y.data_ptr()
         _run_forward(problem)
     del keep
@@ -231,7 +236,9 @@ def _grid_problem(
 @functools.cache
 def _route_bits(pattern: str) -> Tensor:
     """A pattern's routes as the kernel knows them: 1 by columns, 2 backwards."""
-    return torch.tensor([route.columns + 2 * route.backwards for route in get_routes(pattern)], dtype=torch.int32)
+    return torch.tensor(
+        [route.columns + 2 * route.backwards for route in get_routes(pattern)], dtype=torch.int32, device="cpu"
+    )
 
 
 # --- one sequence ----------------------------------------------------------------------------------------------------
@@ -297,7 +304,7 @@ def selective_scan_backward(
         y, _ = _sequence_forward(problem, keep)
         grad, grad_z = eager.gate_backward(grad, y.transpose(1, 2), z.float())
     keep += [grad := _dense(grad.transpose(1, 2)), last := _dense(grad_last)]
-    grad_delta = torch.empty(grad.shape)
+    grad_delta = _buffer(*grad.shape)
     problem.grad_y, problem.grad_last, problem.grad_delta = grad.data_ptr(), last.data_ptr(), grad_delta.data_ptr()
     grad_u, grad_parameters, weights = _run_backward(problem)
     _, grad_bias, grad_A, grad_D = _split_weights(problem, weights)
@@ -329,9 +336,9 @@ def _sequence_problem(
         if vector is not None:
             checks.shape(name, vector, (channels,), "(D,)")
     x, step = (_dense(value.transpose(1, 2)) for value in (u, delta))
-    parameters = torch.empty(batch, length, 2, groups, N)
+    parameters = _buffer(batch, length, 2, groups, N)
     parameters[:, :, 0], parameters[:, :, 1] = B.permute(0, 3, 1, 2), C.permute(0, 3, 1, 2)
-    keep = [x, step, parameters, _dense(A), torch.zeros(1, dtype=torch.int32)]
+    keep = [x, step, parameters, _dense(A), torch.zeros(1, dtype=torch.int32, device="cpu")]
     problem = _Problem(
         batch=batch, height=1, width=length, channels=channels, groups=groups, states=N, rank=0, routes=1,
         pixel_stride=2 * groups * N, group_stride=N, B_offset=0, C_offset=groups * N, softplus=delta_softplus,
@@ -347,8 +354,8 @@ def _sequence_problem(
 
 def _sequence_forward(problem: _Problem, keep: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The ungated result (batch, L, D), and the last state (batch, D, N)."""
-    y = torch.empty(problem.batch, problem.width, problem.channels)
-    last = torch.zeros(problem.batch, problem.channels, problem.states)
+    y = _buffer(problem.batch, problem.width, problem.channels)
+    last = _buffer(problem.batch, problem.channels, problem.states).zero_()
     if y.numel():
         problem.y, problem.last = y.data_ptr(), last.data_ptr()
         _run_forward(problem)
@@ -370,6 +377,11 @@ def _dense(value: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if value.device.type != "cpu":
         raise ValueError(f"the native backend was given a tensor on {value.device}; it runs on the CPU only")
     return value.detach().to(dtype).contiguous()
+
+
+def _buffer(*shape: int) -> Tensor:
+    """Fresh memory, whatever dtype and device the user has made the default."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _own(value: Tensor, like: Tensor) -> Tensor:
@@ -413,9 +425,9 @@ def _run_backward(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of u, of the parameters where those lie (flat), and of everything that has no batch (flat)."""
     batch, positions, channels = problem.batch, problem.height * problem.width, problem.channels
     problem.slots = min(_blocks(problem), -(-_BACKWARD_TASKS // batch))
-    grad_u = torch.empty(batch * positions * channels)
-    grad_parameters = torch.empty(problem.slots, batch * positions * problem.pixel_stride)
-    weights = torch.empty(batch, problem.routes * channels * (problem.rank + 1 + problem.states) + channels)
+    grad_u = _buffer(batch * positions * channels)
+    grad_parameters = _buffer(problem.slots, batch * positions * problem.pixel_stride)
+    weights = _buffer(batch, problem.routes * channels * (problem.rank + 1 + problem.states) + channels)
     problem.grad_u = grad_u.data_ptr()
     problem.grad_parameters, problem.grad_weights = grad_parameters.data_ptr(), weights.data_ptr()
     _run("vmamba_backward", problem)
