@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,14 +53,24 @@ def figure_cells(record: Mapping[str, Any]) -> tuple[str, str, str]:
     return record["name"], f"{record['value']:.2f}", wanted + ("" if record["met"] else "  not met")
 
 
+def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines]
+
+
 def build(name: str, size: int, **options: Any) -> nn.Module:
-    """A model in eval mode; those with a fixed image size are built for `size`."""
+    """A model in eval mode; those with a fixed image size are built for `size`.
+
+    Its parameters are ordinary ones also where inference mode is on, which is for calls and not for making models.
+    """
     torch.manual_seed(0)
-    if "vmamba" in name:
-        return vmamba.create_model(name, **options).eval()
-    if name != CONVNEXT:
-        options = {"img_size": size} | options
-    return timm.create_model(name, **options).eval()
+    with torch.inference_mode(False):
+        if "vmamba" in name:
+            return vmamba.create_model(name, **options).eval()
+        if name != CONVNEXT:
+            options = {"img_size": size} | options
+        return timm.create_model(name, **options).eval()
 
 
 def seconds_of(call: Callable[[], object], device: str = "cpu", repeats: int = 1) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import sentence
-from measuring import Figure, figure_cells
+from measuring import Figure, figure_cells, markdown_table
 
 from gpu_parts.yardsticks import CONVNEXT_T, DEIT_S, MINE, RELEASED, SWIN_T, NotMeasuredError
 
@@ -189,7 +189,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The whole page."""
     lines = ["# VMamba on a GPU", "", sentence(results["environment"]) + "; written by `python benchmarks/gpu.py`.", ""]
     lines += [f"{text}." for text in results["notes"]]
-    lines += ["", *_table(("figure", "measured", "wanted", "mode"), map(_figure_row, results["figures"]))]
+    lines += ["", *markdown_table(("figure", "measured", "wanted", "mode"), map(_figure_row, results["figures"]))]
     for section, reason in results["skipped"].items():
         lines += ["", f"The section `{section}` is incomplete: {reason}."]
     for name, (title, columns) in PAGE.items():
@@ -223,12 +223,7 @@ def _rows(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
         return format(value * factor if factor != 1 else value, form)
 
     cells = ([*(cell(row, column) for column in columns), *([row.get("error", "")] * has_errors)] for row in rows)
-    return _table([*(column[0] for column in columns), *([""] * has_errors)], cells)
-
-
-def _table(headers: Sequence[str], rows: Any) -> list[str]:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines]
+    return markdown_table([*(column[0] for column in columns), *([""] * has_errors)], cells)
 
 
 def configuration_table(rows: Sequence[Row]) -> list[str]:
