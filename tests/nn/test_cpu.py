@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vmamba
-from vmamba.nn import cpu
+from vmamba.nn import VSSBlock, cpu
 from vmamba.nn.conv import GridConv2d
+from vmamba.ops import use_backend
 
 pytestmark = pytest.mark.skipif(not cpu._packable_dtypes(), reason="this build of torch has no oneDNN")
 has_bfloat16 = pytest.mark.skipif(torch.bfloat16 not in cpu._packable_dtypes(), reason="no bfloat16 instructions")
@@ -170,3 +171,62 @@ def test_a_model_gives_what_it_gives_without():
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
     with torch.enable_grad():
         torch.testing.assert_close(fast, model(x).detach(), atol=1e-5, rtol=1e-4)
+
+
+BLOCKS = {
+    "MLP": {},
+    "wide": {"ssm_ratio": 2.0},
+    "gate, no MLP": {"mlp_ratio": 0.0, "gated": True, "ssm_ratio": 2.0, "d_state": 2, "conv_bias": True},
+}
+
+
+@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("backend", ["native", "eager", "reference"])
+@pytest.mark.parametrize("stretch", [64, 2**21])
+def test_blocks_infer_what_they_compute(options, backend, stretch, monkeypatch):
+    """In stretches and in place, from inputs of any strides, which are left as they were."""
+    monkeypatch.setattr(cpu, "_STRETCH", stretch)
+    torch.manual_seed(0)
+    block = VSSBlock(8, **options).eval()
+    contiguous = torch.randn(2, 5, 7, 8)
+    for x in (contiguous, contiguous.permute(0, 2, 1, 3), contiguous[:, ::2], contiguous[:0]):
+        before = x.clone()
+        with use_backend(backend):
+            expected = block(x).detach()
+            with torch.no_grad():
+                y = block(x)
+        torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(x, before)
+
+
+@torch.no_grad()
+@has_bfloat16
+@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
+def test_blocks_infer_under_autocast(options):
+    torch.manual_seed(0)
+    block, x = VSSBlock(8, **options).eval(), torch.randn(2, 5, 7, 8)
+    exact = block(x)
+    for image in (x, x.bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = block(image)
+        assert y.dtype == image.dtype
+        torch.testing.assert_close(y.float(), exact, atol=0.1, rtol=0.05)
+
+
+@torch.no_grad()
+def test_hooks_see_what_they_saw():
+    """A hook's tensor is not overwritten later, and every module is called once."""
+    torch.manual_seed(0)
+    model, x = vmamba.create_model("vmamba_femto").eval(), torch.randn(1, 3, 40, 40)
+    seen = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, inputs, output, name=name: seen.setdefault(name, []).append(output))
+    expected = model(x)
+    kept = {name: [output.clone() for output in outputs] for name, outputs in seen.items()}
+    assert all(len(outputs) == 1 for outputs in seen.values())
+    assert "stages.0.blocks.0.ss2d.out_proj" in seen
+    model(x)
+    assert all(torch.equal(seen[name][0], kept[name][0]) for name in kept)
+    for module in model.modules():
+        module._forward_hooks.clear()
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)

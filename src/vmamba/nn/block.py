@@ -55,8 +55,8 @@ class VSSBlock(nn.Module):
         y, gate = self.ss2d.mix(
             cpu.in_stretches(lambda part: call(self.ss2d.in_proj, call(self.norm1, part)), x, self.width), call
         )
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        result = y if (y.shape, y.dtype) == (x.shape, dtype) else torch.empty_like(x, dtype=dtype)
+        y, dtype = y.contiguous(), torch.promote_types(x.dtype, y.dtype)
+        result = y if (y.shape, y.dtype) == (x.shape, dtype) else y.new_empty(x.shape, dtype=dtype)
 
         pieces = [cpu.stretches(value.flatten(0, -2), self.width) for value in (x, y, result)]
         gates = [None] * len(pieces[0]) if gate is None else cpu.stretches(gate.flatten(0, -2), self.width)

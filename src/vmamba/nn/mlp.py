@@ -52,7 +52,7 @@ class _FrugalMlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
         hidden, y = [], torch.empty_like(x)
         for part, result in zip(cpu.stretches(x, len(weight1)), cpu.stretches(y, len(weight1)), strict=True):
-            hidden.append(cpu.product(part, weight1, bias1))
+            hidden.append(F.linear(part, weight1, bias1))  # oneDNN is slower where the result is the wider side
             result.copy_(cpu.product(cpu.gelu(hidden[-1]), weight2, bias2))
         ctx.save_for_backward(x, weight1, bias1, weight2, bias2, *hidden)
         return y
@@ -68,13 +68,18 @@ class _FrugalMlp(torch.autograd.Function):
                 grad,
             )
 
-        grad_x, grad_bias1 = torch.empty_like(x), torch.zeros_like(bias1)
-        grad_weight1, grad_weight2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
+        needs_x, needs_weight1, _, needs_weight2, _ = ctx.needs_input_grad
+        grad_x = torch.empty_like(x)
+        grad_weight1, grad_bias1, grad_weight2 = (torch.zeros_like(value) for value in (weight1, bias1, weight2))
         parts = (cpu.stretches(value, len(weight1)) for value in (x, grad, grad_x))
         for h, x_part, grad_part, grad_x_part in zip(hidden, *parts, strict=True):
             activated, grad_h = cpu.gelu_backward(cpu.product(grad_part, weight2.t()), h)
-            grad_weight2.addmm_(grad_part.t(), activated)
-            grad_weight1.addmm_(grad_h.t(), x_part)
+            if needs_weight2:
+                grad_weight2.addmm_(grad_part.t(), activated)
+            if needs_weight1:
+                grad_weight1.addmm_(grad_h.t(), x_part)
             grad_bias1 += grad_h.sum(0)
-            grad_x_part.copy_(cpu.product(grad_h, weight1.t()))
-        return grad_x, grad_weight1, grad_bias1, grad_weight2, grad.sum(0)
+            if needs_x:
+                grad_x_part.copy_(cpu.product(grad_h, weight1.t()))
+        grads = (grad_x, grad_weight1, grad_bias1, grad_weight2, grad.sum(0))
+        return tuple(value if needed else None for value, needed in zip(grads, ctx.needs_input_grad, strict=True))
