@@ -70,14 +70,15 @@ class _FrugalMlp(torch.autograd.Function):
 
         needs_x, needs_weight1, _, needs_weight2, _ = ctx.needs_input_grad
         grad_x = torch.empty_like(x)
-        grad_weight1, grad_bias1, grad_weight2 = (torch.zeros_like(value) for value in (weight1, bias1, weight2))
+        grad_weight1, grad_weight2 = torch.empty_like(weight1), torch.empty_like(weight2)
+        grad_bias1 = torch.zeros_like(bias1)
         parts = (cpu.stretches(value, len(weight1)) for value in (x, grad, grad_x))
-        for h, x_part, grad_part, grad_x_part in zip(hidden, *parts, strict=True):
+        for i, (h, x_part, grad_part, grad_x_part) in enumerate(zip(hidden, *parts, strict=True)):
             activated, grad_h = cpu.gelu_backward(cpu.product(grad_part, weight2.t()), h)
             if needs_weight2:
-                grad_weight2.addmm_(grad_part.t(), activated)
+                grad_weight2.addmm_(grad_part.t(), activated, beta=int(i > 0))
             if needs_weight1:
-                grad_weight1.addmm_(grad_h.t(), x_part)
+                grad_weight1.addmm_(grad_h.t(), x_part, beta=int(i > 0))
             grad_bias1 += grad_h.sum(0)
             if needs_x:
                 grad_x_part.copy_(cpu.product(grad_h, weight1.t()))
