@@ -187,10 +187,11 @@ def _our_kernels_named() -> Iterator[None]:
 def measure(quick: bool, threads: int, say: Callable[[str], None]) -> dict:
     """Everything; see the module's docstring."""
     rounds, sizes = (5, SIZES[:1]) if quick else (11, SIZES)
+    turns = {224: 6 * rounds, 384: 2 * rounds, 512: 2 * rounds}
     figures, seconds, memory = [], {}, {}
     for size in sizes:
         say(f"forward, {size}²")
-        seconds[size] = time_forward(MODELS, 1, size, rounds if size < 700 else 5)
+        seconds[size] = time_forward(MODELS, 1, size, turns.get(size, 7))
         memory[size] = {name: peak_memory(name, size, threads) for name in MODELS}
     small = seconds[224]
     for size, bound in ((224, 0.90), (768, 0.85), (1024, 0.85)):
@@ -284,13 +285,16 @@ def plot(results: dict) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, key, label in zip(
-        axes, ("forward_seconds", "peak_memory_mb"), ("seconds an image", "peak memory, MB"), strict=True
-    ):
+    halves = (
+        ("forward_seconds", "seconds an image", (0.1, 0.2, 0.5, 1, 2)),
+        ("peak_memory_mb", "peak memory, MB", (100, 200, 300, 500)),
+    )
+    for axis, (key, label, ticks) in zip(axes, halves, strict=True):
         for name in MODELS:
             sizes = list(results[key])
             axis.plot(sizes, [results[key][size][name] for size in sizes], marker="o", label=name)
         axis.set(xlabel="side of the image, pixels", ylabel=label, xscale="log", yscale="log")
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_xticks(sizes, [str(size) for size in sizes], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
