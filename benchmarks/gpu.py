@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,7 +37,7 @@ from gpu_parts.yardsticks import MINE
 from measuring import figure_cells
 
 from vmamba.models.weight_files import replacing
-from vmamba.ops.backends import choose_backend
+from vmamba.ops.backends import ENVIRONMENT_VARIABLE, choose_backend
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings = SMOKE if options.device == "cpu" else QUICK if options.quick else FULL
     settings = replace(settings, modes=tuple(mode for mode in settings.modes if mode in modes))
     is_full = settings.device == "cuda" and not options.quick
+    if settings.device == "cuda":
+        os.environ.setdefault(ENVIRONMENT_VARIABLE, "triton")
     results = Results(settings, options.output or (RESULTS if is_full else None))
     bench = Bench(settings, options.budget, partial(print, flush=True))
     # The layers of a model share their code, of which the compiler then keeps many versions.
