@@ -20,32 +20,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 INF, NAN = float("inf"), float("nan")
 
 
-def _usable_kernels() -> list[str]:
-    chosen = native.kernels()
-    if chosen is None:
-        return []
-    usable = [name for name in ("avx512", "avx2", "baseline") if native.choose_kernels(name)]
-    native.choose_kernels(chosen)
-    return usable
-
-
-@pytest.fixture(params=_usable_kernels())
-def kernels(request):
-    """Runs a test once with each instruction set."""
-    chosen = native.kernels()
-    native.choose_kernels(request.param)
-    yield request.param
-    native.choose_kernels(chosen)
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads for the rest of a test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def _assert_near(actual, exact, tolerance):
     """Largest difference against the largest entry, or 1; in bfloat16 each entry may be rounded once more."""
     assert actual.shape == exact.shape

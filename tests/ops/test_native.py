@@ -19,32 +19,6 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(native.unavailable(CPU) is not None, reason=str(native.unavailable(CPU)))
 
 
-def _usable_kernels() -> list[str]:
-    if native.unavailable(CPU) is not None:
-        return []
-    chosen = native.kernels()
-    usable = [name for name in ("avx512", "avx2", "baseline") if native.choose_kernels(name)]
-    native.choose_kernels(chosen)
-    return usable
-
-
-@pytest.fixture(params=_usable_kernels())
-def kernels(request):
-    """Runs a test once with each instruction set."""
-    chosen = native.kernels()
-    native.choose_kernels(request.param)
-    yield request.param
-    native.choose_kernels(chosen)
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads for the rest of a test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def _ss2d(*arguments, pattern="cross", backend="native"):
     return ss2d_scan(*arguments, pattern=pattern, backend=backend)
 
