@@ -46,7 +46,7 @@ class Caller(Protocol):
 
 def caller(module: nn.Module, x: Tensor) -> Caller:
     """How the layers of `module` are best called in a forward pass with the input `x`."""
-    if not runs_eagerly(x) or x.device.type != "cpu" or not x.numel():
+    if not is_eager(x) or not x.numel():
         return call
     dtype = autocast_dtype(x)
     if dtype not in (torch.float32, torch.bfloat16):
@@ -61,9 +61,14 @@ def call(layer: nn.Module, x: Tensor, activation: str = "none", overwrite: bool 
     return _ACTIVATIONS[activation](layer(x))
 
 
+def is_eager(x: Tensor) -> bool:
+    """Whether what is called with `x` is computed at once on the CPU, and nothing traces or transforms it."""
+    return runs_eagerly(x) and x.device.type == "cpu"
+
+
 def is_inference(module: nn.Module, x: Tensor) -> bool:
     """Whether `module` evaluates `x` at once on the CPU, and nobody will ask for gradients."""
-    return not torch.is_grad_enabled() and not module.training and runs_eagerly(x) and x.device.type == "cpu"
+    return not torch.is_grad_enabled() and not module.training and is_eager(x)
 
 
 def is_plain(layer: Any, kind: type[nn.Module]) -> bool:

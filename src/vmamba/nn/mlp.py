@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.nn import cpu
-from vmamba.ops.registration import runs_eagerly
 
 _LAYERS = {
     "fc1": nn.Linear, "act": nn.GELU, "drop1": nn.Dropout, "norm": nn.Identity, "fc2": nn.Linear, "drop2": nn.Dropout,
@@ -40,7 +39,7 @@ class Mlp(timm.layers.Mlp):
         return _FrugalMlp.apply(x.flatten(0, -2).to(dtype), *(value.to(dtype) for value in parameters)).view(x.shape)
 
     def _is_plain_on_cpu(self, x: Tensor) -> bool:
-        if not runs_eagerly(x) or x.device.type != "cpu" or (self.training and (self.drop1.p or self.drop2.p)):
+        if not cpu.is_eager(x) or (self.training and (self.drop1.p or self.drop2.p)):
             return False
         return all(cpu.is_plain(getattr(self, name), kind) for name, kind in _LAYERS.items())
 

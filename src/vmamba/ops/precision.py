@@ -19,8 +19,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
     An exported graph gets none: there it would become an operator of its own that other runtimes do not know.
     """
-    if torch.compiler.is_exporting() or not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    if not torch.is_autocast_enabled(device.type):
+    is_available = torch.amp.is_autocast_available(device.type)
+    if torch.compiler.is_exporting() or not is_available or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

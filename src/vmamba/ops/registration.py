@@ -33,6 +33,12 @@ def runs_eagerly(value: Tensor) -> bool:
     )
 
 
+def as_result(value: Tensor, like: Tensor) -> Tensor:
+    """`value` in the shape and dtype of `like`, dense, and no piece of a larger tensor, as operators must return it."""
+    value = value.reshape(like.shape).to(like.dtype).contiguous()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+
+
 def register_gradients(
     forward: Any, backward: Any, traceable_backward: Callable[..., list[Tensor]], outputs: int
 ) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from vmamba.ops import checks
 from vmamba.ops.backends import eager
 from vmamba.ops.precision import state_dtype
+from vmamba.ops.registration import as_result
 from vmamba.ops.routes import get_routes
 
 LIBRARY_VARIABLE = "VMAMBA_NATIVE_LIBRARY"
@@ -202,7 +203,7 @@ def ss2d_scan_backward(
     grad_u, grad_projected, weights = _run_backward(problem)
     grad_weight, grad_bias, grad_A, grad_D = _split_weights(problem, weights)
     results = (grad_u, grad_projected, grad_weight, grad_bias, grad_A, grad_D.expand(D.shape))
-    return [_own(value, like) for value, like in zip(results, inputs, strict=True)]
+    return [as_result(value, like) for value, like in zip(results, inputs, strict=True)]
 
 
 def _grid_problem(
@@ -210,16 +211,9 @@ def _grid_problem(
 ) -> tuple[_Problem, list[Tensor]]:
     """What the kernel is told of an SS2D, and the tensors that must outlive the call."""
     routes = get_routes(pattern)
-    checks.ndim("u", u, 4, "(B, H, W, D)")
-    checks.ndim("A", A, 3, "(4, D, N)")
-    checks.ndim("dt_proj_weight", dt_proj_weight, 3, "(4, D, R)")
+    checks.grid(u, projected, dt_proj_weight, dt_proj_bias, A, D, len(routes))
     (batch, height, width, channels), K = u.shape, len(routes)
     N, R = A.shape[2], dt_proj_weight.shape[2]
-    checks.shape("projected", projected, (batch, height, width, K, R + 2 * N), "(B, H, W, 4, R + 2N)")
-    checks.shape("dt_proj_weight", dt_proj_weight, (K, channels, R), "(4, D, R)")
-    checks.shape("dt_proj_bias", dt_proj_bias, (K, channels), "(4, D)")
-    checks.shape("A", A, (K, channels, N), "(4, D, N)")
-    checks.shape("D", D, (K, channels), "(4, D)")
     image = _dense(u, _image_dtype(u))
     projected, weight, bias, A, D = (_dense(value) for value in (projected, dt_proj_weight, dt_proj_bias, A, D))
     bits = _route_bits(pattern)
@@ -314,7 +308,7 @@ def selective_scan_backward(
         (grad_u.view(grad.shape).transpose(1, 2), u), (grad_delta.transpose(1, 2), delta), (grad_A, A),
         (grad_B, B), (grad_C, C), (grad_D, D), (grad_z, z), (grad_bias, delta_bias),
     )  # fmt: skip
-    return [_own(value, like) for value, like in results if value is not None and like is not None]
+    return [as_result(value, like) for value, like in results if value is not None and like is not None]
 
 
 def _sequence_problem(
@@ -322,19 +316,8 @@ def _sequence_problem(
     delta_softplus: bool,
 ) -> tuple[_Problem, list[Tensor]]:  # fmt: skip
     """What the kernel is told of a sequence (a grid of one row, time before channels), and the tensors to keep."""
-    checks.ndim("u", u, 3, "(batch, D, L)")
-    checks.ndim("A", A, 2, "(D, N)")
-    checks.ndim("B", B, 4, "(batch, G, N, L)")
+    checks.sequence(u, delta, A, B, C, D, delta_bias)
     (batch, channels, length), N, groups = u.shape, A.shape[1], B.shape[1]
-    checks.shape("delta", delta, (batch, channels, length), "(batch, D, L)")
-    checks.shape("A", A, (channels, N), "(D, N)")
-    checks.shape("B", B, (batch, groups, N, length), "(batch, G, N, L)")
-    checks.shape("C", C, (batch, groups, N, length), "(batch, G, N, L), G as in B")
-    if not groups or channels % groups:
-        raise ValueError(f"B has {groups} groups; expected a divisor of the {channels} channels of u")
-    for name, vector in (("D", D), ("delta_bias", delta_bias)):
-        if vector is not None:
-            checks.shape(name, vector, (channels,), "(D,)")
     x, step = (_dense(value.transpose(1, 2)) for value in (u, delta))
     parameters = _buffer(batch, length, 2, groups, N)
     parameters[:, :, 0], parameters[:, :, 1] = B.permute(0, 3, 1, 2), C.permute(0, 3, 1, 2)
@@ -382,12 +365,6 @@ def _dense(value: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def _buffer(*shape: int) -> Tensor:
     """Fresh memory, whatever dtype and device the user has made the default."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
-def _own(value: Tensor, like: Tensor) -> Tensor:
-    """`value` in the shape and dtype of `like`, dense, and no piece of a larger tensor."""
-    value = value.reshape(like.shape).to(like.dtype).contiguous()
-    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def _complete(problem: _Problem, parameters: Tensor) -> None:

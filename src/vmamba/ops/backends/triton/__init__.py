@@ -28,6 +28,7 @@ from vmamba.ops import checks
 from vmamba.ops.backends import eager
 from vmamba.ops.backends.triton.configurations import Configuration, Configurations, use_configurations
 from vmamba.ops.precision import state_dtype
+from vmamba.ops.registration import as_result
 from vmamba.ops.routes import Route, get_routes
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def ss2d_scan_backward(
     problem = _grid_problem(*inputs, pattern)
     g = launch.run_backward(problem, grad_y.contiguous())
     results = (g.u, g.parameters, g.dt_weight, g.dt_bias, g.A, g.skip.expand(D.shape))
-    return [_own(value, like) for value, like in zip(results, inputs, strict=True)]
+    return [as_result(value, like) for value, like in zip(results, inputs, strict=True)]
 
 
 def _grid_problem(
@@ -112,16 +113,7 @@ def _grid_problem(
     from vmamba.ops.backends.triton import launch
 
     routes = get_routes(pattern)
-    checks.ndim("u", u, 4, "(B, H, W, D)")
-    checks.ndim("A", A, 3, "(4, D, N)")
-    checks.ndim("dt_proj_weight", dt_proj_weight, 3, "(4, D, R)")
-    (batch, height, width, channels), K = u.shape, len(routes)
-    N, R = A.shape[2], dt_proj_weight.shape[2]
-    checks.shape("projected", projected, (batch, height, width, K, R + 2 * N), "(B, H, W, 4, R + 2N)")
-    checks.shape("dt_proj_weight", dt_proj_weight, (K, channels, R), "(4, D, R)")
-    checks.shape("dt_proj_bias", dt_proj_bias, (K, channels), "(4, D)")
-    checks.shape("A", A, (K, channels, N), "(4, D, N)")
-    checks.shape("D", D, (K, channels), "(4, D)")
+    checks.grid(u, projected, dt_proj_weight, dt_proj_bias, A, D, len(routes))
     weight, bias, A = (_single(value) for value in (dt_proj_weight, dt_proj_bias, A))
     return launch.Problem(
         u.contiguous(), None, projected.contiguous().flatten(3), weight, bias, A, _single(D).sum(0), routes, 1, True
@@ -192,7 +184,7 @@ def selective_scan_backward(
         (g.u.squeeze(1).transpose(1, 2), u), (g.delta.squeeze(1).transpose(1, 2), delta), (g.A, A), (grad_B, B),
         (grad_C, C), (g.skip, D), (grad_z, z), (g.dt_bias, delta_bias),
     )  # fmt: skip
-    return [_own(value, like) for value, like in results if value is not None and like is not None]
+    return [as_result(value, like) for value, like in results if value is not None and like is not None]
 
 
 def _sequence_problem(
@@ -202,19 +194,8 @@ def _sequence_problem(
     """A sequence as a grid of one row, time before channels."""
     from vmamba.ops.backends.triton import launch
 
-    checks.ndim("u", u, 3, "(batch, D, L)")
-    checks.ndim("A", A, 2, "(D, N)")
-    checks.ndim("B", B, 4, "(batch, G, N, L)")
-    (batch, channels, length), N, groups = u.shape, A.shape[1], B.shape[1]
-    checks.shape("delta", delta, (batch, channels, length), "(batch, D, L)")
-    checks.shape("A", A, (channels, N), "(D, N)")
-    checks.shape("B", B, (batch, groups, N, length), "(batch, G, N, L)")
-    checks.shape("C", C, (batch, groups, N, length), "(batch, G, N, L), G as in B")
-    if not groups or channels % groups:
-        raise ValueError(f"B has {groups} groups; expected a divisor of the {channels} channels of u")
-    for name, vector in (("D", D), ("delta_bias", delta_bias)):
-        if vector is not None:
-            checks.shape(name, vector, (channels,), "(D,)")
+    checks.sequence(u, delta, A, B, C, D, delta_bias)
+    channels, groups = u.shape[1], B.shape[1]
     parameters = torch.cat([B.float(), C.float()], dim=2).permute(0, 3, 1, 2).contiguous()
     bias = _single(A).new_zeros(channels) if delta_bias is None else _single(delta_bias)
     return launch.Problem(
@@ -254,9 +235,3 @@ def _time_first(value: Tensor) -> Tensor:
 
 def _single(value: Tensor) -> Tensor:
     return value.float().contiguous()
-
-
-def _own(value: Tensor, like: Tensor) -> Tensor:
-    """`value` in the shape and dtype of `like`, dense, and no piece of a larger tensor."""
-    value = value.reshape(like.shape).to(like.dtype).contiguous()
-    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
