@@ -36,7 +36,7 @@ from gpu_parts.tuning import tuning
 from gpu_parts.yardsticks import MINE
 from measuring import figure_cells
 
-from vmamba.models.weight_files import replacing
+from vmamba.files import replacing
 from vmamba.ops.backends import ENVIRONMENT_VARIABLE, choose_backend
 
 

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
-from vmamba.data.datasets import DataError
-from vmamba.data.images import ImageError, find_images
-from vmamba.models.checkpoints import CheckpointError
-from vmamba.tasks.recipe import InfoConfig, ModelsConfig, PredictConfig, RecipeError, TrainConfig, ValidateConfig
-from vmamba.tasks.runs import NonFiniteError, atomic_write, report
+from vmamba.data.images import find_images
+from vmamba.errors import CheckpointError, DataError, ImageError, NonFiniteError, RecipeError
+from vmamba.files import atomic_write
+from vmamba.tasks.recipe import InfoConfig, ModelsConfig, PredictConfig, TrainConfig, ValidateConfig
+from vmamba.tasks.runs import report
 
 Config = TypeVar("Config")
 

@@ -12,7 +12,6 @@ from PIL import Image
 
 from vmamba.data.config import DataConfig
 from vmamba.data.datasets import (
-    DataError,
     EpochLoader,
     MemorySamples,
     Samples,
@@ -23,8 +22,8 @@ from vmamba.data.datasets import (
     number_of_classes,
     open_split,
 )
-from vmamba.data.images import ImageError
 from vmamba.data.transforms import AugmentConfig, Preprocessing, train_transform
+from vmamba.errors import DataError, ImageError
 
 PRE = Preprocessing((8, 8), crop_pct=1.0)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vmamba.data.images import ImageError, find_images, read_image
+from vmamba.data.images import find_images, read_image
+from vmamba.errors import ImageError
 
 
 def _png(width: int, height: int) -> bytes:

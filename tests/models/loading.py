@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba import VMamba, create_model, load_checkpoint
-from vmamba.models.checkpoints import CheckpointError
+from vmamba.errors import CheckpointError
 
 SMALL = "vmamba_femto_s2"
 State = dict[str, Tensor]

@@ -14,7 +14,8 @@ from models.loading import SMALL, assert_equal, small
 from models.released import theirs, write_released
 
 from vmamba import create_model, load_checkpoint
-from vmamba.models.checkpoints import CheckpointError, download
+from vmamba.errors import CheckpointError
+from vmamba.models.checkpoints import download
 
 
 class Server:

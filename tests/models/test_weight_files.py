@@ -25,7 +25,7 @@ from models.released import foreign_class, theirs, write_released
 from torch import nn
 
 from vmamba import VMamba, identify_checkpoint, load_checkpoint
-from vmamba.models.checkpoints import CheckpointError
+from vmamba.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.serialization", "ignore::FutureWarning:torch.jit")
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vmamba import files
 from vmamba.data.config import AugmentConfig, DataConfig
-from vmamba.tasks import checkpointing, runs
+from vmamba.tasks import checkpointing
 from vmamba.tasks.classification import ClassificationTask, train
 from vmamba.tasks.recipe import ModelConfig, OptimConfig, TrainConfig, TrainerConfig
 
@@ -108,5 +109,5 @@ def train_and_die(config, moment):
                 die()
             replace(source, target)
 
-        runs.os.replace = os_replace
+        files.os.replace = os_replace
     train(config)

@@ -9,15 +9,13 @@ from tasks.small import CLASSES, checkpoint, make_images, recipe, spawn, train_a
 
 import vmamba
 from vmamba.data.config import AugmentConfig, DataConfig
-from vmamba.data.datasets import DataError
-from vmamba.data.images import ImageError
 from vmamba.data.transforms import BatchAugment
+from vmamba.errors import DataError, ImageError, NonFiniteError, RecipeError
 from vmamba.models.checkpoints import read_metadata
 from vmamba.tasks import classification
 from vmamba.tasks.classification import build_model, train, validate
 from vmamba.tasks.prediction import Classifier
-from vmamba.tasks.recipe import ModelConfig, RecipeError, TrainerConfig, ValidateConfig
-from vmamba.tasks.runs import NonFiniteError
+from vmamba.tasks.recipe import ModelConfig, TrainerConfig, ValidateConfig
 
 PLAIN = AugmentConfig(
     scale=(1, 1), ratio=(1, 1), hflip=0, rand_augment=None, color_jitter=0, random_erasing=0, mixup=0, cutmix=0

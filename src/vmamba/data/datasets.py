@@ -20,20 +20,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from vmamba.data.config import DataConfig
-from vmamba.data.images import IMAGE_EXTENSIONS, ImageError, read_image, standard_image
+from vmamba.data.images import IMAGE_EXTENSIONS, read_image, standard_image
 from vmamba.data.seeding import derive_seed, seed_sample
 from vmamba.data.transforms import ImageTransform, Preprocessing
-from vmamba.models.weight_files import replacing
+from vmamba.errors import DataError, ImageError
+from vmamba.files import replacing
 
 PADDING = -1  # the label of samples that only fill up the last validation batches of a distributed run
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation", "test")}
 
 Ticket = tuple[int, int]  # (epoch, index of the sample): what a sampler hands to a data set
-
-
-class DataError(ValueError):
-    """A data set is missing, empty, or not what the model or the other split needs; the message says what to do."""
 
 
 @dataclass(frozen=True)

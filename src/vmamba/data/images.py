@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vmamba.errors import ImageError
+
 IMAGE_EXTENSIONS = frozenset({
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2",
     ".avif",
@@ -20,10 +22,6 @@ IMAGE_EXTENSIONS = frozenset({
 # Pillow also opens formats that start other programs (EPS runs Ghostscript). A file's name says nothing about its
 # content, so the formats that may be decoded are named here.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-
-
-class ImageError(ValueError):
-    """An image file cannot be used. The message starts with the file's name and says what is wrong with it."""
 
 
 def read_image(source: str | os.PathLike[str] | BinaryIO, in_chans: int = 3, name: str | None = None) -> Image.Image:

@@ -17,22 +17,19 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from vmamba.errors import CheckpointError
+from vmamba.files import replacing
 from vmamba.models.download import download
 from vmamba.models.released_names import to_our_names, without_wrappers
 from vmamba.models.variants import VARIANTS
 from vmamba.models.weight_files import (
-    CheckpointError,
-    CheckpointNotFoundError,
     StrPath,
     check_sums,
     read_weight_file,
-    replacing,
 )
 
 __all__ = [
-    "CheckpointError",
     "CheckpointInfo",
-    "CheckpointNotFoundError",
     "download",
     "identify_checkpoint",
     "load_checkpoint",

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-from vmamba.models.weight_files import CheckpointError, StrPath, container_of, replacing
+from vmamba.errors import CheckpointError
+from vmamba.files import replacing
+from vmamba.models.weight_files import StrPath, container_of
 
 __all__ = ["download"]
 

@@ -1,4 +1,4 @@
-"""Files of weights from anywhere: told apart, read without running anything in them, replaced without a gap.
+"""Files of weights from anywhere: told apart, and read without running anything in them.
 
 A file is untrusted. Tensors are read by safetensors or by torch's restricted unpickler, which runs no code from it; the
 few harmless classes that published files hold beside their weights, such as a yacs config, become empty stand-ins.
@@ -10,28 +10,18 @@ import os
 import pickle
 import re
 import threading
-import uuid
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 
-__all__ = ["CheckpointError", "CheckpointNotFoundError", "check_sums", "container_of", "read_weight_file", "replacing"]
+from vmamba.errors import CheckpointError, CheckpointNotFoundError
 
 StrPath = str | os.PathLike[str]
-
-
-class CheckpointError(RuntimeError):
-    """A weight file cannot be read, does not fit the model, or cannot be fetched; the message says what to do."""
-
-
-class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no such weight file."""
 
 
 class _Inert:
@@ -212,22 +202,3 @@ def _unpickle(path: Path, mapped: bool) -> object:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         finally:
             torch.serialization.add_safe_globals(others)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place once the block has succeeded, safely on the disk."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,10 +13,11 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from typing_extensions import override
 
+from vmamba.errors import RecipeError
+from vmamba.files import atomic_write
 from vmamba.models.checkpoints import save_checkpoint
 from vmamba.tasks.pictures import learning_curve
-from vmamba.tasks.recipe import RecipeError
-from vmamba.tasks.runs import RunFolder, atomic_write
+from vmamba.tasks.runs import RunFolder
 
 _DRAWING_SECONDS = 60  # time between two drawings of the learning curve during a run
 

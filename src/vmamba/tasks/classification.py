@@ -32,7 +32,6 @@ import vmamba
 from vmamba.data.config import DataConfig
 from vmamba.data.datasets import (
     PADDING,
-    DataError,
     EpochLoader,
     MemorySamples,
     Samples,
@@ -45,18 +44,19 @@ from vmamba.data.datasets import (
 )
 from vmamba.data.seeding import derive_seed, seed_step
 from vmamba.data.transforms import AugmentConfig, BatchAugment, Preprocessing, train_transform
+from vmamba.errors import DataError, NonFiniteError, RecipeError
+from vmamba.files import atomic_write
 from vmamba.models.checkpoints import load_checkpoint
 from vmamba.tasks.prediction import Classifier, preprocessing_of
 from vmamba.tasks.recipe import (
     ModelConfig,
     OptimConfig,
-    RecipeError,
     TrainConfig,
     TrainerConfig,
     ValidateConfig,
     load_recipe,
 )
-from vmamba.tasks.runs import LATEST, NonFiniteError, RunFolder, atomic_write, report
+from vmamba.tasks.runs import LATEST, RunFolder, report
 
 try:
     import lightning as L

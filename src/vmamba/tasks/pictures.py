@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from vmamba.tasks.runs import atomic_write
+from vmamba.files import atomic_write
 
 # Two colours of the Okabe-Ito palette, which people with any colour vision can tell apart, and greys.
 BLUE, ORANGE, INK, GREY, PALE = "#0072B2", "#D55E00", "#222222", "#767676", "#E4E4E4"

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vmamba.data.config import DataConfig
-from vmamba.data.images import ImageError, read_image
+from vmamba.data.images import read_image
 from vmamba.data.transforms import Preprocessing
-from vmamba.models.checkpoints import CheckpointError, load_checkpoint, load_model
+from vmamba.errors import CheckpointError, ImageError
+from vmamba.models.checkpoints import load_checkpoint, load_model
 from vmamba.tasks.runs import LATEST, RunFolder
 
 

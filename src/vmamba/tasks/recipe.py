@@ -13,10 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from vmamba.data.config import AugmentConfig, DataConfig
-
-
-class RecipeError(ValueError):
-    """Settings that are wrong or do not go together; the message says which and what to do."""
+from vmamba.errors import RecipeError
 
 
 @dataclass

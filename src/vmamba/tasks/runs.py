@@ -6,34 +6,22 @@ import csv
 import io
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
-from vmamba.models.weight_files import replacing
-from vmamba.tasks.recipe import RecipeError, differences, load_recipe
+from vmamba.errors import RecipeError
+from vmamba.files import atomic_write
+from vmamba.tasks.recipe import differences, load_recipe
 
 LATEST = Path("runs/latest")
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient stopped being a number. The update that would have used it was not made."""
 
 
 def report(message: str) -> None:
     """Tell the person at the terminal, leaving stdout to results."""
     print(message, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Write a file so that the path holds either its old content or all of the new, whatever happens meanwhile."""
-    with replacing(Path(path)) as partial, partial.open("wb") as file:
-        yield file
 
 
 @dataclass(frozen=True)

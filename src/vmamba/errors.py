@@ -1,0 +1,28 @@
+"""Every error meant for the person using this package: it says what was given, what was expected and what to do.
+
+Wrong arguments of a Python call are ordinary `TypeError`s and `ValueError`s.
+"""
+
+
+class CheckpointError(RuntimeError):
+    """A weight file cannot be read, does not fit the model, or cannot be fetched."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no such weight file."""
+
+
+class DataError(ValueError):
+    """A data set is missing, empty, or not what the model or the other split needs."""
+
+
+class ImageError(ValueError):
+    """An image file cannot be used. The message starts with the file's name and says what is wrong with it."""
+
+
+class RecipeError(ValueError):
+    """Settings that are wrong or do not go together."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient stopped being a number. The update that would have used it was not made."""
