@@ -33,7 +33,8 @@ from torch.nn import functional as F
 
 import vmamba
 from vmamba.data.config import DataConfig
-from vmamba.data.datasets import MemorySamples, open_split
+from vmamba.data.loading import MemorySamples
+from vmamba.data.sources import open_split
 from vmamba.data.transforms import Preprocessing, crop_and_flip
 
 DATA = Path(__file__).parents[1] / "examples"

@@ -30,19 +30,9 @@ from typing_extensions import override
 
 import vmamba
 from vmamba.data.config import DataConfig
-from vmamba.data.datasets import (
-    PADDING,
-    EpochLoader,
-    MemorySamples,
-    Samples,
-    Split,
-    Stream,
-    check_files,
-    check_same_classes,
-    number_of_classes,
-    open_split,
-)
+from vmamba.data.loading import EpochLoader, LabelledImages, MemorySamples, Samples, Stream
 from vmamba.data.seeding import derive_seed, seed_step
+from vmamba.data.sources import PADDING, Split, check_files, check_same_classes, number_of_classes, open_split
 from vmamba.data.transforms import AugmentConfig, BatchAugment, Preprocessing, train_transform
 from vmamba.errors import DataError, NonFiniteError, RecipeError
 from vmamba.files import atomic_write
@@ -338,7 +328,7 @@ def loader_factory(
         elif data.in_memory:
             samples = MemorySamples(split, pre, num_classes)
         else:
-            samples = Samples(split, transform, pre.in_chans, num_classes, seed)
+            samples = Samples(LabelledImages(split, transform, pre.in_chans, num_classes), seed)
         batch = data.batch_size if training else data.val_batch_size or data.batch_size
         loader = EpochLoader(samples, batch, training, data.workers, seed, rank, world_size, pin_memory)
         if not len(loader):

@@ -6,31 +6,25 @@ import errno
 import gzip
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.readers import add_img_extensions
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from vmamba.data.config import DataConfig
 from vmamba.data.images import IMAGE_EXTENSIONS, read_image, standard_image
-from vmamba.data.seeding import derive_seed, seed_sample
-from vmamba.data.transforms import ImageTransform, Preprocessing
 from vmamba.errors import DataError, ImageError
 from vmamba.files import replacing
 
-PADDING = -1  # the label of samples that only fill up the last validation batches of a distributed run
+PADDING = -1  # the label of samples that only fill up the last validation batches of a distributed run, or have none
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation", "test")}
-
-Ticket = tuple[int, int]  # (epoch, index of the sample): what a sampler hands to a data set
 
 
 @dataclass(frozen=True)
@@ -299,7 +293,7 @@ class _Check(Dataset[str]):
         return ""
 
 
-def _tracked(work: Any, description: str) -> Any:
+def tracked(work: Any, description: str) -> Any:
     """The same iterable, with a progress bar on stderr if that is a terminal."""
     from rich.console import Console
     from rich.progress import track
@@ -317,157 +311,6 @@ def check_files(split: Split, in_chans: int, workers: int = 0) -> None:
     if split.is_stream:
         raise DataError(f"data.check_files needs images that can be read one by one; {split.where} is a stream")
     loader: DataLoader[str] = DataLoader(_Check(split, in_chans), batch_size=32, num_workers=workers, collate_fn=list)
-    if bad := [message for batch in _tracked(loader, f"checking {split.where}") for message in batch if message]:
+    if bad := [message for batch in tracked(loader, f"checking {split.where}") for message in batch if message]:
         lines = "\n  ".join(bad)
         raise DataError(f"{len(bad)} of {len(split)} images in {split.where} cannot be used:\n  {lines}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples: uint8 images (C, H, W) and labels
-
-
-class Samples(Dataset[tuple[Tensor, int]]):
-    """Ticket (epoch, index) to (uint8 image (C, H, W), label); what is random depends on seed and ticket alone."""
-
-    def __init__(self, split: Split, transform: ImageTransform, in_chans: int, num_classes: int, seed: int = 0) -> None:
-        self.split, self.transform, self.in_chans, self.num_classes, self.seed = (
-            split, transform, in_chans, num_classes, seed,
-        )  # fmt: skip
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, ticket: Ticket) -> tuple[Tensor, int]:
-        epoch, index = ticket
-        image, label = self.split.read(max(index, 0), self.in_chans)
-        if not 0 <= label < self.num_classes:
-            raise DataError(f"{self.split.name(index)} has label {label}; there are {self.num_classes} classes")
-        seed_sample(derive_seed(self.seed, epoch, index))
-        return self.transform(image), PADDING if index < 0 else label
-
-
-class MemorySamples(Dataset[tuple[Tensor, Tensor]]):
-    """All images of a split, decoded once and kept as uint8 (N, C, H, W); hands out whole batches of tickets."""
-
-    def __init__(self, split: Split, pre: Preprocessing, num_classes: int) -> None:
-        if split.is_stream:
-            raise DataError(f"data.in_memory needs images that can be read one by one; {split.where} is a stream")
-        data, labels = getattr(split.source, "data", None), split.labels()
-        if isinstance(data, Tensor) and data.shape[1:] == pre.img_size and pre.in_chans == 1 and labels is not None:
-            self.images, self.labels = data[:, None], torch.tensor(labels)
-            return
-        samples = Samples(split, pre.eval_transform(), pre.in_chans, num_classes)
-        self.images = torch.empty(len(split), pre.in_chans, *pre.img_size, dtype=torch.uint8)
-        self.labels = torch.empty(len(split), dtype=torch.int64)
-        for index in _tracked(range(len(split)), f"reading {split.where}"):
-            self.images[index], self.labels[index] = samples[0, index]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, ticket: Ticket) -> tuple[Tensor, Tensor]:
-        images, labels = self.__getitems__([ticket])
-        return images[0], labels[0]
-
-    def __getitems__(self, tickets: Sequence[Ticket]) -> tuple[Tensor, Tensor]:
-        index = torch.tensor([index for _, index in tickets])
-        labels = self.labels[index]
-        labels[index < 0] = PADDING
-        return self.images[index], labels
-
-
-class Stream(IterableDataset[tuple[Tensor, int]]):
-    """Samples that come in a row, from timm's readers of shards and streams.
-
-    timm shuffles by epoch and shares the work among workers and devices. It skips a sample that cannot be decoded,
-    with a warning: such data sets are prepared by a program, and have no files to name.
-    """
-
-    def __init__(self, split: Split, transform: ImageTransform, in_chans: int, num_classes: int, workers: int) -> None:
-        self.split, self.transform, self.in_chans, self.num_classes = split, transform, in_chans, num_classes
-        split.source.set_loader_cfg(num_workers=workers)
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        for image, label in self.split.source:
-            if not 0 <= label < self.num_classes:
-                raise DataError(f"{self.split.where} has label {label}; there are {self.num_classes} classes")
-            yield self.transform(standard_image(image, self.in_chans)), label
-
-
-class TicketSampler(Sampler[Ticket]):
-    """The tickets (epoch, index) of one device for one epoch.
-
-    Shuffled for training, where what does not divide by the devices is left out; in order for validation, where every
-    device gets equally many, filled up with tickets of index -1.
-    """
-
-    def __init__(self, length: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        self.length, self.shuffle, self.seed, self.rank, self.world_size = length, shuffle, seed, rank, world_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """From the next iteration on, give the tickets of this epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length // self.world_size if self.shuffle else -(-self.length // self.world_size)
-
-    def __iter__(self) -> Iterator[Ticket]:
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-            order = torch.randperm(self.length, generator=generator).tolist()
-        else:
-            order = list(range(self.length)) + [-1] * (len(self) * self.world_size - self.length)
-        for index in order[self.rank : len(self) * self.world_size : self.world_size]:
-            yield self.epoch, index
-
-
-class EpochLoader(DataLoader[Any]):
-    """A loader of (uint8 (B, C, H, W), int64 (B,)) batches that knows its epoch, and whose epochs can be replayed."""
-
-    def __init__(
-        self,
-        data: Samples | MemorySamples | Stream,
-        batch_size: int,
-        training: bool,
-        workers: int = 0,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        pin_memory: bool = False,
-    ) -> None:
-        stream, memory = isinstance(data, Stream), isinstance(data, MemorySamples)
-        if memory:
-            workers = 0  # picking rows of a tensor is cheaper than sending them between processes
-        if stream:
-            workers = max(workers, 1)  # a fresh process starts each epoch's stream from its beginning
-        super().__init__(
-            data,
-            batch_size,
-            sampler=None if stream else TicketSampler(len(data), training, seed, rank, world_size),
-            num_workers=workers,
-            collate_fn=_as_is if memory else None,
-            drop_last=training,
-            generator=torch.Generator(),
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0 and not stream,
-        )
-        self.seed, self.rank = seed, rank
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """From the next iteration on, give the batches of this epoch."""
-        assert self.generator is not None
-        self.generator.manual_seed(derive_seed(self.seed, epoch, self.rank))  # gives workers of a stream their seeds
-        if isinstance(self.sampler, TicketSampler):
-            self.sampler.set_epoch(epoch)
-        else:
-            assert isinstance(self.dataset, Stream)
-            self.dataset.split.source.set_epoch(epoch)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
