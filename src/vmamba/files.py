@@ -1,8 +1,9 @@
-"""Writing a file whole or not at all, whatever happens meanwhile."""
+"""Files: writing one whole or not at all, whatever happens meanwhile, and showing the name of any."""
 
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,3 +35,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file whose content takes the place of what `path` held, all of it or nothing."""
     with replacing(Path(path)) as partial, partial.open("wb") as file:
         yield file
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A file's name as text that any terminal, table or file can hold.
+
+    Bytes that are not UTF-8, which Python keeps as lone surrogates that nothing can encode, and control characters
+    become backslash escapes: ``caf\\xe9.png``. Every other name stays as it is.
+    """
+    return re.sub("[\x00-\x1f\x7f-\x9f\udc80-\udcff]", lambda m: f"\\x{ord(m[0]) & 0xFF:02x}", os.fspath(path))
