@@ -1,0 +1,79 @@
+"""The maps of a backbone's stages, as segmentation and detection heads read them."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from typing import Any
+
+from timm.models import FeatureInfo
+from torch import Tensor, nn
+
+
+class FeatureMaps(nn.Module):
+    """A backbone's feature extractor with a LayerNorm on every map.
+
+    The maps are (B, C, H, W) in channels-last memory, finest first: a view of what a channels-last backbone computes,
+    so that nothing is copied between backbone, norm and the heads' convolutions.
+
+    Args:
+        extractor: what `vmamba.create_model(..., features_only=True)` or timm's function of that name makes.
+        norm: whether to put a LayerNorm on each map, as the published dense models do (eps 1e-5). Backbones that end
+            every stage with a norm and an activation, such as ResNet, need none.
+
+    Attributes:
+        channels, strides: of each map, finest first.
+
+    Raises:
+        ValueError: not such an extractor.
+    """
+
+    def __init__(self, extractor: nn.Module, norm: bool = True) -> None:
+        super().__init__()
+        info: Any = getattr(extractor, "feature_info", None)
+        if not isinstance(info, FeatureInfo):
+            raise ValueError(
+                f"{type(extractor).__name__} is no feature extractor; expected a backbone made with features_only=True,"
+                " for instance vmamba.create_model('vmamba_tiny_s1l8', features_only=True)"
+            )
+        self.channels: list[int] = list(info.channels())
+        self.strides: list[int] = list(info.reduction())
+        if len(self.strides) < 2 or any(a > b for a, b in itertools.pairwise(self.strides)):
+            raise ValueError(f"the backbone's maps have strides {self.strides}; expected two or more, finest first")
+        self.extractor = extractor
+        self.channels_last = getattr(extractor, "output_fmt", "NCHW") == "NHWC"
+        self.normalised = norm
+        if norm:
+            for i, channels in enumerate(self.channels):
+                setattr(self, f"outnorm{i}", nn.LayerNorm(channels))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) to one (B, C, H / stride, W / stride) for each stage."""
+        maps: list[Tensor] = list(self.extractor(images))
+        if not self.channels_last:
+            maps = [x.permute(0, 2, 3, 1) for x in maps]
+        if self.normalised:
+            maps = [self.get_submodule(f"outnorm{i}")(x) for i, x in enumerate(maps)]
+        return [x.permute(0, 3, 1, 2) for x in maps]
+
+
+def conv_block(in_chans: int, out_chans: int, kernel: int, *, norm: bool = False, relu: bool = False) -> nn.Sequential:
+    """Convolution of the same output size, with a bias or BatchNorm, and ReLU; weights drawn as OpenMMLab's are."""
+    conv = nn.Conv2d(in_chans, out_chans, kernel, padding=kernel // 2, bias=not norm)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    layers: list[tuple[str, nn.Module]] = [("conv", conv)]
+    if norm:
+        layers.append(("bn", nn.BatchNorm2d(out_chans)))
+    if relu:
+        layers.append(("relu", nn.ReLU(inplace=True)))
+    return nn.Sequential(OrderedDict(layers))
+
+
+def check_images(images: Tensor) -> None:
+    """Raise a ValueError unless `images` is a batch of images, (B, C, H, W) of floating-point numbers."""
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"the model was given {tuple(images.shape)} of {images.dtype}; expected normalised images (B, 3, H, W)"
+        )

@@ -1,0 +1,162 @@
+"""UPerNet: semantic segmentation on any backbone (Xiao et al., ECCV 2018, arXiv 1807.10221)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vmamba.models.feature_maps import FeatureMaps, check_images, conv_block
+
+IGNORED = 255  # the label of pixels that belong to no class
+
+
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C, H, W) at another height and width, bilinearly."""
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+class UPerHead(nn.Module):
+    """Pyramid pooling on the coarsest map, a feature pyramid over all, and a classifier of the finest map's pixels.
+
+    Args:
+        in_chans: channels of the maps, finest first.
+        num_classes: channels of the logits.
+        channels: of everything in between.
+        pool_scales: sides of the grids that the coarsest map is pooled to.
+        drop_rate: share of channels dropped before the classifier in training.
+    """
+
+    def __init__(
+        self,
+        in_chans: Sequence[int],
+        num_classes: int,
+        channels: int = 512,
+        pool_scales: Sequence[int] = (1, 2, 3, 6),
+        drop_rate: float = 0.1,
+    ) -> None:
+        super().__init__()
+        *finer, coarsest = in_chans
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), _block(coarsest, channels, 1)) for scale in pool_scales
+        )
+        self.bottleneck = _block(coarsest + len(pool_scales) * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(_block(chans, channels, 1) for chans in finer)
+        self.fpn_convs = nn.ModuleList(_block(channels, channels, 3) for _ in finer)
+        self.fpn_bottleneck = _block(len(in_chans) * channels, channels, 3)
+        self.dropout = nn.Dropout2d(drop_rate)
+        self.conv_seg = _classifier(channels, num_classes)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps (B, C, H, W), finest first, to logits (B, num_classes, H, W) at the finest map's size."""
+        *finer, coarsest = maps
+        pooled = [resized(module(coarsest), coarsest.shape[2:]) for module in self.psp_modules]
+        x = self.bottleneck(torch.cat([coarsest, *pooled], 1))
+        pyramid = [x]
+        for x_finer, lateral in zip(reversed(finer), reversed(self.lateral_convs), strict=True):
+            x = lateral(x_finer) + resized(x, x_finer.shape[2:])
+            pyramid.insert(0, x)
+        outputs = [conv(x) for conv, x in zip(self.fpn_convs, pyramid, strict=False)] + pyramid[-1:]
+        size = outputs[0].shape[2:]
+        x = self.fpn_bottleneck(torch.cat([outputs[0], *(resized(x, size) for x in outputs[1:])], 1))
+        return self.conv_seg(self.dropout(x))
+
+
+class FCNHead(nn.Module):
+    """One convolution and a classifier on one map: the auxiliary head that only training looks at."""
+
+    def __init__(self, in_chans: int, num_classes: int, channels: int = 256, drop_rate: float = 0.1) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(_block(in_chans, channels, 3))
+        self.dropout = nn.Dropout2d(drop_rate)
+        self.conv_seg = _classifier(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to logits (B, num_classes, H, W)."""
+        return self.conv_seg(self.dropout(self.convs(x)))
+
+
+class UPerNet(nn.Module):
+    """A backbone with UPerNet's head, and in training an auxiliary head on the last map but one.
+
+    The published models are this on VMamba's four stages with the arguments' defaults, 150 classes, in mmsegmentation;
+    its SyncBN is BatchNorm here (`nn.SyncBatchNorm.convert_sync_batchnorm` makes it so again).
+
+    Args:
+        backbone: a feature extractor, see `FeatureMaps`; timm's as well as ours, of any strides.
+        num_classes: number of classes.
+        channels: width of the head.
+        auxiliary_channels: width of the auxiliary head; 0 for none.
+        out_norm: whether a LayerNorm follows each stage of the backbone.
+        drop_rate: share of channels dropped before the classifiers in training.
+
+    Attributes:
+        num_classes: number of classes.
+        auxiliary_weight: weight of the auxiliary head's loss, 0.4 in the published recipe.
+    """
+
+    task = "segmentation"
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        channels: int = 512,
+        auxiliary_channels: int = 256,
+        out_norm: bool = True,
+        drop_rate: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.auxiliary_weight = 0.4
+        self.backbone = FeatureMaps(backbone, out_norm)
+        chans = self.backbone.channels
+        self.decode_head = UPerHead(chans, num_classes, channels, drop_rate=drop_rate)
+        self.auxiliary_head = (
+            FCNHead(chans[-2], num_classes, auxiliary_channels, drop_rate) if auxiliary_channels else None
+        )
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+        """Segment images, or with `targets` compute the losses.
+
+        Args:
+            images: (B, 3, H, W), normalised, of any size; not padded, for padding changes the result.
+            targets: (B, H, W), int64, the class of each pixel from 0; 255 where there is none.
+
+        Returns:
+            Without targets the logits, (B, num_classes, H, W). With them scalars to be added up: "decode", the cross
+            entropy of the logits, and "auxiliary", that of the auxiliary head times its weight. Both are means over all
+            pixels, those without a class counting as 0, as in mmsegmentation.
+
+        Raises:
+            ValueError: images or targets of other shapes.
+        """
+        check_images(images)
+        size = images.shape[2:]
+        maps = self.backbone(images)
+        if targets is None:
+            return resized(self.decode_head(maps), size)
+        if targets.shape != (len(images), *size):
+            raise ValueError(f"targets are {tuple(targets.shape)}; expected {(len(images), *size)}, one class a pixel")
+        losses = {"decode": _cross_entropy(self.decode_head(maps), targets)}
+        if self.auxiliary_head is not None:
+            losses["auxiliary"] = self.auxiliary_weight * _cross_entropy(self.auxiliary_head(maps[-2]), targets)
+        return losses
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    full = resized(logits.float(), targets.shape[1:])
+    return F.cross_entropy(full, targets, ignore_index=IGNORED, reduction="sum") / targets.numel()
+
+
+def _block(in_chans: int, out_chans: int, kernel: int) -> nn.Sequential:
+    return conv_block(in_chans, out_chans, kernel, norm=True, relu=True)
+
+
+def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, num_classes, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv
