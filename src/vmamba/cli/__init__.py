@@ -1,0 +1,170 @@
+"""The command ``vmamba``: parses and calls, decides nothing."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+from vmamba import __version__
+from vmamba.cli import commands
+from vmamba.errors import CheckpointError, DataError, ImageError, NonFiniteError, RecipeError
+from vmamba.files import shown
+from vmamba.tasks.recipe import InfoConfig, ModelsConfig, PredictConfig, TrainConfig, ValidateConfig
+from vmamba.tasks.runs import report
+
+# Errors that are for the person at the keyboard: their message says it all, a traceback would bury it.
+_EXPECTED = (CheckpointError, DataError, ImageError, ImportError, NonFiniteError, RecipeError)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the parser has to know of a command. What it does is the function of its name in `vmamba.cli.commands`.
+
+    Attributes:
+        config: its settings, of which each is a flag.
+        help: what it does, in a few words.
+        description: the same at length.
+        usage: how it is called, after its name.
+        arguments: what is given without a flag: arguments of `add_argument` by name.
+    """
+
+    config: type
+    help: str
+    description: str
+    usage: str = "[--config FILE] [--SETTING VALUE ...]"
+    arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+COMMANDS = {
+    "train": Command(
+        TrainConfig,
+        "train a model",
+        "Train a model, or go on training one. Settings come from YAML files and from flags; later ones win. The run's "
+        "folder gets config.yaml, metrics.csv, learning_curve.png, checkpoints/last.ckpt and model.safetensors. "
+        "Examples: 'vmamba train --config configs/imagenet/vmamba_tiny_s1l8.yaml --data.root /data/imagenet'; the same "
+        "command under torchrun or srun uses many devices; with '--resume true' it goes on with a run that was "
+        "interrupted.",
+    ),
+    "validate": Command(
+        ValidateConfig,
+        "measure a model on images with known answers",
+        "Measure a model on images with known answers; pictures show where it is right and wrong. Without arguments: "
+        "the model of the newest run, on the images it was validated on during training.",
+    ),
+    "predict": Command(
+        PredictConfig,
+        "use a model on image files",
+        "Use a model on images. A file that cannot be read is reported on stderr, the others are done all the same, "
+        "and the exit status is then 1. Examples: 'vmamba predict photo.jpg'; 'vmamba predict photos/ --pretrained "
+        "vmamba_tiny_s1l8 --format csv --output classes.csv'.",
+        "PATH [PATH ...] [--SETTING VALUE ...]",
+        {"paths": {"nargs": "+", "help": "image files, folders (searched for images), or quoted patterns"}},
+    ),
+    "models": Command(
+        ModelsConfig,
+        "list the models",
+        "List the models with parameters, FLOPs (multiply-accumulates) and accuracy.",
+        "[--SETTING VALUE ...]",
+    ),
+    "info": Command(
+        InfoConfig,
+        "show one model or checkpoint file",
+        "Show a model's parts, their output shapes, parameters and FLOPs (multiply-accumulates), and what a checkpoint "
+        "file holds.",
+        "MODEL [--SETTING VALUE ...]",
+        {"model": {"help": "a variant's name, or a checkpoint file"}},
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 if all went well; 1 if something could not be done, which is then told on stderr; 130 after an interrupt from
+        the keyboard; 141 when nobody reads the output any more. Wrong usage exits with 2.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal's encoding does not have
+    argv = sys.argv[1:] if argv is None else argv
+    name = next((word for word in argv if word in COMMANDS), "")
+    try:
+        return _run(argv, name)
+    except _EXPECTED as error:
+        # From a loader's worker the message arrives inside the worker's traceback.
+        report(f"vmamba {name}: {str(error).rsplit(f'{type(error).__name__}: ', 1)[-1].strip()}")
+        return 1
+    except BrokenPipeError:
+        return 141
+    except OSError as error:
+        report(f"vmamba {name}: {f'{shown(error.filename)}: {error.strerror}' if error.filename else error}")
+        return 1
+    except KeyboardInterrupt:
+        report(f"vmamba {name}: stopped")
+        return 130
+    finally:
+        _flush()
+
+
+def _run(argv: Sequence[str], name: str) -> int:
+    parser = make_parser(name)
+    given: Namespace = parser.instantiate(parser.parse_args(argv))[name]
+    command = COMMANDS[name]
+    config = command.config(**{field.name: given[field.name] for field in fields(command.config)})
+    return getattr(commands, name)(config, *(given[argument] for argument in command.arguments))
+
+
+def _flush() -> None:
+    """Exit if stdout cannot take what was printed; Python would find out too late, and show a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
+        report(f"vmamba: {error}")
+        sys.exit(1)
+
+
+def make_parser(name: str | None = None) -> ArgumentParser:
+    """The parser of the command line and of YAML files, complete for all commands or for the one of this name."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="vmamba",
+        description="Train, test and use visual state space models. 'vmamba COMMAND --help' explains each command.",
+        version=__version__,
+    )
+    subcommands = parser.add_subcommands(metavar="COMMAND")
+    for each, command in COMMANDS.items():
+        part = ArgumentParser(usage=f"vmamba {each} {command.usage}", description=command.description)
+        if name in (None, each):
+            for argument, options in command.arguments.items():
+                part.add_argument(argument, **options)
+            part.add_argument(
+                "--config", action=_ConfigFile, help="YAML file with settings; may be given several times"
+            )
+            part.add_class_arguments(command.config, None)
+        subcommands.add_subcommand(each, part, help=command.help)
+    return parser
+
+
+class _ConfigFile(ActionConfigFile):
+    """A YAML file with settings; ``base: OTHER.yaml`` in it names a file, relative to it, whose settings come first."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        settings = yaml.safe_load(Path(values).read_text()) if os.path.isfile(values) else None
+        if isinstance(settings, dict) and (base := settings.pop("base", None)):
+            self(parser, cfg, str(Path(values).parent / base))
+            values = yaml.safe_dump(settings)
+        super().__call__(parser, cfg, values, option_string)

@@ -1,0 +1,168 @@
+"""What each command does. What only one of them needs is imported there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, astuple
+from typing import Any
+
+from vmamba.cli.tables import Table, brief, contents, csv_text, flops, write
+from vmamba.errors import CheckpointError, RecipeError
+from vmamba.files import shown
+from vmamba.tasks.recipe import InfoConfig, ModelsConfig, PredictConfig, TrainConfig, ValidateConfig
+from vmamba.tasks.runs import report
+
+
+def train(config: TrainConfig) -> int:
+    """Train, and say where the run is."""
+    from vmamba.tasks import classification
+
+    folder = classification.train(config)
+    if classification.is_first_process():
+        report(f"the run is in {folder}")
+    return 0
+
+
+def validate(config: ValidateConfig) -> int:
+    """Measure, and print the figures."""
+    from vmamba.tasks import classification
+
+    results = classification.validate(config)
+    if classification.is_first_process():
+        report(f"{results['weights']} on {results['data']}; pictures in {results['output']}")
+        top5 = f", top-5 {results['top5']:.2%}" if "top5" in results else ""
+        print(f"{results['images']} images: top-1 {results['top1']:.2%}{top5}, loss {results['loss']:.4f}")
+    return 0
+
+
+def predict(config: PredictConfig, paths: Sequence[str]) -> int:
+    """Classify images, and print a line a class."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from vmamba.data.config import DataConfig
+    from vmamba.data.images import find_images
+    from vmamba.tasks.prediction import Classifier, default_device
+
+    files, problems = find_images(paths)
+    for problem in problems:
+        report(problem)
+    if not files:
+        return 1
+    data = DataConfig(img_size=config.img_size)
+    classifier = Classifier.load(config.checkpoint, config.pretrained, config.ema, data)
+    try:
+        classifier.model.to(default_device() if config.device == "auto" else config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"device {config.device!r} cannot be used: {error}") from error
+    report(f"classifying with {classifier.source}")
+    console = Console(stderr=True)
+    is_long = console.is_terminal and len(files) > config.batch_size
+    predictions = classifier.predict(files, config.topk, config.batch_size, config.workers)
+    results = list(track(predictions, "classifying", total=len(files), console=console, disable=not is_long))
+    for result in results:
+        if result.error:
+            report(result.error)
+
+    rows = [
+        (shown(result.file) if rank == 1 or config.format == "csv" else "", rank, *astuple(score))
+        for result in results
+        for rank, score in enumerate(result.classes, start=1)
+    ]
+    header = ("file", "rank", "class", "index", "confidence")
+    if config.format == "json":
+        found = [asdict(result) | {"file": shown(result.file)} for result in results]
+        write([{name: value for name, value in each.items() if value} for each in found], config.output)
+    elif config.format == "csv":
+        write(csv_text(header, [(*row[:4], f"{row[4]:.6f}") for row in rows]), config.output)
+    else:
+        write(Table(header, [(*row[:4], f"{row[4]:.2%}") for row in rows], right=(1, 3, 4)), config.output)
+    return 1 if problems or any(result.error for result in results) else 0
+
+
+def models(config: ModelsConfig) -> int:
+    """List the variants."""
+    from vmamba.models.complexity import profile
+    from vmamba.models.registry import create_model
+    from vmamba.models.variants import VARIANTS
+
+    found: list[dict[str, Any]] = []
+    lines = []
+    for name, variant in VARIANTS.items():
+        if variant.release:
+            params, operations = variant.release.params, variant.release.flops
+        else:
+            model: Any = create_model(name)
+            cost = profile(model, variant.img_size)
+            params, operations = cost.params, cost.flops / 1e9
+        top1, url = (variant.release.top1, variant.release.url) if variant.release else (None, None)
+        size = list(variant.img_size)
+        models.append(
+            {"name": name, "params": params, "gflops": operations, "img_size": size, "top1": top1, "url": url}
+        )
+        accuracy = "–" if top1 is None else f"{top1:.1f} %"
+        lines.append((name, f"{params / 1e6:.1f} M", flops(operations * 1e9), f"{size[0]}×{size[1]}", accuracy))
+    if config.format == "json":
+        write(found)
+    else:
+        write(Table(("model", "parameters", "FLOPs", "at", "ImageNet-1K top-1"), lines, right=(1, 2, 3, 4)))
+    return 0
+
+
+def info(config: InfoConfig, name: str) -> int:
+    """Show a model's parts, and what is known about it."""
+    from vmamba.models.complexity import profile
+
+    model, about = _described(name)
+    cost = profile(model, config.img_size)
+    about |= {"img_size": list(cost.img_size), "params": cost.params, "flops": cost.flops}
+    layers = [
+        {
+            "name": name,
+            "type": type(module).__name__,
+            "params": sum(p.numel() for p in module.parameters(recurse=False)),
+        }
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None
+    ]
+    if config.format == "json":
+        write(about | {"parts": [asdict(part) for part in cost.parts]} | ({"layers": layers} if config.layers else {}))
+        return 0
+    write(Table(("", ""), [(k, brief(v)) for k, v in about.items() if k not in ("params", "flops")]))
+    rows: list[tuple[Any, ...]] = [
+        (part.name, contents(model.get_submodule(part.name)), "×".join(map(str, part.output_shape)),
+         f"{part.params:,}", flops(part.flops)) for part in cost.parts
+    ]  # fmt: skip
+    rows.append(("total", "", "", f"{cost.params:,}", flops(cost.flops)))
+    write(Table(("part", "layers", "output H×W×C", "parameters", "FLOPs"), rows, right=(2, 3, 4)))
+    if config.layers:
+        rows = [(layer["name"], layer["type"], f"{layer['params']:,}") for layer in layers]
+        write(Table(("layer", "type", "own parameters"), rows, right=(2,)))
+    return 0
+
+
+def _described(name: str) -> tuple[Any, dict[str, Any]]:
+    """The model of a variant or of a checkpoint file, and what is known about it."""
+    from vmamba.models.checkpoints import identify_checkpoint
+    from vmamba.models.registry import create_model, load_model
+    from vmamba.models.variants import VARIANTS
+
+    if name in VARIANTS:
+        about = {"model": name, **asdict(VARIANTS[name])}
+        if release := VARIANTS[name].release:
+            about["release"] = {"top1": release.top1, "url": release.url}
+        return create_model(name), about
+    if not os.path.exists(name):
+        raise CheckpointError(f"{shown(name)} is neither a variant nor a file. Variants: {', '.join(VARIANTS)}")
+    found = identify_checkpoint(name)
+    about = {
+        "file": shown(name),
+        "format": found.format,
+        "variant": found.metadata.get("variant") or found.variant,
+        "num_classes": found.num_classes,
+        "in_chans": found.in_chans,
+        "weights": list(found.weights),
+        "metadata": found.metadata,
+    }
+    return load_model(name)[0], about
