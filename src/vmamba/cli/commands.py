@@ -98,7 +98,7 @@ def models(config: ModelsConfig) -> int:
             params, operations = cost.params, cost.flops / 1e9
         top1, url = (variant.release.top1, variant.release.url) if variant.release else (None, None)
         size = list(variant.img_size)
-        models.append(
+        found.append(
             {"name": name, "params": params, "gflops": operations, "img_size": size, "top1": top1, "url": url}
         )
         accuracy = "–" if top1 is None else f"{top1:.1f} %"
