@@ -40,7 +40,8 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from vmamba.ops import available_backends, fused, use_backend
+from vmamba.ops import available_backends, use_backend
+from vmamba.ops.backends.native import layers as fused
 from vmamba.ops.backends import native
 
 VANILLA = "vanilla_vmamba_tiny"

@@ -1,5 +1,5 @@
-// The C interface that ops/backends/native.py and ops/fused.py call through ctypes: picks the kernels for this processor and
-// shares the tasks out among threads.
+// The C interface that ops/backends/native/ calls through ctypes: picks the kernels for this processor and shares the tasks
+// out among threads.
 
 #include <pthread.h>
 #include <stdlib.h>
@@ -9,11 +9,14 @@
 #include "layers.h"
 #include "scan.h"
 
+#define DECLARE(isa) \
+    namespace isa { extern const ScanKernels scan; extern const LayerKernels layers; }
+
 #if defined(VMAMBA_X86)
-namespace avx512 { extern const Kernels kernels; extern const LayerKernels layers; }
-namespace avx2 { extern const Kernels kernels; extern const LayerKernels layers; }
+DECLARE(avx512)
+DECLARE(avx2)
 #endif
-namespace baseline { extern const Kernels kernels; extern const LayerKernels layers; }
+DECLARE(baseline)
 
 // Of the OpenMP runtime that torch has loaded; null where the dynamic linker does not find it.
 #if defined(__ELF__)
@@ -24,8 +27,41 @@ constexpr int (*omp_get_thread_num)() = nullptr;
 
 namespace {
 
-const Kernels* chosen = &baseline::kernels;
-const LayerKernels* chosen_layers = &baseline::layers;
+struct InstructionSet {
+    const char* name;
+    const ScanKernels* scan;
+    const LayerKernels* layers;
+};
+
+#define ENTRY(isa) {#isa, &isa::scan, &isa::layers}
+
+constexpr InstructionSet ALL[] = {  // the first that a processor has is the fastest
+#if defined(VMAMBA_X86)
+    ENTRY(avx512),
+    ENTRY(avx2),
+#endif
+    ENTRY(baseline),
+};
+
+const InstructionSet* chosen = ALL + sizeof ALL / sizeof *ALL - 1;
+
+bool equal(const char* a, const char* b) {
+    while (*a && *a == *b) a++, b++;
+    return *a == *b;
+}
+
+bool runs_here(const char* name) {
+#if defined(VMAMBA_X86)
+    __builtin_cpu_init();
+    bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (equal(name, "avx2")) return has_avx2;
+    if (equal(name, "avx512")) {
+        return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    }
+#endif
+    return equal(name, "baseline");
+}
 
 // GOMP_parallel of the OpenMP runtime that torch has loaded, or null. A pool of our own beside torch's would compete with
 // its threads, which keep spinning for a while after each of its operators.
@@ -79,7 +115,7 @@ void* thread_main(void* argument) {
     return nullptr;
 }
 
-// Whether all tasks were done. A Call is a Problem or a Layer.
+// Whether all tasks were done. A Call is one of the structures, which all say how many `threads` they want.
 template <class Call>
 bool share(const Call& p, int64_t tasks, size_t scratch, void (*run)(const Call&, int64_t, float*)) {
     Work<Call> work;
@@ -113,42 +149,30 @@ constexpr int64_t SUM_LENGTH = 16384;
 // A layer's tasks are shares of one size. Several for each thread: one that comes late, or is held up, does fewer.
 constexpr int64_t TASKS_PER_THREAD = 4;
 
-bool share(Layer& layer, size_t scratch, void (*run)(const Layer&, int64_t, float*)) {
-    layer.tasks = layer.threads > 1 ? layer.threads * TASKS_PER_THREAD : 1;
-    return share(layer, layer.tasks, scratch, run);
+int32_t run(Layer* layer, void (*task)(const Layer&, int64_t, float*), size_t scratch = 0) {
+    layer->tasks = layer->threads > 1 ? layer->threads * TASKS_PER_THREAD : 1;
+    return !share<Layer>(*layer, layer->tasks, scratch, task);
 }
 
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Changes with struct Problem and the functions below, so that a library left over from another version is recognised.
-EXPORT int32_t vmamba_interface() { return 2; }
+// A function that computes, 0 or 1 where memory ran out, and the size of its argument: library.py compares it.
+#define COMPUTE(name, Structure)                                   \
+    EXPORT int64_t name##_size() { return sizeof(Structure); }     \
+    EXPORT int32_t name(Structure* p)
 
-EXPORT int64_t vmamba_problem_size() { return sizeof(Problem); }
+// Changes with the structures and the functions below, so that a library left over from another version is recognised.
+EXPORT int32_t vmamba_interface() { return 3; }
 
 EXPORT const char* vmamba_kernels() { return chosen->name; }
 
-// Chooses kernels by name; false where this processor or this build lacks them.
+// Chooses kernels by name, "" for the fastest; false where this processor or this build lacks them.
 EXPORT int32_t vmamba_choose(const char* name) {
-#if defined(VMAMBA_X86)
-    __builtin_cpu_init();
-    bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    const Kernels* all[] = {&avx512::kernels, &avx2::kernels, &baseline::kernels};
-    const LayerKernels* all_layers[] = {&avx512::layers, &avx2::layers, &baseline::layers};
-    bool runs[] = {has_avx512, has_avx2, true};
-#else
-    const Kernels* all[] = {&baseline::kernels};
-    const LayerKernels* all_layers[] = {&baseline::layers};
-    bool runs[] = {true};
-#endif
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
-        const char *a = name, *b = all[i]->name;
-        while (*a && *a == *b) a++, b++;
-        if (runs[i] && (!*name || *a == *b)) {
-            chosen = all[i], chosen_layers = all_layers[i];
+    for (const InstructionSet& set : ALL) {
+        if ((!*name || equal(name, set.name)) && runs_here(set.name)) {
+            chosen = &set;
             return 1;
         }
     }
@@ -163,92 +187,54 @@ EXPORT void vmamba_initialise() {
 // Null: start threads of our own for each call.
 EXPORT void vmamba_use_openmp(void* gomp_parallel) { openmp = reinterpret_cast<Parallel>(gomp_parallel); }
 
-// Both return 0, or 1 where memory ran out.
-EXPORT int32_t vmamba_forward(const Problem* p) {
-    if (!share<Problem>(*p, chosen->forward_tasks(*p), chosen->forward_scratch(*p), chosen->forward)) return 1;
+COMPUTE(vmamba_scan, Scan) {
+    const ScanKernels& scan = *chosen->scan;
+    if (!share<Scan>(*p, scan.forward_tasks(*p), scan.forward_scratch(*p), scan.forward)) return 1;
     if (p->route_y) {
-        auto merge = [](const Problem& q, int64_t task, float*) { chosen->merge(q, task); };
-        share<Problem>(*p, p->batch * chosen->blocks(*p), 0, merge);
+        auto merge = [](const Scan& q, int64_t task, float*) { chosen->scan->merge(q, task); };
+        share<Scan>(*p, p->batch * scan.blocks(*p), 0, merge);
     }
     return 0;
 }
 
 // The sums over slots and over images go to the first slot and the first image.
-EXPORT int32_t vmamba_backward(const Problem* p) {
-    if (!share<Problem>(*p, chosen->backward_tasks(*p), chosen->backward_scratch(*p), chosen->backward)) return 1;
+COMPUTE(vmamba_scan_backward, Scan) {
+    const ScanKernels& scan = *chosen->scan;
+    if (!share<Scan>(*p, scan.backward_tasks(*p), scan.backward_scratch(*p), scan.backward)) return 1;
     if (p->slots > 1) {
-        auto add_slots = [](const Problem& q, int64_t task, float*) {
+        auto add_slots = [](const Scan& q, int64_t task, float*) {
             int64_t size = q.batch * q.height * q.width * q.pixel_stride, from = task * SUM_LENGTH;
             float* part = q.grad_parameters + from;
-            chosen->sum(part, q.slots, size, size - from < SUM_LENGTH ? size - from : SUM_LENGTH);
+            chosen->scan->sum(part, q.slots, size, size - from < SUM_LENGTH ? size - from : SUM_LENGTH);
         };
         int64_t size = p->batch * p->height * p->width * p->pixel_stride;
-        share<Problem>(*p, (size + SUM_LENGTH - 1) / SUM_LENGTH, 0, add_slots);
+        share<Scan>(*p, (size + SUM_LENGTH - 1) / SUM_LENGTH, 0, add_slots);
     }
     if (p->batch > 1) {
-        auto add_images = [](const Problem& q, int64_t task, float*) {
+        auto add_images = [](const Scan& q, int64_t task, float*) {
             int64_t size = q.routes * q.channels * (q.rank + 1 + q.states) + q.channels, from = task * SUM_LENGTH;
             float* part = q.grad_weights + from;
-            chosen->sum(part, q.batch, size, size - from < SUM_LENGTH ? size - from : SUM_LENGTH);
+            chosen->scan->sum(part, q.batch, size, size - from < SUM_LENGTH ? size - from : SUM_LENGTH);
         };
         int64_t size = p->routes * p->channels * (p->rank + 1 + p->states) + p->channels;
-        share<Problem>(*p, (size + SUM_LENGTH - 1) / SUM_LENGTH, 0, add_images);
+        share<Scan>(*p, (size + SUM_LENGTH - 1) / SUM_LENGTH, 0, add_images);
     }
     return 0;
 }
 
-// --- fused layers; struct Layer says what the arguments are ---
+COMPUTE(vmamba_layer_norm, Layer) { return run(p, chosen->layers->layer_norm); }
 
-EXPORT void vmamba_layer_norm(
-    const void* x, const float* weight, const float* bias, void* y, int64_t rows, int64_t channels, float eps,
-    int32_t bfloat16, int32_t threads
-) {
-    Layer layer{};
-    layer.x = x, layer.weight = weight, layer.bias = bias, layer.y = y;
-    layer.width = rows, layer.channels = channels, layer.eps = eps;
-    layer.bfloat16 = bfloat16, layer.threads = threads;
-    share(layer, 0, chosen_layers->layer_norm);
-}
+COMPUTE(vmamba_depthwise_silu, Layer) { return run(p, chosen->layers->depthwise_silu); }
 
-EXPORT void vmamba_depthwise_silu(
-    const void* x, const float* weight, const float* bias, void* y, int64_t batch, int64_t height, int64_t width,
-    int64_t channels, int64_t bands, int32_t bfloat16, int32_t threads
-) {
-    Layer layer{};
-    layer.x = x, layer.weight = weight, layer.bias = bias, layer.y = y;
-    layer.batch = batch, layer.height = height, layer.width = width, layer.channels = channels, layer.bands = bands;
-    layer.bfloat16 = bfloat16, layer.threads = threads;
-    share(layer, 0, chosen_layers->depthwise_silu);
-}
-
-// Returns 0, or 1 where memory ran out. The sum over images and bands goes to the first of grad_weights.
-EXPORT int32_t vmamba_depthwise_silu_backward(
-    const void* grad, const void* x, const float* weight, const float* bias, void* grad_x, float* grad_weights,
-    int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t bands, int32_t bfloat16, int32_t threads
-) {
-    Layer layer{};
-    layer.grad = grad, layer.x = x, layer.weight = weight, layer.bias = bias;
-    layer.grad_x = grad_x, layer.grad_weights = grad_weights;
-    layer.batch = batch, layer.height = height, layer.width = width, layer.channels = channels, layer.bands = bands;
-    layer.bfloat16 = bfloat16, layer.threads = threads;
-    size_t scratch = chosen_layers->depthwise_silu_backward_scratch(layer);
-    if (!share(layer, scratch, chosen_layers->depthwise_silu_backward)) return 1;
-    int64_t size = channels * (TAPS + 1);
-    chosen->sum(grad_weights, batch * bands, size, size);
+// The sum over images and bands goes to the first of grad_weights.
+COMPUTE(vmamba_depthwise_silu_backward, Layer) {
+    const LayerKernels& layers = *chosen->layers;
+    if (run(p, layers.depthwise_silu_backward, layers.depthwise_silu_backward_scratch(*p))) return 1;
+    int64_t size = p->channels * (TAPS + 1);
+    chosen->scan->sum(p->grad_weights, p->batch * p->bands, size, size);
     return 0;
 }
 
-EXPORT void vmamba_gelu(const void* x, void* y, int64_t count, int32_t bfloat16, int32_t threads) {
-    Layer layer{};
-    layer.x = x, layer.y = y, layer.channels = count, layer.bfloat16 = bfloat16, layer.threads = threads;
-    share(layer, 0, chosen_layers->gelu);
-}
+COMPUTE(vmamba_gelu, Layer) { return run(p, chosen->layers->gelu); }
 
-EXPORT void vmamba_gelu_backward(
-    const void* grad, const void* x, void* y, void* grad_x, int64_t count, int32_t bfloat16, int32_t threads
-) {
-    Layer layer{};
-    layer.grad = grad, layer.x = x, layer.y = y, layer.grad_x = grad_x;
-    layer.channels = count, layer.bfloat16 = bfloat16, layer.threads = threads;
-    share(layer, 0, chosen_layers->gelu_backward);
-}
+COMPUTE(vmamba_gelu_backward, Layer) { return run(p, chosen->layers->gelu_backward); }

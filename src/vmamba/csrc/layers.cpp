@@ -1,5 +1,5 @@
 // LayerNorm, depthwise 3×3 convolution with SiLU, and GELU, each in one pass over memory, for one instruction set: compiled
-// once for each, as kernel.cpp is, and under the same rules.
+// once for each, as scan.cpp is, and under the same rules.
 //
 // What a value comes to depends on its place in the image alone, not on how the work was split into tasks.
 

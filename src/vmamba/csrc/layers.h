@@ -6,13 +6,13 @@
 
 constexpr int TAPS = 9;  // of the convolution
 
-// One call of a layer. Filled in by interface.cpp from the arguments of ops/fused.py, which has checked every shape; all
-// tensors are dense, images are (batch, height, width, channels). Without a grid, LayerNorm's rows are `width` pixels,
-// and GELU's values the channels of one.
+// One call of a layer. Filled in by ops/backends/native/layers.py, which has checked every shape; all tensors are dense,
+// images are (batch, height, width, channels). Without a grid, LayerNorm's rows are `width` pixels, and GELU's values the
+// channels of one.
 struct Layer {
     int64_t batch, height, width, channels;
     int64_t bands;         // of rows, into which the convolution splits each image
-    int64_t tasks;         // equal shares of the work, as many as keep all threads busy
+    int64_t tasks;         // equal shares of the work, as many as keep all threads busy; set by interface.cpp
     const void* x;         // float or bfloat16
     const void* grad;      // of y, dtype of x
     const float* weight;   // LayerNorm's (channels) or null, the convolution's (channels, 3, 3)
@@ -24,7 +24,7 @@ struct Layer {
     int32_t bfloat16, threads;
 };
 
-// The layers of one instruction set; a task runs as those of struct Kernels do.
+// The layers of one instruction set; a task runs as those of struct ScanKernels do.
 struct LayerKernels {
     void (*layer_norm)(const Layer&, int64_t task, float*);
     void (*depthwise_silu)(const Layer&, int64_t task, float*);

@@ -1,14 +1,14 @@
-// What the C interface (interface.cpp) and the kernels (kernel.cpp, compiled once per instruction set) share.
+// What the C interface (interface.cpp) and the scans (scan.cpp, compiled once per instruction set) share.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-// One scan, or four over a grid. Filled in by ops/backends/native.py (class _Problem), which has checked every shape; all
-// tensors are dense, positions are those of the grid (row by row), strides count elements.
+// One scan, or four over a grid. Filled in by ops/backends/native/scan.py, which has checked every shape; all tensors are
+// dense, positions are those of the grid (row by row), strides count elements.
 //
 // The step of a position comes from `delta` where that is given (selective_scan), else from dt_low and dt_weight (ss2d).
-struct Problem {
+struct Scan {
     int64_t batch, height, width, channels;
     int64_t groups;          // of neighbouring channels that share B and C
     int64_t states, rank;    // N and R
@@ -21,7 +21,7 @@ struct Problem {
     const void* u;           // (batch, L, channels), float or bfloat16
     const float* delta;      // (batch, L, channels) or null
     const float* dt_low;     // (batch, L, ...), the first R of a route's parameters
-    const float* B;          // (batch, L, ...)
+    const float* B;          // (batch, L, ...), as C in the same memory as dt_low
     const float* C;
     const float* dt_weight;  // (K, channels, R)
     const float* dt_bias;    // (K, channels) or null
@@ -36,22 +36,20 @@ struct Problem {
     float* grad_delta;       // (batch, L, channels) or null
     float* grad_parameters;  // (slots, batch, L, pixel_stride): gradients of dt_low, B, C where those lie
     float* grad_weights;     // (batch, K D R + K D + K D N + D): of dt_weight, dt_bias, A and the sum over k of D's
-    int64_t B_offset, C_offset;  // of B and C from dt_low
     int32_t bfloat16, softplus, threads;
 };
 
-// The kernels of one instruction set. A task is what one thread does at a time; tasks write to disjoint memory, and what
+// The scans of one instruction set. A task is what one thread does at a time; tasks write to disjoint memory, and what
 // a task computes does not depend on which thread runs it or how many there are.
-struct Kernels {
-    const char* name;
-    int64_t (*blocks)(const Problem&);  // of an image: 16 channels, or what is left of a group
-    int64_t (*forward_tasks)(const Problem&);
-    size_t (*forward_scratch)(const Problem&);  // bytes a thread needs
-    void (*forward)(const Problem&, int64_t task, float* scratch);
-    void (*merge)(const Problem&, int64_t batch_and_block);  // adds route_y up, one (image, channel block) a task
-    int64_t (*backward_tasks)(const Problem&);
-    size_t (*backward_scratch)(const Problem&);
-    void (*backward)(const Problem&, int64_t task, float* scratch);
+struct ScanKernels {
+    int64_t (*blocks)(const Scan&);  // of an image: 16 channels, or what is left of a group
+    int64_t (*forward_tasks)(const Scan&);
+    size_t (*forward_scratch)(const Scan&);  // bytes a thread needs
+    void (*forward)(const Scan&, int64_t task, float* scratch);
+    void (*merge)(const Scan&, int64_t batch_and_block);  // adds route_y up, one (image, channel block) a task
+    int64_t (*backward_tasks)(const Scan&);
+    size_t (*backward_scratch)(const Scan&);
+    void (*backward)(const Scan&, int64_t task, float* scratch);
     // parts[i] += Σ over j = 1 .. count - 1 of parts[j·stride + i], in the order of j.
     void (*sum)(float* parts, int64_t count, int64_t stride, int64_t length);
 };

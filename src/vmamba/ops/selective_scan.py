@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from vmamba.ops import checks
-from vmamba.ops.backends import BACKENDS, choose_backend, eager
-from vmamba.ops.precision import state_dtype, without_autocast
-from vmamba.ops.registration import is_tracing_for_export, register_gradients
+from vmamba.ops.arguments import ScanArguments
+from vmamba.ops.backends import choose_backend
+from vmamba.ops.operators import call_operator
+from vmamba.ops.precision import without_autocast
 
 
 @overload
@@ -72,32 +72,19 @@ def selective_scan(
     """
     checks.ndim("u", u, 3, "(batch, D, L)")
     checks.ndim("A", A, 2, "(D, N)")
-    batch, channels, length = u.shape
-    states = A.shape[1]
-    checks.shape("delta", delta, (batch, channels, length), "(batch, D, L)")
-    checks.shape("A", A, (channels, states), "(D, N)")
-    for name, vector in (("D", D), ("delta_bias", delta_bias)):
-        if vector is not None:
-            checks.shape(name, vector, (channels,), "(D,)")
-    if z is not None:
-        checks.shape("z", z, (batch, channels, length), "(batch, D, L)")
-    checks.real_and_together({"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias})
+    checks.real_on_one_device(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    channels, states = u.shape[1], A.shape[1]
     B, C = (_as_groups(name, value, u, states) for name, value in (("B", B), ("C", C)))
     if B.shape[1] != C.shape[1]:
         groups = max(B.shape[1], C.shape[1])
         if groups % B.shape[1] or groups % C.shape[1]:
             groups = channels
         B, C = (value.repeat_interleave(groups // value.shape[1], dim=1) for value in (B, C))
-
+    arguments = ScanArguments(u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))
+    arguments.check()
     chosen = choose_backend(backend, u.device)
-    arguments = (u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))
     with without_autocast(u.device):
-        if chosen.traceable:
-            y, last_state = chosen.module.selective_scan(*arguments)
-        elif is_tracing_for_export():
-            y, last_state = eager.selective_scan(*arguments)
-        else:
-            y, last_state = torch.ops.vmamba.selective_scan(*arguments, chosen.name)
+        y, last_state = call_operator("selective_scan", chosen, arguments)
     return (y, last_state) if return_last_state else y
 
 
@@ -111,37 +98,5 @@ def _as_groups(name: str, value: Tensor, u: Tensor, states: int) -> Tensor:
         checks.shape(name, value, (batch, states, length), "(batch, N, L)")
         return value.unsqueeze(1)
     checks.shape(name, value, (batch, None, states, length), "(D, N), (batch, N, L) or (batch, G, N, L)")
-    groups = value.shape[1]
-    if groups == 0 or channels % groups:
-        raise ValueError(f"{name} has {groups} groups; expected a divisor of the {channels} channels of u")
+    checks.groups(name, value.shape[1], channels)
     return value
-
-
-@torch.library.custom_op("vmamba::selective_scan", mutates_args=())
-def _forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with without_autocast(u.device):
-        return BACKENDS[backend].module.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-
-
-@torch.library.custom_op("vmamba::selective_scan_backward", mutates_args=())
-def _backward(
-    grad_y: Tensor, grad_last: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, backend: str,
-) -> list[Tensor]:  # fmt: skip
-    with without_autocast(u.device):
-        return BACKENDS[backend].module.selective_scan_backward(
-            grad_y, grad_last, u, delta, A, B, C, D, z, delta_bias, delta_softplus
-        )
-
-
-@_forward.register_fake
-def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-      delta_bias: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dtype = state_dtype(u, delta, A, B, C, D, z, delta_bias)
-    return torch.empty(u.shape, dtype=u.dtype, device=u.device), u.new_empty((*u.shape[:2], A.shape[1]), dtype=dtype)
-
-
-register_gradients(_forward, _backward, eager.selective_scan_backward, outputs=2)

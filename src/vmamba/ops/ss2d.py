@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba.ops import checks
-from vmamba.ops.backends import BACKENDS, choose_backend, eager
+from vmamba.ops.arguments import SS2DArguments
+from vmamba.ops.backends import choose_backend
+from vmamba.ops.operators import call_operator
 from vmamba.ops.precision import state_dtype, without_autocast
-from vmamba.ops.registration import is_tracing_for_export, register_gradients, runs_eagerly
-from vmamba.ops.routes import get_routes
 
 
 def ss2d_scan(
@@ -50,60 +50,16 @@ def ss2d_scan(
         TypeError: an argument that is not a real floating-point tensor.
         RuntimeError: the backend asked for cannot run on this device.
     """
-    checks.ndim("u", u, 4, "(B, H, W, D)")
-    checks.ndim("A", A, 3, "(4, D, N)")
-    checks.ndim("dt_proj_weight", dt_proj_weight, 3, "(4, D, R)")
-    K, channels = len(get_routes(pattern)), u.shape[-1]
-    N, R = A.shape[-1], dt_proj_weight.shape[-1]
-    checks.shape("x_proj_weight", x_proj_weight, (K, R + 2 * N, channels), "(4, R + 2N, D)")
-    checks.shape("dt_proj_weight", dt_proj_weight, (K, channels, R), "(4, D, R)")
-    checks.shape("dt_proj_bias", dt_proj_bias, (K, channels), "(4, D)")
-    checks.shape("A", A, (K, channels, N), "(4, D, N)")
-    checks.shape("D", D, (K, channels), "(4, D)")
-    arguments = {
-        "u": u, "x_proj_weight": x_proj_weight, "dt_proj_weight": dt_proj_weight, "dt_proj_bias": dt_proj_bias,
-        "A": A, "D": D,
-    }  # fmt: skip
-    checks.real_and_together(arguments)
+    given = SS2DArguments(u, u, dt_proj_weight, dt_proj_bias, A, D, pattern)
+    routes, size = given.check_parameters()
+    checks.shape("x_proj_weight", x_proj_weight, (routes, size, u.shape[-1]), "(4, R + 2N, D)")
+    checks.real_on_one_device(
+        u=u, x_proj_weight=x_proj_weight, dt_proj_weight=dt_proj_weight, dt_proj_bias=dt_proj_bias, A=A, D=D
+    )
     chosen = choose_backend(backend, u.device)
-
     with without_autocast(u.device):
         # A GPU multiplies bfloat16 at many times float32's speed, and adds up in float32; float16 could overflow.
-        dtype = u.dtype if u.is_cuda and u.dtype == torch.bfloat16 else state_dtype(*arguments.values())
-        projected = F.linear(u.to(dtype), x_proj_weight.to(dtype).flatten(0, 1)).unflatten(-1, (K, R + 2 * N))
-        if chosen.traceable:
-            return chosen.module.ss2d_scan(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern)
-        if not torch.is_grad_enabled() and runs_eagerly(u):
-            # The operator itself, without the dispatcher's detour, which in small models costs as much.
-            return chosen.module.ss2d_scan(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern)
-        if is_tracing_for_export():
-            return eager.ss2d_scan_in_one(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern)
-        return torch.ops.vmamba.ss2d_scan(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern, chosen.name)
-
-
-@torch.library.custom_op("vmamba::ss2d_scan", mutates_args=())
-def _forward(
-    u: Tensor, projected: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A: Tensor, D: Tensor,
-    pattern: str, backend: str,
-) -> Tensor:  # fmt: skip
-    with without_autocast(u.device):
-        return BACKENDS[backend].module.ss2d_scan(u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern)
-
-
-@torch.library.custom_op("vmamba::ss2d_scan_backward", mutates_args=())
-def _backward(
-    grad_y: Tensor, u: Tensor, projected: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A: Tensor, D: Tensor,
-    pattern: str, backend: str,
-) -> list[Tensor]:  # fmt: skip
-    with without_autocast(u.device):
-        return BACKENDS[backend].module.ss2d_scan_backward(
-            grad_y, u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern
-        )
-
-
-@_forward.register_fake
-def _(u: Tensor, *_: object) -> Tensor:
-    return torch.empty(u.shape, dtype=u.dtype, device=u.device)
-
-
-register_gradients(_forward, _backward, eager.ss2d_scan_backward, outputs=1)
+        is_low = u.is_cuda and u.dtype == torch.bfloat16
+        dtype = u.dtype if is_low else state_dtype(x_proj_weight, *given[:-1])
+        projected = F.linear(u.to(dtype), x_proj_weight.to(dtype).flatten(0, 1)).unflatten(-1, (routes, size))
+        return call_operator("ss2d_scan", chosen, given._replace(projected=projected))

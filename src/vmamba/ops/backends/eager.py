@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba.ops.precision import state_dtype
+from vmamba.ops.arguments import ScanArguments, SS2DArguments, as_results, in_state_dtype
 from vmamba.ops.routes import Route, get_routes
 
 _CHUNK = 16
@@ -157,7 +157,7 @@ def _scan_backward(
 # --- one sequence ----------------------------------------------------------------------------------------------------
 
 
-class _Sequence(NamedTuple):
+class _TimeFirst(NamedTuple):
     """Arguments of `selective_scan` in this file's layout and the state's dtype."""
 
     u: Tensor
@@ -168,39 +168,33 @@ class _Sequence(NamedTuple):
     C: Tensor
 
 
-def _time_first(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_bias: Tensor | None, delta_softplus: bool,
-    dtype: torch.dtype,
-) -> _Sequence:  # fmt: skip
+def _time_first(arguments: ScanArguments) -> _TimeFirst:
+    u, delta, A, B, C, _, _, delta_bias, delta_softplus = arguments
     groups = B.shape[1]
-    u, raw = (x.to(dtype).transpose(1, 2).contiguous().unflatten(2, (groups, -1)) for x in (u, delta))
-    B, C = (x.to(dtype).permute(0, 3, 1, 2) for x in (B, C))
+    u, raw = (x.transpose(1, 2).contiguous().unflatten(2, (groups, -1)) for x in (u, delta))
+    B, C = (x.permute(0, 3, 1, 2) for x in (B, C))
     if delta_bias is not None:
-        raw = raw + delta_bias.to(dtype).unflatten(0, (groups, -1))
-    return _Sequence(u, raw, F.softplus(raw) if delta_softplus else raw, A.to(dtype).unflatten(0, (groups, -1)), B, C)
+        raw = raw + delta_bias.unflatten(0, (groups, -1))
+    return _TimeFirst(u, raw, F.softplus(raw) if delta_softplus else raw, A.unflatten(0, (groups, -1)), B, C)
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    """Selective scan; arguments and results as in `reference.selective_scan`."""
-    dtype = state_dtype(u, delta, A, B, C, D, z, delta_bias)
-    s = _time_first(u, delta, A, B, C, delta_bias, delta_softplus, dtype)
+def _ungated(s: _TimeFirst, arguments: ScanArguments) -> tuple[Tensor, Tensor]:
+    """y before the gate (batch, D, L), and the last state (batch, G, P, N)."""
     y, last = _scan(s.u, s.delta, s.A, s.B, s.C, backwards=False)
     y = y.flatten(2).transpose(1, 2)
-    if D is not None:
-        y = torch.addcmul(y, D.to(dtype)[:, None], u.to(dtype))
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
-    return y.to(u.dtype).contiguous(), last.flatten(1, 2)
+    return y if arguments.D is None else torch.addcmul(y, arguments.D[:, None], arguments.u), last
+
+
+def selective_scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
+    """Selective scan; results as in `reference.selective_scan`."""
+    a = in_state_dtype(arguments)
+    y, last = _ungated(_time_first(a), a)
+    if a.z is not None:
+        y = y * F.silu(a.z)
+    return y.to(arguments.u.dtype).contiguous(), last.flatten(1, 2)
+
+
+selective_scan_for_export = selective_scan
 
 
 def gate_backward(grad: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,54 +204,26 @@ def gate_backward(grad: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return grad * silu, grad * y * (gate + silu * (1 - gate))
 
 
-def selective_scan_backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> list[Tensor]:
-    """Gradients of `selective_scan` for u, delta, A, B, C and those of D, z and delta_bias that are given, in order."""
-    dtype = state_dtype(u, delta, A, B, C, D, z, delta_bias)
-    s = _time_first(u, delta, A, B, C, delta_bias, delta_softplus, dtype)
-    groups = B.shape[1]
-    x, grad = u.to(dtype), grad_y.to(dtype)
-    grad_z = None
-    if z is not None:
-        y, _ = _scan(s.u, s.delta, s.A, s.B, s.C, backwards=False)
-        y = y.flatten(2).transpose(1, 2)
-        y = y if D is None else torch.addcmul(y, D.to(dtype)[:, None], x)
-        grad, grad_z = gate_backward(grad, y, z.to(dtype))
-
+def selective_scan_backward(grad_y: Tensor, grad_last: Tensor, arguments: ScanArguments) -> list[Tensor]:
+    """Gradients of `selective_scan` for those of its tensors that are given, in order."""
+    a = in_state_dtype(arguments)
+    s, groups = _time_first(a), a.B.shape[1]
+    grad, grad_last, grad_z = grad_y.to(a.u.dtype), grad_last.to(a.u.dtype), None
+    if a.z is not None:
+        grad, grad_z = gate_backward(grad, _ungated(s, a)[0], a.z)
     grad_time_first = grad.transpose(1, 2).contiguous().unflatten(2, (groups, -1))
-    grads = _scan_backward(
-        grad_time_first, grad_last.to(dtype).unflatten(1, (groups, -1)), s.u, s.delta, s.A, s.B, s.C, backwards=False
+    g = _scan_backward(
+        grad_time_first, grad_last.unflatten(1, (groups, -1)), s.u, s.delta, s.A, s.B, s.C, backwards=False
     )
-    grad_raw = grads.delta * torch.sigmoid(s.raw) if delta_softplus else grads.delta
-    grad_u = grads.u.flatten(2).transpose(1, 2)
-    if D is not None:
-        grad_u = torch.addcmul(grad_u, D.to(dtype)[:, None], grad)
-    results = [
-        (grad_u, u),
-        (grad_raw.flatten(2).transpose(1, 2), delta),
-        (grads.A.flatten(0, 1), A),
-        (grads.B.permute(0, 2, 3, 1), B),
-        (grads.C.permute(0, 2, 3, 1), C),
-    ]
-    if D is not None:
-        results.append(((grad * x).sum((0, 2)), D))
-    if z is not None:
-        assert grad_z is not None
-        results.append((grad_z, z))
-    if delta_bias is not None:
-        results.append((grad_raw.sum((0, 1)).flatten(), delta_bias))
-    return [value.to(like.dtype).contiguous() for value, like in results]
+    grad_raw = g.delta * torch.sigmoid(s.raw) if a.delta_softplus else g.delta
+    grad_u = g.u.flatten(2).transpose(1, 2)
+    if a.D is not None:
+        grad_u = torch.addcmul(grad_u, a.D[:, None], grad)
+    grads = (
+        grad_u, grad_raw.flatten(2).transpose(1, 2), g.A, g.B.permute(0, 2, 3, 1), g.C.permute(0, 2, 3, 1),
+        (grad * a.u).sum((0, 2)), grad_z, grad_raw.sum((0, 1)),
+    )  # fmt: skip
+    return as_results(grads, arguments)
 
 
 # --- four routes over a grid -----------------------------------------------------------------------------------------
@@ -285,41 +251,33 @@ def _grid(sequence: Tensor, columns: bool, height: int, width: int) -> Tensor:
     return sequence.unflatten(1, (width, height)).transpose(1, 2) if columns else sequence.unflatten(1, (height, width))
 
 
-def _route_inputs(
-    k: int, route: Route, u: Tensor, projected: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A: Tensor
-) -> _RouteInputs:
-    R, N = dt_proj_weight.shape[-1], A.shape[-1]
+def _route_inputs(k: int, route: Route, arguments: SS2DArguments) -> _RouteInputs:
+    u, projected, weight, bias, A, _, _ = arguments
+    R, N = weight.shape[-1], A.shape[-1]
     dt_low, B, C = _sequence(projected[:, :, :, k], route.columns).split([R, N, N], dim=-1)
-    raw = F.linear(dt_low, dt_proj_weight[k], dt_proj_bias[k]).unsqueeze(2)
+    raw = F.linear(dt_low, weight[k], bias[k]).unsqueeze(2)
     x = _sequence(u, route.columns).unsqueeze(2)
     return _RouteInputs(x, dt_low, raw, F.softplus(raw), A[k : k + 1], B.unsqueeze(2), C.unsqueeze(2))
 
 
-def ss2d_scan(
-    u: Tensor, projected: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A: Tensor, D: Tensor, pattern: str
-) -> Tensor:
-    """SS2D's operator on a grid; arguments and result as in `reference.ss2d_scan`.
+def ss2d_scan(arguments: SS2DArguments) -> Tensor:
+    """SS2D's operator on a grid; result as in `reference.ss2d_scan`.
 
     Opposite routes read the same sequence, one of them backwards, so at most one transposed copy is made of the grid.
     """
-    dtype = state_dtype(u, projected, dt_proj_weight, dt_proj_bias, A, D)
-    height, width = u.shape[1:3]
-    x, projected, dt_proj_weight, dt_proj_bias, A = (
-        v.to(dtype) for v in (u, projected, dt_proj_weight, dt_proj_bias, A)
-    )
-    y = x * D.to(dtype).sum(0)
-    for k, route in enumerate(get_routes(pattern)):
-        r = _route_inputs(k, route, x, projected, dt_proj_weight, dt_proj_bias, A)
+    a = in_state_dtype(arguments)
+    height, width = a.u.shape[1:3]
+    y = a.u * a.D.sum(0)
+    for k, route in enumerate(get_routes(a.pattern)):
+        r = _route_inputs(k, route, a)
         y_k, _ = _scan(r.u, r.delta, r.A, r.B, r.C, route.backwards)
         y = y + _grid(y_k.squeeze(2), route.columns, height, width)
-    return y.to(u.dtype).contiguous()
+    return y.to(arguments.u.dtype).contiguous()
 
 
-def ss2d_scan_in_one(
-    u: Tensor, projected: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A: Tensor, D: Tensor, pattern: str
-) -> Tensor:
-    """`ss2d_scan` as a small graph, for export: all routes and states in one recurrence, at their price in memory."""
-    dtype = state_dtype(u, projected, dt_proj_weight, dt_proj_bias, A, D)
+def ss2d_scan_for_export(arguments: SS2DArguments) -> Tensor:
+    """`ss2d_scan` as a small graph: all routes and states in one recurrence, at their price in memory."""
+    u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern = in_state_dtype(arguments)
     height, width = u.shape[1:3]
     R, N = dt_proj_weight.shape[-1], A.shape[-1]
     routes = get_routes(pattern)
@@ -327,58 +285,38 @@ def ss2d_scan_in_one(
     def flipped(sequence: Tensor, route: Route) -> Tensor:
         return sequence.flip(1) if route.backwards else sequence
 
-    x = torch.stack([flipped(_sequence(u, r.columns), r) for r in routes], dim=2).to(dtype)
-    parameters = torch.stack(
-        [flipped(_sequence(projected[:, :, :, k], r.columns), r) for k, r in enumerate(routes)], dim=2
-    )
-    dt_low, B, C = parameters.to(dtype).split([R, N, N], dim=-1)
-    delta = F.softplus(torch.einsum("blkr,kdr->blkd", dt_low, dt_proj_weight.to(dtype)) + dt_proj_bias.to(dtype))
+    x = torch.stack([flipped(_sequence(u, r.columns), r) for r in routes], dim=2)
+    parameters = [flipped(_sequence(projected[:, :, :, k], r.columns), r) for k, r in enumerate(routes)]
+    dt_low, B, C = torch.stack(parameters, dim=2).split([R, N, N], dim=-1)
+    delta = F.softplus(torch.einsum("blkr,kdr->blkd", dt_low, dt_proj_weight) + dt_proj_bias)
     # Every state is a group of its own: (batch, L, K·N, D) with one state.
     x_by_state, delta_by_state = (v.unsqueeze(3).expand(-1, -1, -1, N, -1).flatten(2, 3) for v in (x, delta))
-    A_by_state = A.to(dtype).transpose(1, 2).flatten(0, 1).unsqueeze(-1)
+    A_by_state = A.transpose(1, 2).flatten(0, 1).unsqueeze(-1)
     B, C = (v.flatten(2).unsqueeze(-1) for v in (B, C))
     y, _ = _scan(x_by_state, delta_by_state, A_by_state, B, C, backwards=False)
-    y = torch.addcmul(y.unflatten(2, (len(routes), N)).sum(3), x, D.to(dtype))
+    y = torch.addcmul(y.unflatten(2, (len(routes), N)).sum(3), x, D)
     grids = [_grid(flipped(y_k, r), r.columns, height, width) for y_k, r in zip(y.unbind(2), routes, strict=True)]
-    return torch.stack(grids).sum(0).to(u.dtype)
+    return torch.stack(grids).sum(0).to(arguments.u.dtype)
 
 
-def ss2d_scan_backward(
-    grad_y: Tensor,
-    u: Tensor,
-    projected: Tensor,
-    dt_proj_weight: Tensor,
-    dt_proj_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    pattern: str,
-) -> list[Tensor]:
+def ss2d_scan_backward(grad_y: Tensor, arguments: SS2DArguments) -> list[Tensor]:
     """Gradients of `ss2d_scan` for its six tensors, in order. Only the inputs are needed: the states are recomputed."""
-    inputs = (u, projected, dt_proj_weight, dt_proj_bias, A, D)
-    dtype = state_dtype(*inputs)
-    height, width = u.shape[1:3]
-    x, projected, dt_proj_weight, dt_proj_bias, A, D = (v.to(dtype) for v in inputs)
-    grad = grad_y.to(dtype)
-    grad_u = grad * D.sum(0)
-    grad_D = (grad * x).sum((0, 1, 2)).expand_as(D)
+    a = in_state_dtype(arguments)
+    height, width = a.u.shape[1:3]
+    grad = grad_y.to(a.u.dtype)
+    grad_u = grad * a.D.sum(0)
+    grad_D = (grad * a.u).sum((0, 1, 2)).expand_as(a.D)
     grad_projected, grad_weight, grad_bias, grad_A = [], [], [], []
-    for k, route in enumerate(get_routes(pattern)):
-        r = _route_inputs(k, route, x, projected, dt_proj_weight, dt_proj_bias, A)
+    for k, route in enumerate(get_routes(a.pattern)):
+        r = _route_inputs(k, route, a)
         grad_k = _sequence(grad, route.columns).unsqueeze(2)
         g = _scan_backward(grad_k, None, r.u, r.delta, r.A, r.B, r.C, route.backwards)
         grad_raw = (g.delta * torch.sigmoid(r.raw)).squeeze(2)
         grad_weight.append(torch.einsum("bld,blr->dr", grad_raw, r.dt_low))
         grad_bias.append(grad_raw.sum((0, 1)))
         grad_A.append(g.A[0])
-        grad_parameters = torch.cat([grad_raw @ dt_proj_weight[k], g.B.squeeze(2), g.C.squeeze(2)], dim=-1)
+        grad_parameters = torch.cat([grad_raw @ a.dt_proj_weight[k], g.B.squeeze(2), g.C.squeeze(2)], dim=-1)
         grad_projected.append(_grid(grad_parameters, route.columns, height, width))
         grad_u = grad_u + _grid(g.u.squeeze(2), route.columns, height, width)
-    results = (
-        grad_u,
-        torch.stack(grad_projected, dim=3),
-        torch.stack(grad_weight),
-        torch.stack(grad_bias),
-        torch.stack(grad_A),
-        grad_D,
-    )
-    return [value.to(like.dtype).contiguous() for value, like in zip(results, inputs, strict=True)]
+    stacked = (torch.stack(grads) for grads in (grad_weight, grad_bias, grad_A))
+    return as_results((grad_u, torch.stack(grad_projected, dim=3), *stacked, grad_D), arguments)

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba.ops import checks
+from vmamba.ops.arguments import ScanArguments, SS2DArguments, as_results, owned
 from vmamba.ops.backends import eager
 from vmamba.ops.backends.triton.configurations import Configuration, Configurations, use_configurations
 from vmamba.ops.precision import state_dtype
-from vmamba.ops.registration import as_result
 from vmamba.ops.routes import Route, get_routes
 
 if TYPE_CHECKING:
@@ -61,146 +61,103 @@ def unavailable(device: torch.device) -> str | None:
 # --- four routes over a grid -----------------------------------------------------------------------------------------
 
 
-def ss2d_scan(
-    u: Tensor, projected: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A: Tensor, D: Tensor, pattern: str
-) -> Tensor:
-    """SS2D's operator on a grid; arguments and result as in `reference.ss2d_scan`.
+def ss2d_scan(arguments: SS2DArguments) -> Tensor:
+    """SS2D's operator on a grid; result as in `reference.ss2d_scan`.
 
     Raises:
         ValueError: a shape that does not fit, or an unknown pattern.
     """
-    inputs = (u, projected, dt_proj_weight, dt_proj_bias, A, D)
-    if _is_for_eager(*inputs) or _is_too_wide(u, projected):
-        return eager.ss2d_scan(*inputs, pattern)
+    if _is_for_eager(arguments) or _is_too_wide(arguments):
+        return eager.ss2d_scan(arguments)
     from vmamba.ops.backends.triton import launch
 
-    problem = _grid_problem(*inputs, pattern)
+    problem = _grid_problem(arguments)
     y = torch.empty_like(problem.u)
     launch.run_forward(problem, y)
     return y
 
 
-def ss2d_scan_backward(
-    grad_y: Tensor,
-    u: Tensor,
-    projected: Tensor,
-    dt_proj_weight: Tensor,
-    dt_proj_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    pattern: str,
-) -> list[Tensor]:
+def ss2d_scan_backward(grad_y: Tensor, arguments: SS2DArguments) -> list[Tensor]:
     """Gradients of `ss2d_scan` for its six tensors, in order.
 
     Raises:
         ValueError: a shape that does not fit, or an unknown pattern.
     """
-    inputs = (u, projected, dt_proj_weight, dt_proj_bias, A, D)
-    if _is_for_eager(grad_y, *inputs) or _is_too_wide(u, projected):
-        return eager.ss2d_scan_backward(grad_y, *inputs, pattern)
+    if _is_for_eager(arguments, grad_y) or _is_too_wide(arguments):
+        return eager.ss2d_scan_backward(grad_y, arguments)
     from vmamba.ops.backends.triton import launch
 
-    checks.shape("grad_y", grad_y, tuple(u.shape), "the shape of u, (B, H, W, D)")
-    problem = _grid_problem(*inputs, pattern)
-    g = launch.run_backward(problem, grad_y.contiguous())
-    results = (g.u, g.parameters, g.dt_weight, g.dt_bias, g.A, g.skip.expand(D.shape))
-    return [as_result(value, like) for value, like in zip(results, inputs, strict=True)]
+    checks.shape("grad_y", grad_y, tuple(arguments.u.shape), "the shape of u, (B, H, W, D)")
+    g = launch.run_backward(_grid_problem(arguments), grad_y.contiguous())
+    grads = (g.u, g.parameters, g.dt_weight, g.dt_bias, g.A, g.skip.expand(arguments.D.shape))
+    return [owned(value) for value in as_results(grads, arguments)]
 
 
-def _grid_problem(
-    u: Tensor, projected: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A: Tensor, D: Tensor, pattern: str
-) -> launch.Problem:
+def _grid_problem(arguments: SS2DArguments) -> launch.Problem:
     from vmamba.ops.backends.triton import launch
 
-    routes = get_routes(pattern)
-    checks.grid(u, projected, dt_proj_weight, dt_proj_bias, A, D, len(routes))
-    weight, bias, A = (_single(value) for value in (dt_proj_weight, dt_proj_bias, A))
+    arguments.check()
+    u, projected, *weights, D, pattern = arguments
+    weight, bias, A = (_single(value) for value in weights)
     return launch.Problem(
-        u.contiguous(), None, projected.contiguous().flatten(3), weight, bias, A, _single(D).sum(0), routes, 1, True
-    )
+        u.contiguous(), None, projected.contiguous().flatten(3), weight, bias, A, _single(D).sum(0),
+        get_routes(pattern), 1, True,
+    )  # fmt: skip
 
 
 # --- one sequence ----------------------------------------------------------------------------------------------------
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    """Selective scan; arguments and results as in `reference.selective_scan`.
+def selective_scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
+    """Selective scan; results as in `reference.selective_scan`.
 
     Raises:
         ValueError: a shape that does not fit.
     """
-    arguments = (u, delta, A, B, C, D, z, delta_bias)
-    if _is_for_eager(*arguments):
-        return eager.selective_scan(*arguments, delta_softplus)
-    y, last = _ungated(_sequence_problem(u, delta, A, B, C, D, delta_bias, delta_softplus))
-    if z is not None:
-        y = y * F.silu(z.float())
-    return y.to(u.dtype).contiguous(), last
+    if _is_for_eager(arguments):
+        return eager.selective_scan(arguments)
+    y, last = _ungated(_sequence_problem(arguments))
+    if arguments.z is not None:
+        y = y * F.silu(arguments.z.float())
+    return y.to(arguments.u.dtype).contiguous(), last
 
 
-def selective_scan_backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> list[Tensor]:
-    """Gradients of `selective_scan` for u, delta, A, B, C and those of D, z and delta_bias that are given, in order.
+def selective_scan_backward(grad_y: Tensor, grad_last: Tensor, arguments: ScanArguments) -> list[Tensor]:
+    """Gradients of `selective_scan` for those of its tensors that are given, in order.
 
     Raises:
         ValueError: a shape that does not fit.
     """
-    arguments = (u, delta, A, B, C, D, z, delta_bias)
-    if _is_for_eager(grad_y, grad_last, *arguments):
-        return eager.selective_scan_backward(grad_y, grad_last, *arguments, delta_softplus)
+    if _is_for_eager(arguments, grad_y, grad_last):
+        return eager.selective_scan_backward(grad_y, grad_last, arguments)
     from vmamba.ops.backends.triton import launch
 
+    u, z, groups = arguments.u, arguments.z, arguments.B.shape[1]
     checks.shape("grad_y", grad_y, tuple(u.shape), "the shape of u, (batch, D, L)")
-    checks.shape("grad_last", grad_last, (*u.shape[:2], A.shape[1]), "(batch, D, N)")
-    problem = _sequence_problem(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    checks.shape("grad_last", grad_last, (*u.shape[:2], arguments.A.shape[1]), "(batch, D, N)")
+    problem = _sequence_problem(arguments)
     grad, grad_z = grad_y.float(), None
     if z is not None:
         grad, grad_z = eager.gate_backward(grad, _ungated(problem)[0], z.float())
     g = launch.run_backward(problem, _time_first(grad), _single(grad_last.transpose(1, 2)).unsqueeze(1).unsqueeze(1))
     assert g.delta is not None
-    grad_B, grad_C = g.parameters.squeeze(1).unflatten(2, (B.shape[1], -1)).permute(0, 2, 3, 1).chunk(2, dim=2)
-    results = (
-        (g.u.squeeze(1).transpose(1, 2), u), (g.delta.squeeze(1).transpose(1, 2), delta), (g.A, A), (grad_B, B),
-        (grad_C, C), (g.skip, D), (grad_z, z), (g.dt_bias, delta_bias),
-    )  # fmt: skip
-    return [as_result(value, like) for value, like in results if value is not None and like is not None]
+    grad_B, grad_C = g.parameters.squeeze(1).unflatten(2, (groups, -1)).permute(0, 2, 3, 1).chunk(2, dim=2)
+    grad_u, grad_delta = (value.squeeze(1).transpose(1, 2) for value in (g.u, g.delta))
+    grads = (grad_u, grad_delta, g.A, grad_B, grad_C, g.skip, grad_z, g.dt_bias)
+    return [owned(value) for value in as_results(grads, arguments)]
 
 
-def _sequence_problem(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> launch.Problem:  # fmt: skip
+def _sequence_problem(arguments: ScanArguments) -> launch.Problem:
     """A sequence as a grid of one row, time before channels."""
     from vmamba.ops.backends.triton import launch
 
-    checks.sequence(u, delta, A, B, C, D, delta_bias)
-    channels, groups = u.shape[1], B.shape[1]
+    arguments.check()
+    u, delta, A, B, C, D, _, delta_bias, delta_softplus = arguments
     parameters = torch.cat([B.float(), C.float()], dim=2).permute(0, 3, 1, 2).contiguous()
-    bias = _single(A).new_zeros(channels) if delta_bias is None else _single(delta_bias)
+    bias = _single(A).new_zeros(u.shape[1]) if delta_bias is None else _single(delta_bias)
     return launch.Problem(
         _time_first(u), _time_first(delta), parameters.flatten(2).unsqueeze(1), _single(A).new_zeros(1), bias[None],
-        _single(A)[None], None if D is None else _single(D), (Route(columns=False, backwards=False),), groups,
+        _single(A)[None], None if D is None else _single(D), (Route(columns=False, backwards=False),), B.shape[1],
         delta_softplus,
     )  # fmt: skip
 
@@ -219,12 +176,14 @@ def _ungated(problem: launch.Problem) -> tuple[Tensor, Tensor]:
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
-def _is_for_eager(*tensors: Tensor | None) -> bool:
-    return state_dtype(*tensors) == torch.float64 or any(value is not None and not value.numel() for value in tensors)
+def _is_for_eager(arguments: ScanArguments | SS2DArguments, *grads: Tensor) -> bool:
+    tensors = [value for value in (*arguments[:-1], *grads) if value is not None]
+    return state_dtype(*tensors) == torch.float64 or not all(value.numel() for value in tensors)
 
 
-def _is_too_wide(u: Tensor, projected: Tensor) -> bool:
+def _is_too_wide(arguments: SS2DArguments) -> bool:
     """Whether steps down a column overflow the 32-bit offsets within a run; all other offsets have 64."""
+    u, projected = arguments.u, arguments.projected
     return u.shape[2] * max(u.shape[3], projected[0, 0, 0].numel()) > 2**25
 
 

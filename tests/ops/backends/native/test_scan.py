@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from scans import assert_matches, gradients, scan_arguments, ss2d_arguments
 
 from vmamba.ops import PATTERNS, selective_scan, ss2d_scan
+from vmamba.ops.arguments import SS2DArguments
 from vmamba.ops.backends import native
+from vmamba.ops.backends.native import library
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(native.unavailable(CPU) is not None, reason=str(native.unavailable(CPU)))
@@ -153,11 +155,11 @@ def test_the_registered_operator_checks_shapes_itself(position):
 def test_the_number_of_threads_changes_no_bit(kernels, threads, dtype, shape):
     u, _, *parameters = ss2d_arguments(*shape)
     u, rank, states = u.to(dtype), shape[-1], shape[-2]
-    arguments = (u, torch.randn(*shape[:3], 4, rank + 2 * states), *parameters, "cross")
+    arguments = SS2DArguments(u, torch.randn(*shape[:3], 4, rank + 2 * states), *parameters, "cross")
     results = []
     for count in (1, 2, 3, 16, 2):
         threads(count)
-        results.append([native.ss2d_scan(*arguments), *native.ss2d_scan_backward(u, *arguments)])
+        results.append([native.ss2d_scan(arguments), *native.ss2d_scan_backward(u, arguments)])
     for result in results[1:]:
         for value, first in zip(result, results[0], strict=True):
             assert torch.equal(value, first)
@@ -167,11 +169,11 @@ def test_works_where_torch_has_no_openmp():
     """Then threads are started for each call."""
     arguments = ss2d_arguments(1, 16, 16, 64, 1, 2)
     expected = gradients(_ss2d, arguments)
-    native._LIBRARY.vmamba_use_openmp(None)
+    library._LIBRARY.vmamba_use_openmp(None)
     try:
         actual = gradients(_ss2d, arguments)
     finally:
-        native._LIBRARY.vmamba_use_openmp(native._openmp_parallel())
+        library._LIBRARY.vmamba_use_openmp(library._openmp_parallel())
     for value, first in zip((*actual[0], *actual[1]), (*expected[0], *expected[1]), strict=True):
         assert torch.equal(value, first)
 
@@ -197,8 +199,9 @@ y = ss2d_scan(*arguments, backend="native")
 pid = os.fork()
 if pid == 0:
     projected = torch.zeros(1, 20, 20, 4, 4)
+    from vmamba.ops.arguments import SS2DArguments
     from vmamba.ops.backends import native
-    z = native.ss2d_scan(arguments[0], projected, *arguments[2:], "cross")
+    z = native.ss2d_scan(SS2DArguments(arguments[0], projected, *arguments[2:], "cross"))
     os._exit(0 if torch.isfinite(z).all() else 1)
 print(os.waitpid(pid, 0)[1], torch.equal(y, ss2d_scan(*arguments, backend="native")))
 """
@@ -229,13 +232,14 @@ def test_memory_of_the_backward_pass_does_not_hold_every_state():
     """One array of all states would be 4·L·D·N floats, 268 MB; the gradients themselves need far less."""
     code = """
 import resource, torch
+from vmamba.ops.arguments import SS2DArguments
 from vmamba.ops.backends import native
 torch.set_num_threads(2)
 L, D, N, R = 4096, 256, 16, 2
 values = [torch.rand(1, 64, 64, D), torch.rand(1, 64, 64, 4, R + 2 * N), torch.rand(4, D, R), torch.rand(4, D)]
 values += [-torch.rand(4, D, N), torch.rand(4, D)]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-native.ss2d_scan_backward(values[0], *values, "cross")
+native.ss2d_scan_backward(values[0], SS2DArguments(*values, "cross"))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     assert float(_run_python(code)) < 120

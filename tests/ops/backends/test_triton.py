@@ -13,6 +13,7 @@ import torch
 from scans import assert_matches, gradients, scan_arguments, ss2d_arguments
 
 from vmamba.ops import selective_scan, ss2d_scan
+from vmamba.ops.arguments import SS2DArguments
 from vmamba.ops.backends import BACKENDS, choose_backend, triton
 from vmamba.ops.backends.triton import Configuration, Configurations, use_configurations
 
@@ -145,9 +146,9 @@ def test_memory_that_is_not_dense_or_very_wide():
     u, *parameters = ss2d_arguments(1, 3, 4, 16, 1, 2)
     strange = [value.transpose(0, -1).contiguous().transpose(0, -1) for value in (u, *parameters)]
     assert torch.equal(_ss2d(*strange), _ss2d(u, *parameters))
-    wide = torch.empty(1, 1, 2**23, 4, device="meta")
-    assert not triton._is_too_wide(wide, torch.empty(1, 1, 2**23, 1, device="meta"))
-    assert triton._is_too_wide(wide, torch.empty(1, 1, 2**23, 5, device="meta"))
+    for numbers, is_too_wide in ((1, False), (5, True)):
+        wide, projected = (torch.empty(1, 1, 2**23, *size, device="meta") for size in ((4,), (1, numbers)))
+        assert triton._is_too_wide(SS2DArguments(wide, projected, *parameters[1:], "cross")) == is_too_wide
 
 
 # --- availability ----------------------------------------------------------------------------------------------------
@@ -194,6 +195,7 @@ import json, pathlib, re, subprocess, sys, tempfile
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from vmamba.ops.arguments import SS2DArguments
 from vmamba.ops.backends import triton as backend
 from vmamba.ops.backends.triton import kernels, launch
 
@@ -227,10 +229,10 @@ target, architecture, cases = json.loads(sys.argv[1])
 for dtype, height, width, D, R, N in cases:
     u = torch.empty(2, height, width, D, device="meta", dtype=getattr(torch, dtype))
     shapes = [(2, height, width, 4, R + 2 * N), (4, D, R), (4, D), (4, D, N), (4, D)]
-    arguments = (u, *(torch.empty(s, device="meta") for s in shapes), "cross")
-    backend.ss2d_scan(*arguments)
+    arguments = SS2DArguments(u, *(torch.empty(s, device="meta") for s in shapes), "cross")
+    backend.ss2d_scan(arguments)
     if target == "cuda":
-        backend.ss2d_scan_backward(u, *arguments)
+        backend.ss2d_scan_backward(u, arguments)
 
 for kernel, signature, constants, warps in launches.values():
     attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}

@@ -1,9 +1,8 @@
-"""Chains of layers in one pass over memory, on the CPU.
+"""Chains of layers in one pass over memory (`csrc/layers.cpp`).
 
-The functions are those of `csrc/layers.cpp`: they compute in float32 and need the CPU kernel's library
-(`reason_unavailable`). None of them is recorded for autograd or seen by a tracer; they are for callers that have made
-sure that neither is wanted. Images and rows are float32 or bfloat16, and results have their dtype; parameters are of
-either dtype. Inputs that are not contiguous are copied.
+They compute in float32 and need the library (`reason_unavailable`). None of them is recorded for autograd or seen by a
+tracer; they are for callers that have made sure that neither is wanted. Images and rows are float32 or bfloat16, and
+results have their dtype; parameters are of either dtype. Inputs that are not contiguous are copied.
 
 Results do not depend on the number of threads, which is torch's.
 """
@@ -11,16 +10,15 @@ Results do not depend on the number of threads, which is torch's.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vmamba.ops import checks
-from vmamba.ops.backends import native
+from vmamba.ops.backends.native.library import compute_function, fields, reason_unavailable
 
-_POINTER, _SIZE, _FLAG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+__all__ = ["depthwise_silu", "depthwise_silu_backward", "gelu", "gelu_backward", "layer_norm", "reason_unavailable"]
+
 # Below this many values, waking other threads takes longer than the work.
 _VALUES_FOR_THREADS = 16384
 # The convolution works on bands of at most so many rows: the split fixes the order in which gradients are added up.
@@ -28,31 +26,22 @@ _BAND_ROWS = 16
 _TAPS = 9
 
 
-def reason_unavailable() -> str | None:
-    """Why the functions of this module cannot be called, or None when they can."""
-    return native.unavailable(torch.device("cpu"))
+class _Layer(ctypes.Structure):
+    """`struct Layer` of csrc/layers.h."""
+
+    _fields_ = fields(
+        sizes="batch height width channels bands tasks",
+        pointers="x grad weight bias y grad_x grad_weights",
+        floats="eps",
+        flags="bfloat16 threads",
+    )
 
 
-def _function(name: str, *arguments: type, result: type | None = None) -> Callable[..., Any]:
-    library = native.library()
-    if library is None:
-
-        def missing(*_: object) -> None:
-            raise RuntimeError(reason_unavailable())
-
-        return missing
-    function = getattr(library, name)
-    function.argtypes, function.restype = arguments, result
-    return function
-
-
-_call_layer_norm = _function("vmamba_layer_norm", *4 * (_POINTER,), _SIZE, _SIZE, _FLOAT, _FLAG, _FLAG)
-_call_depthwise_silu = _function("vmamba_depthwise_silu", *4 * (_POINTER,), *5 * (_SIZE,), _FLAG, _FLAG)
-_call_depthwise_silu_backward = _function(
-    "vmamba_depthwise_silu_backward", *6 * (_POINTER,), *5 * (_SIZE,), _FLAG, _FLAG, result=_FLAG
-)
-_call_gelu = _function("vmamba_gelu", _POINTER, _POINTER, _SIZE, _FLAG, _FLAG)
-_call_gelu_backward = _function("vmamba_gelu_backward", *4 * (_POINTER,), _SIZE, _FLAG, _FLAG)
+_call_layer_norm = compute_function("vmamba_layer_norm", _Layer)
+_call_depthwise_silu = compute_function("vmamba_depthwise_silu", _Layer)
+_call_depthwise_silu_backward = compute_function("vmamba_depthwise_silu_backward", _Layer)
+_call_gelu = compute_function("vmamba_gelu", _Layer)
+_call_gelu_backward = compute_function("vmamba_gelu_backward", _Layer)
 
 
 def layer_norm(
@@ -75,7 +64,7 @@ def layer_norm(
         ValueError: a shape that does not fit, or a tensor that is not on the CPU.
         RuntimeError: the library is missing.
     """
-    is_low = _is_bfloat16("x", x)
+    _require_native("x", x)
     if not x.ndim:
         raise ValueError("x has no dimensions; expected (..., C)")
     size = x.shape[-1]
@@ -83,10 +72,7 @@ def layer_norm(
     x = x.contiguous()
     y = x if overwrite else torch.empty_like(x)
     if count := x.numel():
-        _call_layer_norm(
-            x.data_ptr(), _address(scale), _address(offset), y.data_ptr(), count // size, size, eps, is_low,
-            _threads(count),
-        )  # fmt: skip
+        _call_layer_norm(_layer(x, y=y, weight=scale, bias=offset, width=count // size, channels=size, eps=eps))
     return y
 
 
@@ -106,17 +92,11 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ValueError: a shape that does not fit, or a tensor that is not on the CPU.
         RuntimeError: the library is missing.
     """
-    is_low = _is_bfloat16("x", x)
-    checks.ndim("x", x, 4, "(B, H, W, C)")
-    batch, height, width, channels = x.shape
-    filters, offset = _filter(weight, channels), _vector("bias", bias, channels)
+    filters, offset = _convolution(x, weight, bias)
     x = x.contiguous()
     y = torch.empty_like(x)
-    if count := x.numel():
-        _call_depthwise_silu(
-            x.data_ptr(), filters.data_ptr(), _address(offset), y.data_ptr(), batch, height, width, channels,
-            _bands(height), is_low, _threads(count),
-        )  # fmt: skip
+    if x.numel():
+        _call_depthwise_silu(_image_layer(x, y=y, weight=filters, bias=offset))
     return y
 
 
@@ -140,21 +120,16 @@ def depthwise_silu_backward(
         ValueError: a shape that does not fit, or a tensor that is not on the CPU.
         RuntimeError: the library is missing, or memory ran out.
     """
-    is_low = _is_bfloat16("x", x)
-    checks.ndim("x", x, 4, "(B, H, W, C)")
+    filters, offset = _convolution(x, weight, bias)
     grad_u = _gradient("grad_u", grad_u, "x", x)
-    batch, height, width, channels = x.shape
-    filters, offset = _filter(weight, channels), _vector("bias", bias, channels)
     x = x.contiguous()
-    grad_x = torch.empty_like(x)
-    if count := x.numel():
-        bands, size = _bands(height), channels * _TAPS
-        parts = x.new_empty((batch * bands, size + channels), dtype=torch.float32)
-        if _call_depthwise_silu_backward(
-            grad_u.data_ptr(), x.data_ptr(), filters.data_ptr(), _address(offset), grad_x.data_ptr(),
-            parts.data_ptr(), batch, height, width, channels, bands, is_low, _threads(count),
-        ):  # fmt: skip
-            raise RuntimeError(f"depthwise_silu_backward: out of memory for an image of {height}×{width} pixels")
+    grad_x, channels = torch.empty_like(x), x.shape[-1]
+    if x.numel():
+        size = channels * _TAPS
+        parts = x.new_empty((len(x) * _bands(x), size + channels), dtype=torch.float32)
+        _call_depthwise_silu_backward(
+            _image_layer(x, grad=grad_u, weight=filters, bias=offset, grad_x=grad_x, grad_weights=parts)
+        )
         # No views: those would keep the parts of all images.
         grad_weight, grad_bias = parts[0, :size].clone().view(filters.shape), parts[0, size:].clone()
     else:
@@ -177,11 +152,11 @@ def gelu(h: Tensor, overwrite: bool = False) -> Tensor:
         ValueError: a tensor that is not on the CPU.
         RuntimeError: the library is missing.
     """
-    is_low = _is_bfloat16("h", h)
+    _require_native("h", h)
     h = h.contiguous()
     y = h if overwrite else torch.empty_like(h)
     if count := h.numel():
-        _call_gelu(h.data_ptr(), y.data_ptr(), count, is_low, _threads(count))
+        _call_gelu(_layer(h, y=y, channels=count))
     return y
 
 
@@ -201,37 +176,48 @@ def gelu_backward(grad: Tensor, h: Tensor, overwrite: bool = False) -> tuple[Ten
         ValueError: a shape that does not fit, or a tensor that is not on the CPU.
         RuntimeError: the library is missing.
     """
-    is_low = _is_bfloat16("h", h)
+    _require_native("h", h)
     grad = _gradient("grad", grad, "h", h)
     h = h.contiguous()
     y, grad_h = torch.empty_like(h), grad if overwrite else torch.empty_like(h)
     if count := h.numel():
-        _call_gelu_backward(
-            grad.data_ptr(), h.data_ptr(), y.data_ptr(), grad_h.data_ptr(), count, is_low, _threads(count)
-        )
+        _call_gelu_backward(_layer(h, grad=grad, y=y, grad_x=grad_h, channels=count))
     return y, grad_h
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _is_bfloat16(name: str, value: Tensor) -> bool:
-    """Whether a value is in bfloat16; raises where it is neither that nor float32, or not on the CPU."""
+def _layer(x: Tensor, **arguments: Tensor | float | None) -> _Layer:
+    """What the library is told: of tensors, where they are. It writes nothing that is not given here."""
+    threads = torch.get_num_threads() if x.numel() > _VALUES_FOR_THREADS else 1
+    fields = {name: v.data_ptr() if isinstance(v, Tensor) else v for name, v in arguments.items()}
+    return _Layer(x=x.data_ptr(), bfloat16=x.dtype is torch.bfloat16, threads=threads, **fields)
+
+
+def _image_layer(x: Tensor, **tensors: Tensor | None) -> _Layer:
+    batch, height, width, channels = x.shape
+    return _layer(x, batch=batch, height=height, width=width, channels=channels, bands=_bands(x), **tensors)
+
+
+def _bands(image: Tensor) -> int:
+    return -(-image.shape[1] // _BAND_ROWS)
+
+
+def _require_native(name: str, value: Tensor) -> None:
+    """Raises where a value is neither in float32 nor in bfloat16, or not on the CPU."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
     if not value.is_cpu:
         raise ValueError(f"{name} is on {value.device}; the fused layers run on the CPU only")
-    dtype = value.dtype
-    if dtype is torch.float32:
-        return False
-    if dtype is torch.bfloat16:
-        return True
-    raise TypeError(f"{name} has dtype {dtype}; the fused layers support float32 and bfloat16")
+    if value.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"{name} has dtype {value.dtype}; the fused layers support float32 and bfloat16")
 
 
 def _parameter(name: str, value: Tensor) -> Tensor:
     """In float32, contiguous."""
-    return (value.detach().float() if _is_bfloat16(name, value) else value).contiguous()
+    _require_native(name, value)
+    return value.detach().float().contiguous()
 
 
 def _vector(name: str, value: Tensor | None, size: int) -> Tensor | None:
@@ -241,26 +227,18 @@ def _vector(name: str, value: Tensor | None, size: int) -> Tensor | None:
     return _parameter(name, value)
 
 
-def _filter(weight: Tensor, channels: int) -> Tensor:
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The parameters of a convolution of x, in float32."""
+    _require_native("x", x)
+    checks.ndim("x", x, 4, "(B, H, W, C)")
+    channels = x.shape[-1]
     checks.shape("weight", weight, (channels, 1, 3, 3), "(C, 1, 3, 3)")
-    return _parameter("weight", weight)
+    return _parameter("weight", weight), _vector("bias", bias, channels)
 
 
 def _gradient(name: str, grad: Tensor, of: str, value: Tensor) -> Tensor:
-    _is_bfloat16(name, grad)
+    _require_native(name, grad)
     if grad.dtype is not value.dtype:
         raise TypeError(f"{name} has dtype {grad.dtype}; expected that of {of}, {value.dtype}")
     checks.shape(name, grad, value.shape, f"the shape of {of}")
     return grad.contiguous()
-
-
-def _address(value: Tensor | None) -> int | None:
-    return None if value is None else value.data_ptr()
-
-
-def _bands(height: int) -> int:
-    return -(-height // _BAND_ROWS)
-
-
-def _threads(values: int) -> int:
-    return torch.get_num_threads() if values > _VALUES_FOR_THREADS else 1

@@ -83,7 +83,7 @@ inline void round_here(Block& block) {
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-inline int64_t length(const Problem& p) { return p.height * p.width; }
+inline int64_t length(const Scan& p) { return p.height * p.width; }
 
 // Channels [first, first + valid) of one group.
 struct Where {
@@ -91,16 +91,16 @@ struct Where {
     int valid;
 };
 
-inline int64_t blocks_per_group(const Problem& p) { return (p.channels / p.groups + BLOCK - 1) / BLOCK; }
+inline int64_t blocks_per_group(const Scan& p) { return (p.channels / p.groups + BLOCK - 1) / BLOCK; }
 
-inline Where locate(const Problem& p, int64_t block) {
+inline Where locate(const Scan& p, int64_t block) {
     int64_t size = p.channels / p.groups, each = blocks_per_group(p), group = block / each;
     int64_t within = block % each * BLOCK;
     return {group, group * size + within, int(smaller(BLOCK, size - within))};
 }
 
 // Grid positions of steps [from, from + count) of a route.
-inline void walk(const Problem& p, int route_bits, int64_t from, int count, int64_t* positions) {
+inline void walk(const Scan& p, int route_bits, int64_t from, int count, int64_t* positions) {
     bool columns = route_bits & 1, backwards = route_bits & 2;
     int64_t first = backwards ? length(p) - 1 - from : from, direction = backwards ? -1 : 1;
     if (!columns) {
@@ -132,18 +132,18 @@ struct Scratch {
 struct Parameters {
     float *weight, *bias, *decay;  // (R, 16), (16), (N, 16)
 
-    Parameters(const Problem& p, Scratch& scratch, int64_t blocks)
+    Parameters(const Scan& p, Scratch& scratch, int64_t blocks)
         : weight(scratch.floats(blocks * p.rank * BLOCK)),
           bias(scratch.floats(blocks * BLOCK)),
           decay(scratch.floats(blocks * p.states * BLOCK)) {}
 
-    Parameters of_block(const Problem& p, int64_t block) const {
+    Parameters of_block(const Scan& p, int64_t block) const {
         Parameters those = *this;
         those.weight += block * p.rank * BLOCK, those.bias += block * BLOCK, those.decay += block * p.states * BLOCK;
         return those;
     }
 
-    void pack(const Problem& p, const Where& at, int64_t k) {
+    void pack(const Scan& p, const Where& at, int64_t k) {
         int64_t row = k * p.channels + at.first;
         for (int c = 0; c < BLOCK; c++) {
             bool real = c < at.valid;
@@ -158,7 +158,7 @@ struct Parameters {
 struct Inputs {
     const float *dt_low, *B, *C, *delta;
 
-    Inputs(const Problem& p, int64_t image, int64_t k, const Where& at) {
+    Inputs(const Scan& p, int64_t image, int64_t k, const Where& at) {
         int64_t begin = image * length(p) * p.pixel_stride + k * p.route_stride;
         dt_low = p.dt_low + begin;
         B = p.B + begin + at.group * p.group_stride;
@@ -170,7 +170,7 @@ struct Inputs {
 // Δ before softplus at each position.
 template <bool FULL>
 inline void raw_steps(
-    const Problem& p, const Inputs& in, const Parameters& of, const Where& at, const int64_t* positions, int count,
+    const Scan& p, const Inputs& in, const Parameters& of, const Where& at, const int64_t* positions, int count,
     float* raw
 ) {
     Block bias = load_block(of.bias);
@@ -203,7 +203,7 @@ inline void raw_steps(
 
 // raw becomes Δ; slope, where wanted, dΔ/draw.
 template <bool SLOPE>
-inline void soften(const Problem& p, float* raw, float* slope, int count) {
+inline void soften(const Scan& p, float* raw, float* slope, int count) {
     if (!p.softplus) {
         for (int i = 0; SLOPE && i < count * BLOCK; i++) slope[i] = 1;
         return;
@@ -217,7 +217,7 @@ inline void soften(const Problem& p, float* raw, float* slope, int count) {
 }
 
 template <int N>
-inline int64_t count_states(const Problem& p) {
+inline int64_t count_states(const Scan& p) {
     return N ? N : p.states;
 }
 
@@ -227,7 +227,7 @@ enum class Adding { ALONE, FIRST, FURTHER };  // kept apart; with the skip; onto
 // One block's steps of one chunk, from the state in `h` to the state in `h`.
 template <int N, class T, bool FULL>
 void scan_chunk(
-    const Problem& p, const Inputs& in, const T* u, const Where& at, const Parameters& of, const Block& skip, float* h,
+    const Scan& p, const Inputs& in, const T* u, const Where& at, const Parameters& of, const Block& skip, float* h,
     const int64_t* positions, int count, float* steps, Adding adding, float* y, int64_t y_stride
 ) {
     int64_t states = count_states<N>(p), stride = p.pixel_stride;
@@ -273,7 +273,7 @@ void scan_chunk(
 }
 
 // D added up over the routes: each sees the same u.
-inline Block skip_of(const Problem& p, const Where& at) {
+inline Block skip_of(const Scan& p, const Where& at) {
     Block skip{};
     for (int64_t k = 0; p.D && k < p.routes; k++) {
         Block d = load_block<false>(p.D + k * p.channels + at.first, at.valid);
@@ -282,15 +282,15 @@ inline Block skip_of(const Problem& p, const Where& at) {
     return skip;
 }
 
-int64_t blocks(const Problem& p) { return p.groups * blocks_per_group(p); }
+int64_t blocks(const Scan& p) { return p.groups * blocks_per_group(p); }
 
-int64_t forward_tasks(const Problem& p) { return p.batch * p.slots * (p.route_y ? p.routes : 1); }
+int64_t forward_tasks(const Scan& p) { return p.batch * p.slots * (p.route_y ? p.routes : 1); }
 
-bool adds_in_scratch(const Problem& p) { return p.bfloat16 && !p.route_y; }
+bool adds_in_scratch(const Scan& p) { return p.bfloat16 && !p.route_y; }
 
-int64_t blocks_per_slot(const Problem& p) { return (blocks(p) + p.slots - 1) / p.slots; }
+int64_t blocks_per_slot(const Scan& p) { return (blocks(p) + p.slots - 1) / p.slots; }
 
-size_t forward_scratch(const Problem& p) {
+size_t forward_scratch(const Scan& p) {
     int64_t rows_per_block = p.rank + 1 + 2 * p.states + (adds_in_scratch(p) ? length(p) : 0);
     return (blocks_per_slot(p) * rows_per_block + CHUNK + 2 * CHUNK / BLOCK) * BLOCK * sizeof(float);
 }
@@ -298,7 +298,7 @@ size_t forward_scratch(const Problem& p) {
 // One image's channels of one slot, on all routes or, where those are kept apart, on one. All blocks of a chunk are scanned
 // before the next chunk, so that a position is fetched from memory once.
 template <class T>
-void forward_blocks(const Problem& p, int64_t task, float* memory) {
+void forward_blocks(const Scan& p, int64_t task, float* memory) {
     int64_t k_first = 0, k_last = p.routes, total = length(p), N = p.states;
     if (p.route_y) k_first = task % p.routes, k_last = k_first + 1, task /= p.routes;
     int64_t image = task / p.slots, slot = task % p.slots;
@@ -352,7 +352,7 @@ void forward_blocks(const Problem& p, int64_t task, float* memory) {
 }
 
 template <class T>
-void merge_block(const Problem& p, int64_t task) {
+void merge_block(const Scan& p, int64_t task) {
     int64_t image = task / blocks(p), total = length(p);
     Where at = locate(p, task % blocks(p));
     Block skip = skip_of(p, at);
@@ -413,14 +413,14 @@ inline void sum_rows(const float* rows, int64_t count, float* sums) {
     }
 }
 
-inline int64_t span_length(const Problem& p) {
+inline int64_t span_length(const Scan& p) {
     int64_t bytes_per_step = (2 + 2 * p.states) * BLOCK * sizeof(float);
     return smaller(round_up(length(p), CHUNK), larger(CHUNK, BACKWARD_BYTES / bytes_per_step / CHUNK * CHUNK));
 }
-inline int64_t spans(const Problem& p) { return (length(p) + span_length(p) - 1) / span_length(p); }
+inline int64_t spans(const Scan& p) { return (length(p) + span_length(p) - 1) / span_length(p); }
 
 // Rows that are summed over channels together: at least a vector full of (position, state) pairs.
-inline int64_t rows_together(const Problem& p) { return round_up(BLOCK, p.states); }
+inline int64_t rows_together(const Scan& p) { return round_up(BLOCK, p.states); }
 
 struct BackwardMemory {
     Parameters of;
@@ -430,7 +430,7 @@ struct BackwardMemory {
     float *rows_B, *rows_C, *sums_B, *sums_C, *low;
     int64_t* positions;
 
-    BackwardMemory(const Problem& p, Scratch& s) : of(p, s, 1) {
+    BackwardMemory(const Scan& p, Scratch& s) : of(p, s, 1) {
         int64_t n = p.states, span = span_length(p), rows = rows_together(p) + BLOCK;
         decay = s.floats(n * BLOCK);
         weight_rows = s.floats(BLOCK * round_up(p.rank, BLOCK));
@@ -451,7 +451,7 @@ struct BackwardMemory {
     }
 };
 
-size_t backward_scratch(const Problem& p) {
+size_t backward_scratch(const Scan& p) {
     Scratch counting{nullptr};
     BackwardMemory unused(p, counting);
     return counting.used * sizeof(float);
@@ -460,7 +460,7 @@ size_t backward_scratch(const Problem& p) {
 // Runs steps [from, from + count) from the state in `state`; keeps everything where `keep`, else only the new state.
 template <int N, class T, bool FULL, bool KEEP>
 void replay(
-    const Problem& p, const Inputs& in, const T* u, const Where& at, int64_t k, int64_t from, int64_t count,
+    const Scan& p, const Inputs& in, const T* u, const Where& at, int64_t k, int64_t from, int64_t count,
     float* state, BackwardMemory& m
 ) {
     int64_t states = count_states<N>(p), stride = p.pixel_stride;
@@ -508,7 +508,7 @@ inline void add_row(float* to, const float* from, int64_t count) {
 // a span give those of dt_weight and dt_low.
 // Columns [r, r + WIDTH) of m.grad_weight.
 template <int WIDTH>
-void weight_gradient_tile(const Problem& p, const float* dt_low, BackwardMemory& m, int64_t count, int64_t r) {
+void weight_gradient_tile(const Scan& p, const float* dt_low, BackwardMemory& m, int64_t count, int64_t r) {
     const float* gradient = m.slope;
     const int64_t *positions = m.positions, stride = p.pixel_stride;
     Block sum[WIDTH];
@@ -523,14 +523,14 @@ void weight_gradient_tile(const Problem& p, const float* dt_low, BackwardMemory&
     for (int j = 0; j < WIDTH; j++) store_block(m.grad_weight + (r + j) * BLOCK, sum[j]);
 }
 
-void weight_gradient(const Problem& p, const float* dt_low, BackwardMemory& m, int64_t count) {
+void weight_gradient(const Scan& p, const float* dt_low, BackwardMemory& m, int64_t count) {
     int64_t r = 0;
     for (; r + GRADIENT_TILE <= p.rank; r += GRADIENT_TILE) weight_gradient_tile<GRADIENT_TILE>(p, dt_low, m, count, r);
     for (; r + 2 <= p.rank; r += 2) weight_gradient_tile<2>(p, dt_low, m, count, r);
     for (; r < p.rank; r++) weight_gradient_tile<1>(p, dt_low, m, count, r);
 }
 
-void low_gradient(const Problem& p, float* grad_low, BackwardMemory& m, int64_t count) {
+void low_gradient(const Scan& p, float* grad_low, BackwardMemory& m, int64_t count) {
     int64_t padded = round_up(p.rank, LANES);
     for (int64_t t = 0; t < count; t += GRADIENT_TILE) {
         const float* gradient[GRADIENT_TILE];
@@ -551,7 +551,7 @@ void low_gradient(const Problem& p, float* grad_low, BackwardMemory& m, int64_t 
 
 template <int N, class T, bool FULL>
 void backward_route(
-    const Problem& p, int64_t image, const Where& at, int64_t k, const Block& skip, float* grad_parameters,
+    const Scan& p, int64_t image, const Where& at, int64_t k, const Block& skip, float* grad_parameters,
     float* grad_weights, BackwardMemory& m
 ) {
     int64_t states = count_states<N>(p), total = length(p), stride = p.pixel_stride, R = p.rank;
@@ -560,8 +560,8 @@ void backward_route(
     const T *u = static_cast<const T*>(p.u) + offset, *grad_y = static_cast<const T*>(p.grad_y) + offset;
     float *grad_u = p.grad_u + offset, *grad_delta = p.grad_delta ? p.grad_delta + offset : nullptr;
     float* grad_low = grad_parameters + k * p.route_stride;
-    float* grad_B = grad_low + p.B_offset + at.group * p.group_stride;
-    float* grad_C = grad_low + p.C_offset + at.group * p.group_stride;
+    float* grad_B = grad_low + (p.B - p.dt_low) + at.group * p.group_stride;
+    float* grad_C = grad_low + (p.C - p.dt_low) + at.group * p.group_stride;
     Inputs in(p, image, k, at);
 
     m.of.pack(p, at, k);
@@ -666,10 +666,10 @@ void backward_route(
     if (k == 0) store_block<FULL>(to_D, grad_D, at.valid);
 }
 
-int64_t backward_tasks(const Problem& p) { return p.batch * p.slots; }
+int64_t backward_tasks(const Scan& p) { return p.batch * p.slots; }
 
 template <class T>
-void backward_blocks(const Problem& p, int64_t task, float* memory) {
+void backward_blocks(const Scan& p, int64_t task, float* memory) {
     Scratch scratch{memory};
     BackwardMemory m(p, scratch);
     int64_t image = task / p.slots, slot = task % p.slots, size = length(p) * p.pixel_stride, K = p.routes;
@@ -687,11 +687,11 @@ void backward_blocks(const Problem& p, int64_t task, float* memory) {
     }
 }
 
-void forward(const Problem& p, int64_t task, float* scratch) {
+void forward(const Scan& p, int64_t task, float* scratch) {
     p.bfloat16 ? forward_blocks<uint16_t>(p, task, scratch) : forward_blocks<float>(p, task, scratch);
 }
-void merge(const Problem& p, int64_t task) { p.bfloat16 ? merge_block<uint16_t>(p, task) : merge_block<float>(p, task); }
-void backward(const Problem& p, int64_t task, float* scratch) {
+void merge(const Scan& p, int64_t task) { p.bfloat16 ? merge_block<uint16_t>(p, task) : merge_block<float>(p, task); }
+void backward(const Scan& p, int64_t task, float* scratch) {
     p.bfloat16 ? backward_blocks<uint16_t>(p, task, scratch) : backward_blocks<float>(p, task, scratch);
 }
 
@@ -703,11 +703,9 @@ void sum(float* parts, int64_t count, int64_t stride, int64_t length) {
 
 }  // namespace
 
-#define STRING(x) #x
-#define NAME(x) STRING(x)
-extern const Kernels kernels;
-const Kernels kernels = {
-    NAME(VMAMBA_ISA), blocks, forward_tasks, forward_scratch, forward, merge, backward_tasks, backward_scratch, backward, sum,
+extern const ScanKernels scan;
+const ScanKernels scan = {
+    blocks, forward_tasks, forward_scratch, forward, merge, backward_tasks, backward_scratch, backward, sum,
 };
 
 }  // namespace VMAMBA_ISA

@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vmamba.ops import fused
-from vmamba.ops.backends import native
+from vmamba.ops.backends.native import layers, library
 
-pytestmark = pytest.mark.skipif(fused.reason_unavailable() is not None, reason=str(fused.reason_unavailable()))
+pytestmark = pytest.mark.skipif(layers.reason_unavailable() is not None, reason=str(layers.reason_unavailable()))
 
 CHANNELS = [1, 7, 16, 17, 96, 100]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -57,21 +56,21 @@ def test_layer_norm(kernels, channels, dtype):
     weight, bias = torch.randn(channels), torch.randn(channels)
     for parameters in ((weight, bias), (weight, None), (None, bias), (None, None)):
         exact = F.layer_norm(x.double(), (channels,), *(p if p is None else p.double() for p in parameters), 1e-5)
-        _assert_near(fused.layer_norm(x, *parameters, 1e-5), exact, 3e-6 if channels > 1 else 1e-30)
+        _assert_near(layers.layer_norm(x, *parameters, 1e-5), exact, 3e-6 if channels > 1 else 1e-30)
 
 
 @pytest.mark.parametrize("offset", [100.0, 1e4])
 def test_layer_norm_far_from_zero_is_no_worse_than_torch(kernels, offset):
     x = torch.randn(50, 200) + offset
     exact = F.layer_norm(x.double(), (200,), None, None, 1e-5)
-    ours = (fused.layer_norm(x, None, None, 1e-5) - exact).abs().max()
+    ours = (layers.layer_norm(x, None, None, 1e-5) - exact).abs().max()
     torchs = (F.layer_norm(x, (200,), None, None, 1e-5) - exact).abs().max()
     assert ours <= max(1.2 * torchs, 1e-5)
 
 
 def test_layer_norm_of_constants_is_the_bias(kernels):
     weight, bias = torch.randn(40), torch.randn(40)
-    assert torch.equal(fused.layer_norm(torch.full((3, 40), 7.0), weight, bias, 1e-5), bias.expand(3, 40))
+    assert torch.equal(layers.layer_norm(torch.full((3, 40), 7.0), weight, bias, 1e-5), bias.expand(3, 40))
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -79,7 +78,7 @@ def test_layer_norm_of_constants_is_the_bias(kernels):
 def test_layer_norm_of_non_finite_values_is_nan_in_their_row_only(kernels, place, value):
     x = torch.randn(3, 20)
     x[1, place] = value
-    y = fused.layer_norm(x, None, None, 1e-5)
+    y = layers.layer_norm(x, None, None, 1e-5)
     assert y[1].isnan().all()
     assert y[[0, 2]].isfinite().all()
 
@@ -96,7 +95,7 @@ def test_depthwise_silu(kernels, grid, channels, dtype):
     for has_bias in (True, False):
         x, weight, bias = _convolution_arguments((*grid, channels), dtype, has_bias)
         exact = F.silu(_convolution(x.double(), weight.double(), bias if bias is None else bias.double()))
-        _assert_near(fused.depthwise_silu(x, weight, bias), exact, 3e-7)
+        _assert_near(layers.depthwise_silu(x, weight, bias), exact, 3e-7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,7 +105,7 @@ def test_depthwise_silu_backward(kernels, grid, channels, dtype):
     for has_bias in (True, False):
         arguments = _convolution_arguments((*grid, channels), dtype, has_bias)
         grad = torch.randn_like(arguments[0])
-        grads, exact = fused.depthwise_silu_backward(grad, *arguments), _exact_gradients(grad, *arguments)
+        grads, exact = layers.depthwise_silu_backward(grad, *arguments), _exact_gradients(grad, *arguments)
         assert [value.dtype for value in grads] == [dtype, torch.float32, torch.float32]
         assert grads[2].shape == (channels,)
         for value, reference in zip(grads, exact, strict=False):
@@ -117,8 +116,8 @@ def test_gradient_of_the_bias_without_a_bias():
     x, weight, _ = _convolution_arguments((2, 6, 5, 20))
     grad, zeros = torch.randn_like(x), torch.zeros(20)
     for value, same in zip(
-        fused.depthwise_silu_backward(grad, x, weight, None),
-        fused.depthwise_silu_backward(grad, x, weight, zeros),
+        layers.depthwise_silu_backward(grad, x, weight, None),
+        layers.depthwise_silu_backward(grad, x, weight, zeros),
         strict=True,
     ):
         assert torch.equal(value, same)
@@ -126,7 +125,7 @@ def test_gradient_of_the_bias_without_a_bias():
 
 def test_gradients_are_no_views_of_larger_memory():
     x, weight, bias = _convolution_arguments((2, 40, 5, 20))
-    for value in fused.depthwise_silu_backward(torch.randn_like(x), x, weight, bias):
+    for value in layers.depthwise_silu_backward(torch.randn_like(x), x, weight, bias):
         assert value.untyped_storage().nbytes() == value.nbytes
 
 
@@ -137,8 +136,8 @@ def test_silu_of_extreme_values_is_torchs(kernels, value):
     weight[:, :, 1, 1] = 1
     x = torch.randn(1, 1, 1, 20)
     x[..., 3], x[..., 18] = value, value
-    torch.testing.assert_close(fused.depthwise_silu(x, weight, None), F.silu(x), equal_nan=True)
-    grad_x, _, _ = fused.depthwise_silu_backward(torch.ones_like(x), x, weight, None)
+    torch.testing.assert_close(layers.depthwise_silu(x, weight, None), F.silu(x), equal_nan=True)
+    grad_x, _, _ = layers.depthwise_silu_backward(torch.ones_like(x), x, weight, None)
     exact = torch.ops.aten.silu_backward(torch.ones(20).double(), x.flatten().double())
     torch.testing.assert_close(grad_x.flatten().double(), exact, equal_nan=True, rtol=1e-6, atol=1e-6)
 
@@ -148,7 +147,7 @@ def test_a_non_finite_pixel_reaches_its_neighbours_only(kernels):
     x[0, 2, 3, 4] = NAN
     expected = torch.zeros(1, 6, 6, 20, dtype=torch.bool)
     expected[0, 1:4, 2:5, 4] = True
-    assert torch.equal(fused.depthwise_silu(x, weight, bias).isnan(), expected)
+    assert torch.equal(layers.depthwise_silu(x, weight, bias).isnan(), expected)
 
 
 # --- GELU ------------------------------------------------------------------------------------------------------------
@@ -160,21 +159,21 @@ def _values():
 
 def test_gelu_within_its_bound(kernels):
     h = _values()
-    error = (fused.gelu(h) - F.gelu(h.double())).abs()
+    error = (layers.gelu(h) - F.gelu(h.double())).abs()
     assert (error <= 2e-7 * h.abs().clamp(min=1)).all()
 
 
 def test_gelu_keeps_its_relative_accuracy_far_below_zero(kernels):
     h = torch.linspace(-5, -0.01, 10_001)
     exact = F.gelu(h.double())
-    assert ((fused.gelu(h) - exact).abs() <= 2e-5 * exact.abs()).all()
+    assert ((layers.gelu(h) - exact).abs() <= 2e-5 * exact.abs()).all()
 
 
 def test_gelu_backward_within_its_bound(kernels):
     h = _values()
-    y, grad = fused.gelu_backward(torch.ones_like(h), h)
+    y, grad = layers.gelu_backward(torch.ones_like(h), h)
     exact = torch.ops.aten.gelu_backward(torch.ones_like(h).double(), h.double())
-    assert torch.equal(y, fused.gelu(h))
+    assert torch.equal(y, layers.gelu(h))
     assert ((grad - exact).abs() <= 2e-7 * h.abs().clamp(min=1)).all()
 
 
@@ -183,8 +182,8 @@ def test_gelu_backward_within_its_bound(kernels):
 def test_gelu_of_any_size(kernels, count, dtype):
     h, grad = torch.randn(count).to(dtype), torch.randn(count).to(dtype)
     exact = torch.ops.aten.gelu_backward(grad.double(), h.double())
-    y, grad_h = fused.gelu_backward(grad, h)
-    _assert_near(fused.gelu(h), F.gelu(h.double()), 1e-6)
+    y, grad_h = layers.gelu_backward(grad, h)
+    _assert_near(layers.gelu(h), F.gelu(h.double()), 1e-6)
     _assert_near(y, F.gelu(h.double()), 1e-6)
     _assert_near(grad_h, exact, 1e-6)
 
@@ -192,10 +191,10 @@ def test_gelu_of_any_size(kernels, count, dtype):
 def test_gelu_of_non_finite_values_is_that_of_the_definition(kernels):
     h = torch.tensor([INF, -INF, NAN, 1e38, -1e38, 30.0, -30.0]).repeat(5)
     ones = torch.ones_like(h)
-    y, grad = fused.gelu_backward(ones, h)
+    y, grad = layers.gelu_backward(ones, h)
     torch.testing.assert_close(y.double(), F.gelu(h.double()), equal_nan=True)
     torch.testing.assert_close(grad.double(), torch.ops.aten.gelu_backward(ones.double(), h.double()), equal_nan=True)
-    assert torch.equal(fused.gelu(h).nan_to_num(), y.nan_to_num())
+    assert torch.equal(layers.gelu(h).nan_to_num(), y.nan_to_num())
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------
@@ -203,11 +202,11 @@ def test_gelu_of_non_finite_values_is_that_of_the_definition(kernels):
 
 def _call_all(x, grad, weight, bias, scale):
     return [
-        fused.layer_norm(x, scale, bias, 1e-5),
-        fused.depthwise_silu(x, weight, bias),
-        *fused.depthwise_silu_backward(grad, x, weight, bias),
-        fused.gelu(x),
-        *fused.gelu_backward(grad, x),
+        layers.layer_norm(x, scale, bias, 1e-5),
+        layers.depthwise_silu(x, weight, bias),
+        *layers.depthwise_silu_backward(grad, x, weight, bias),
+        layers.gelu(x),
+        *layers.gelu_backward(grad, x),
     ]
 
 
@@ -237,11 +236,11 @@ def test_works_where_torch_has_no_openmp(threads):
     threads(3)
     arguments = _arguments((2, 20, 20, 40))
     expected = _call_all(*arguments)
-    native._LIBRARY.vmamba_use_openmp(None)
+    library._LIBRARY.vmamba_use_openmp(None)
     try:
         actual = _call_all(*arguments)
     finally:
-        native._LIBRARY.vmamba_use_openmp(native._openmp_parallel())
+        library._LIBRARY.vmamba_use_openmp(library._openmp_parallel())
     _assert_same(actual, expected)
 
 
@@ -274,11 +273,11 @@ def test_non_contiguous_inputs():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_in_the_memory_of_an_argument(kernels, dtype):
     x, grad, _, bias, scale = _arguments((2, 3, 5, 21), dtype)
-    norm, y, (_, grad_h) = fused.layer_norm(x, scale, bias), fused.gelu(x), fused.gelu_backward(grad, x)
+    norm, y, (_, grad_h) = layers.layer_norm(x, scale, bias), layers.gelu(x), layers.gelu_backward(grad, x)
     calls = [
-        (lambda given: fused.layer_norm(given, scale, bias, overwrite=True), x, norm),
-        (lambda given: fused.gelu(given, overwrite=True), x, y),
-        (lambda given: fused.gelu_backward(given, x, overwrite=True)[1], grad, grad_h),
+        (lambda given: layers.layer_norm(given, scale, bias, overwrite=True), x, norm),
+        (lambda given: layers.gelu(given, overwrite=True), x, y),
+        (lambda given: layers.gelu_backward(given, x, overwrite=True)[1], grad, grad_h),
     ]
     for call, value, expected in calls:
         given = value.clone()
@@ -315,14 +314,14 @@ def test_other_dtypes_are_refused(dtype):
     x, grad, weight, bias, scale = _arguments((1, 3, 3, 4))
     other = "has dtype .* support float32 and bfloat16"
     calls = [
-        lambda: fused.layer_norm(x.to(dtype), scale, bias, 1e-5),
-        lambda: fused.layer_norm(x, scale.to(dtype), bias, 1e-5),
-        lambda: fused.depthwise_silu(x.to(dtype), weight, bias),
-        lambda: fused.depthwise_silu(x, weight.to(dtype), bias),
-        lambda: fused.depthwise_silu_backward(grad.to(dtype), x, weight, bias),
-        lambda: fused.depthwise_silu_backward(grad, x, weight, bias.to(dtype)),
-        lambda: fused.gelu(x.to(dtype)),
-        lambda: fused.gelu_backward(grad.to(dtype), x),
+        lambda: layers.layer_norm(x.to(dtype), scale, bias, 1e-5),
+        lambda: layers.layer_norm(x, scale.to(dtype), bias, 1e-5),
+        lambda: layers.depthwise_silu(x.to(dtype), weight, bias),
+        lambda: layers.depthwise_silu(x, weight.to(dtype), bias),
+        lambda: layers.depthwise_silu_backward(grad.to(dtype), x, weight, bias),
+        lambda: layers.depthwise_silu_backward(grad, x, weight, bias.to(dtype)),
+        lambda: layers.gelu(x.to(dtype)),
+        lambda: layers.gelu_backward(grad.to(dtype), x),
     ]
     for call in calls:
         with pytest.raises(TypeError, match=other):
@@ -332,47 +331,47 @@ def test_other_dtypes_are_refused(dtype):
 def test_a_gradient_in_another_dtype_is_refused():
     x, grad, weight, bias, _ = _arguments((1, 3, 3, 4))
     with pytest.raises(TypeError, match=r"grad_u has dtype .*; expected that of x"):
-        fused.depthwise_silu_backward(grad.bfloat16(), x, weight, bias)
+        layers.depthwise_silu_backward(grad.bfloat16(), x, weight, bias)
     with pytest.raises(TypeError, match=r"grad has dtype .*; expected that of h"):
-        fused.gelu_backward(grad.bfloat16(), x)
+        layers.gelu_backward(grad.bfloat16(), x)
 
 
 def test_wrong_shapes_are_refused():
     x, grad, weight, bias, scale = _arguments((1, 3, 3, 4))
     calls = [
-        lambda: fused.layer_norm(x, scale[:-1], bias, 1e-5),
-        lambda: fused.layer_norm(x, scale, bias[:, None], 1e-5),
-        lambda: fused.depthwise_silu(x[0], weight, bias),
-        lambda: fused.depthwise_silu(x, weight[:-1], bias),
-        lambda: fused.depthwise_silu(x, weight[..., :-1], bias),
-        lambda: fused.depthwise_silu(x, weight, bias[:-1]),
-        lambda: fused.depthwise_silu_backward(grad[:, :-1], x, weight, bias),
-        lambda: fused.gelu_backward(grad[:, :-1], x),
+        lambda: layers.layer_norm(x, scale[:-1], bias, 1e-5),
+        lambda: layers.layer_norm(x, scale, bias[:, None], 1e-5),
+        lambda: layers.depthwise_silu(x[0], weight, bias),
+        lambda: layers.depthwise_silu(x, weight[:-1], bias),
+        lambda: layers.depthwise_silu(x, weight[..., :-1], bias),
+        lambda: layers.depthwise_silu(x, weight, bias[:-1]),
+        lambda: layers.depthwise_silu_backward(grad[:, :-1], x, weight, bias),
+        lambda: layers.gelu_backward(grad[:, :-1], x),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="has shape"):
             call()
     with pytest.raises(ValueError, match="x has no dimensions"):
-        fused.layer_norm(torch.tensor(1.0), None, None, 1e-5)
+        layers.layer_norm(torch.tensor(1.0), None, None, 1e-5)
 
 
 def test_other_devices_and_other_types_are_refused():
     x, _, weight, _, _ = _arguments((1, 3, 3, 4))
     with pytest.raises(ValueError, match="h is on meta; the fused layers run on the CPU only"):
-        fused.gelu(x.to("meta"))
+        layers.gelu(x.to("meta"))
     with pytest.raises(ValueError, match="weight is on meta"):
-        fused.depthwise_silu(x, weight.to("meta"), None)
+        layers.depthwise_silu(x, weight.to("meta"), None)
     with pytest.raises(TypeError, match="h is a list"):
-        fused.gelu([1.0])
+        layers.gelu([1.0])
 
 
 def test_without_the_library_every_call_says_why(tmp_path):
     code = """
 import torch
-from vmamba.ops import fused
-print(fused.reason_unavailable())
+from vmamba.ops.backends.native import layers
+print(layers.reason_unavailable())
 try:
-    fused.gelu(torch.zeros(3))
+    layers.gelu(torch.zeros(3))
 except RuntimeError as error:
     print(error)
 """
