@@ -41,8 +41,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba.ops import available_backends, use_backend
-from vmamba.ops.backends.native import layers as fused
 from vmamba.ops.backends import native
+from vmamba.ops.backends.native import layers as fused
 
 VANILLA = "vanilla_vmamba_tiny"
 SIZES = (224, 384, 512, 768, 1024)
