@@ -18,7 +18,8 @@ from torch import nn
 import vmamba
 from vmamba import create_model, identify_checkpoint, load_checkpoint
 from vmamba.errors import CheckpointError
-from vmamba.models.checkpoints import load_model, read_metadata, save_checkpoint
+from vmamba.models.checkpoints import read_metadata, save_checkpoint
+from vmamba.models.registry import load_model
 
 # --- Formats ---------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from models.released import theirs, write_released
 
 from vmamba import create_model, load_checkpoint
 from vmamba.errors import CheckpointError
-from vmamba.models.checkpoints import download
+from vmamba.models.download import download
 
 
 class Server:

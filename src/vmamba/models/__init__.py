@@ -1,1 +1,3 @@
-"""The models: backbone and classifier, their variants, and the reading of weights."""
+"""The models: networks, their variants, and the reading of weights. Importing this registers every model."""
+
+from vmamba.models import registry  # noqa: F401

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import functools
-import inspect
+import itertools
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import timm
 import torch
-from timm.models import adapt_input_conv
+from timm.models import adapt_input_conv, get_model_args
 from torch import Tensor, nn
 
 from vmamba.errors import CheckpointError
 from vmamba.files import replacing
-from vmamba.models.download import download
 from vmamba.models.released_names import to_our_names, without_wrappers
 from vmamba.models.variants import VARIANTS
+from vmamba.models.vmamba import VMamba
 from vmamba.models.weight_files import (
     StrPath,
     check_sums,
@@ -29,11 +31,10 @@ from vmamba.models.weight_files import (
 )
 
 __all__ = [
+    "Checkpoint",
     "CheckpointInfo",
-    "download",
     "identify_checkpoint",
     "load_checkpoint",
-    "load_model",
     "read_metadata",
     "save_checkpoint",
 ]
@@ -42,10 +43,16 @@ State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
 METADATA_FORMAT = 1  # of the files that save_checkpoint writes; raised when an old reader would misread a new file
-_FIRST_CONV = ("stem.conv1.weight", "stem.conv.weight")
-_HEAD = "head.fc."
+_FIRST_CONV = ("stem.conv1", "stem.conv")
+_HEAD = ("head.fc",)
 _NETWORK = re.compile(r"^((?:.*?\.)?)(?:stem|patch_embed)\.")  # what precedes the stem is how the network was wrapped
 _EMA = re.compile(r"(?:^|[._])ema[._]")
+_DENSE_HEADS = {
+    "decode_head": "segmentation",
+    "rpn_head": "detection",
+    "roi_head": "detection",
+    "bbox_head": "detection",
+}
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,14 @@ class CheckpointInfo:
         format: "vmamba" (written by `save_checkpoint`), "safetensors", "released" (a dictionary with the weights under
             "model"), "lightning" (a training checkpoint), "mmsegmentation", "mmdetection", "openmmlab" (a backbone with
             neither head beside it) or "state_dict".
-        variant: the name for `vmamba.create_model`, or None when the layout is that of no known variant.
+        variant: the name for `vmamba.create_model`, or None when the layout is that of no known variant. Of a network
+            built on a VMamba, the backbone's; in a file that `save_checkpoint` made of another of timm's models, the
+            name for `timm.create_model`.
         num_classes: outputs of the classifier, or None when there is none.
         in_chans: channels of the images, or None when the first convolution is missing.
         weights: the sets of weights inside: "model", "ema" or both.
         metadata: numbers and texts stored beside the weights: epoch, config, class names and the like.
+        task: "classification", "segmentation" or "detection".
     """
 
     path: Path
@@ -71,6 +81,7 @@ class CheckpointInfo:
     in_chans: int | None
     weights: tuple[str, ...]
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
+    task: str = "classification"
 
     @property
     def backbone_only(self) -> bool:
@@ -84,7 +95,7 @@ def identify_checkpoint(path: StrPath) -> CheckpointInfo:
     Raises:
         CheckpointError: the file cannot be read, asks to run code, or holds no VMamba.
     """
-    return _open(path)[0]
+    return Checkpoint(path).info
 
 
 def load_checkpoint(
@@ -96,7 +107,8 @@ def load_checkpoint(
     package and plain state dicts. Weights of any floating-point dtype are converted to the model's.
 
     Args:
-        model: a VMamba, or a module that wraps one: compiled, in DistributedDataParallel, a timm feature extractor.
+        model: a VMamba, a model built on one, another of timm's, or a module that wraps one of these: compiled, in
+            DistributedDataParallel, a timm feature extractor.
         path: the file.
         ema: whether to load the moving average of the weights instead of the weights.
         reset_head: whether to leave the file's classifier out and draw a new one. A file that holds a backbone only
@@ -111,80 +123,7 @@ def load_checkpoint(
         CheckpointError: the file cannot be read, asks to run code, or does not fit: a missing, unexpected or misshapen
             tensor, another number of classes or channels. The model is then as it was.
     """
-    info, sets = _open(path)
-    wanted = "ema" if ema else "model"
-    if wanted not in sets:
-        raise CheckpointError(f"{path} holds no {wanted} weights, only {info.weights[0]}: pass ema={not ema}.")
-    check_sums(info.path)
-    given, targets = sets[wanted], _network(model)
-    if any(target.is_meta for target in targets.values()):
-        raise CheckpointError(f"cannot load {path} into a model on the meta device: call to_empty() on the model first")
-
-    without_classifier = f"{_HEAD}weight" not in targets
-    left_out = [_HEAD] if reset_head or without_classifier else []
-    if without_classifier and "norm.weight" not in targets:  # a feature extractor
-        left_out.append("norm.")
-    given = {name: tensor for name, tensor in given.items() if not name.startswith(tuple(left_out))}
-    reset = [name for name in targets if reset_head and name not in given and name.startswith((_HEAD, "norm."))]
-    if adapt_input:
-        for name in set(_FIRST_CONV) & given.keys() & targets.keys():
-            given[name] = _adapted(given[name], targets[name].shape[1])
-    _check_fit(info, model, given, {name: tensor for name, tensor in targets.items() if name not in reset})
-
-    not_finite = []
-    with torch.no_grad():
-        for name, tensor in given.items():
-            converted = tensor.to(targets[name].dtype)
-            if not converted.isfinite().all():
-                not_finite.append(name)
-            targets[name].copy_(converted)
-        for name in reset:
-            _reset(name, targets[name])
-    if not_finite:
-        warnings.warn(f"{path}: NaN or infinity in {_listed(not_finite)}; the model is of no use", stacklevel=2)
-    return info
-
-
-def load_model(path: StrPath) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild a model from a file alone.
-
-    Args:
-        path: a file written by `save_checkpoint`, or any other with the layout of a known variant.
-
-    Returns:
-        The model, in evaluation mode on the CPU, and the metadata of `save_checkpoint`; for other files the variant's
-        defaults, without class names.
-
-    Raises:
-        CheckpointError: see `load_checkpoint`.
-    """
-    from vmamba.models.vmamba import VMamba, create_model
-
-    info, sets = _open(path)
-    ours = info.metadata if info.format == "vmamba" else {}
-    variant = ours.get("variant") or info.variant
-    if not isinstance(variant, str) or variant not in VARIANTS:
-        raise CheckpointError(
-            f"{path} is of no variant known here ({variant or 'its layout fits none'}). Build the model yourself and"
-            f" call vmamba.load_checkpoint(model, path). Known: {', '.join(VARIANTS)}."
-        )
-    # A file decides nothing but the network's own arguments: not where it lives, nor where else weights come from.
-    permitted = inspect.signature(VMamba).parameters.keys() - {"device", "dtype"}
-    try:
-        options = {name: ours[name] for name in ("img_size",) if name in ours} | dict(ours.get("model_kwargs") or {})
-        if not options.keys() <= permitted:
-            raise ValueError(f"model_kwargs has {_listed(sorted(options.keys() - permitted))}")
-        options |= {"num_classes": info.num_classes or 0, "in_chans": info.in_chans}
-        cfg = {name: ours[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in ours}
-        build = functools.partial(create_model, variant, pretrained_cfg_overlay=cfg, **options)
-        sketch = build(device="meta")
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} describes a model that cannot be built: {error}") from error
-    kind = info.weights[0]
-    _check_fit(info, sketch, sets[kind], _network(sketch))  # before memory is spent on what the file cannot fill
-    model = build()
-    load_checkpoint(model, path, ema=kind == "ema")
-    return model.eval(), {**_default_metadata(model), **ours}
+    return Checkpoint(path).load(model, ema, reset_head, adapt_input)
 
 
 def read_metadata(path: StrPath) -> dict[str, Any]:
@@ -207,49 +146,202 @@ def save_checkpoint(model: nn.Module, path: StrPath, metadata: Mapping[str, Any]
     """Write a model to a .safetensors file from which `load_model` rebuilds it; a file that exists is replaced at once.
 
     Args:
-        model: a VMamba, or a module that wraps one.
+        model: a VMamba, a model built on one, another that `timm.create_model` made, or a module that wraps one.
         path: the file; its folder is made if need be.
         metadata: what to store beside the weights, as JSON: "class_names", "mean", "std", "model_kwargs" (arguments of
             `create_model` beyond number of classes and channels), and anything of your own. What the model knows
-            (variant, num_classes, in_chans, img_size, ...) is filled in.
+            (variant, num_classes, in_chans, img_size, model_kwargs, ...) is filled in.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**_default_metadata(model), **(metadata or {})}, ensure_ascii=False)
+    text = json.dumps({**default_metadata(model), **(metadata or {})}, ensure_ascii=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _network(model).items()}
     with replacing(path) as partial:
         # Not save_file(): that leaves a file which only its owner may read, whatever the umask.
         partial.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "vmamba": text}))
 
 
+def default_metadata(model: nn.Module) -> dict[str, Any]:
+    """What a model, or the one that a module wraps, knows about itself, as stored by `save_checkpoint`."""
+    model = _unwrapped(model)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    own = {name: getattr(model, name, None) for name in ("num_classes", "in_chans", "img_size")}
+    arguments = get_model_args(model) if hasattr(model, "_model_args") else {}
+    known: dict[str, Any] = {
+        "variant": getattr(model, "variant", cfg.get("architecture")),
+        "task": getattr(model, "task", None),
+        **own,
+        "model_kwargs": {name: value for name, value in arguments.items() if own.get(name) is None},
+        **{name: cfg.get(name) for name in ("mean", "std", "interpolation", "crop_pct")},
+    }
+    return {"format": METADATA_FORMAT, **{name: value for name, value in known.items() if value is not None}}
+
+
+class Checkpoint:
+    """A weight file, read once.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: the file cannot be read or asks to run code.
+    """
+
+    def __init__(self, path: StrPath) -> None:
+        self.path = Path(path)
+        self.contents, header = read_weight_file(self.path)
+        self.tensors = _tensors(self.contents)
+        self.container = "torch" if header is None else "vmamba" if "vmamba" in header else "safetensors"
+        if header is None:
+            self.metadata = _notes(self.contents)
+        else:
+            self.metadata = _parse_metadata(self.path, header["vmamba"]) if "vmamba" in header else dict(header)
+
+    @functools.cached_property
+    def networks(self) -> dict[str, tuple[str, State]]:
+        """The VMambas in the file: "model" and "ema", each with its prefix and its tensors under our names."""
+        return _networks(self.path, self.tensors)
+
+    @functools.cached_property
+    def info(self) -> CheckpointInfo:
+        """What the file holds, told from its names and shapes.
+
+        Raises:
+            CheckpointError: it holds no VMamba, nor another model of timm's that says which one it is.
+        """
+        name = self.metadata.get("variant") if self.container == "vmamba" else None
+        if isinstance(name, str) and name not in VARIANTS and timm.is_model(name):
+            classes, channels = (self.metadata.get(key) for key in ("num_classes", "in_chans"))
+            return self._info({"model": ("", self.tensors)}, name, classes or None, channels)
+        _, state = next(iter(self.networks.values()))
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        variant = _variant(shapes, self.metadata.get("variant"))
+        return self._info(self.networks, variant, *_classes_and_channels(state, _HEAD, _FIRST_CONV))
+
+    def _info(
+        self, networks: Mapping[str, tuple[str, State]], variant: str | None, classes: int | None, channels: int | None
+    ) -> CheckpointInfo:
+        prefix, _ = next(iter(networks.values()))
+        kind = _format(self.contents, prefix, self.tensors) if self.container == "torch" else self.container
+        parts = {part for name in self.tensors for part in name.split(".")} & _DENSE_HEADS.keys()
+        task = self.metadata.get("task") if self.container == "vmamba" else None
+        return CheckpointInfo(
+            path=self.path,
+            format=kind,
+            variant=variant,
+            num_classes=classes,
+            in_chans=channels,
+            weights=tuple(networks),
+            metadata=self.metadata,
+            task=str(task or next((_DENSE_HEADS[part] for part in parts), "classification")),
+        )
+
+    def load(
+        self, model: nn.Module, ema: bool = False, reset_head: bool | None = False, adapt_input: bool = False
+    ) -> CheckpointInfo:
+        """`load_checkpoint`; with `reset_head=None` a new head is drawn only where the file's is of another size."""
+        info, given, targets = self._fitted_to(model, ema)
+        check_sums(self.path)
+        if any(target.is_meta for target in targets.values()):
+            raise CheckpointError(
+                f"cannot load {self.path} into a model on the meta device: call to_empty() on the model first"
+            )
+        heads = _layers(model, "classifier", _HEAD)
+        of_heads = tuple(f"{head}." for head in heads)
+        if reset_head is None:
+            reset_head = any(
+                name.startswith(of_heads) and (name not in given or given[name].shape != target.shape)
+                for name, target in targets.items()
+            )
+        if reset_head:
+            given = {name: tensor for name, tensor in given.items() if not name.startswith(of_heads)}
+        reset = [n for n in targets if reset_head and n not in given and n.startswith((*of_heads, "norm."))]
+        if adapt_input:
+            for name in {f"{conv}.weight" for conv in _layers(model, "first_conv", _FIRST_CONV)}:
+                if name in given and name in targets:
+                    given[name] = _adapted(given[name], targets[name].shape[1])
+        _check_fit(info, model, given, {name: tensor for name, tensor in targets.items() if name not in reset})
+
+        not_finite = []
+        with torch.no_grad():
+            for name, tensor in given.items():
+                converted = tensor.to(targets[name].dtype)
+                if not converted.isfinite().all():
+                    not_finite.append(name)
+                targets[name].copy_(converted)
+            for name in reset:
+                _reset(name, targets[name])
+        if not_finite:
+            warnings.warn(f"{self.path}: NaN or infinity in {listed(not_finite)}; the model is of no use", stacklevel=3)
+        return info
+
+    def check(self, model: nn.Module, ema: bool = False) -> None:
+        """Check that `load` would succeed, without memory: the model may be on the meta device.
+
+        Raises:
+            CheckpointError: see `load_checkpoint`.
+        """
+        info, given, targets = self._fitted_to(model, ema)
+        _check_fit(info, model, given, targets)
+
+    def _fitted_to(self, model: nn.Module, ema: bool) -> tuple[CheckpointInfo, State, State]:
+        """What the file is to this kind of model, its tensors under the model's names, and the model's own."""
+        targets, kind = _network(model), "ema" if ema else "model"
+        heads, convs = _layers(model, "classifier", _HEAD), _layers(model, "first_conv", _FIRST_CONV)
+        prefix = _vmamba_in(targets)
+        networks = self.networks if prefix is not None else self._matching(targets)
+        if kind not in networks:
+            raise CheckpointError(
+                f"{self.path} holds no {kind} weights, only {next(iter(networks))}: pass ema={not ema}."
+            )
+        where, given = networks[kind]
+        info = self.info if prefix == "" else None
+        if prefix:  # a network built on a VMamba
+            given = self._with_heads(prefix, where, given)
+            if hasattr(_unwrapped(model), "from_released"):
+                given = _unwrapped(model).from_released(given)
+        if info is None:
+            variant = self.info.variant if prefix else self.metadata.get("variant")
+            info = self._info(networks, variant, *_classes_and_channels(given, heads, convs))
+        if not any(f"{head}.weight" in targets for head in heads):
+            # A feature extractor has no final norm either.
+            left_out = (*(f"{head}." for head in heads), *(() if "norm.weight" in targets else ("norm.",)))
+            given = {name: tensor for name, tensor in given.items() if not name.startswith(left_out)}
+        return info, given, targets
+
+    def _with_heads(self, inside: str, where: str, backbone: State) -> State:
+        """A backbone's tensors under a prefix, and those that lie beside it in the file under their own names."""
+        root = where.rpartition("backbone.")[0] if "backbone." in where else where
+        state = {inside + name: tensor for name, tensor in backbone.items()}
+        for name, tensor in self.tensors.items():
+            if name.startswith(root) and (not name.startswith(where) or name.startswith(f"{where}outnorm")):
+                _check_tensor(self.path, name, tensor)
+                state[name.removeprefix(root)] = tensor
+        return state
+
+    def _matching(self, targets: State) -> dict[str, tuple[str, State]]:
+        """Networks with the names of `targets`: those under the prefix that makes most names agree."""
+        depth = max(name.count(".") for name in targets) + 1
+        agreeing: Counter[str] = Counter()
+        for name in self.tensors:
+            parts = name.split(".")
+            for tail in (".".join(parts[i:]) for i in range(max(len(parts) - depth, 0), len(parts))):
+                if tail in targets:
+                    agreeing[name.removesuffix(tail)] += 1
+        networks: dict[str, tuple[str, State]] = {}
+        for prefix, count in agreeing.most_common():
+            kind = "ema" if _EMA.search(prefix) else "model"
+            if kind not in networks:
+                state = {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+                for name, tensor in state.items():
+                    _check_tensor(self.path, name, tensor)
+                networks[kind] = prefix, state
+            elif count == agreeing[networks[kind][0]]:
+                raise _several(self.path, networks[kind][0], prefix)
+        return networks or {"model": ("", self.tensors)}
+
+
 # --- Telling what a file holds ---------------------------------------------------------------------------------------
-
-
-def _open(path: StrPath) -> tuple[CheckpointInfo, dict[str, State]]:
-    """What a file holds, and its sets of weights under our names."""
-    path = Path(path)
-    contents, header = read_weight_file(path)
-    tensors = _tensors(contents)
-    networks = _networks(path, tensors)
-    prefix, state = networks.get("model") or networks["ema"]
-    if header is None:
-        kind, metadata = _format(contents, prefix, tensors), _notes(contents)
-    elif "vmamba" in header:
-        kind, metadata = "vmamba", _parse_metadata(path, header["vmamba"])
-    else:
-        kind, metadata = "safetensors", dict(header)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    classifier, first_conv = shapes.get(f"{_HEAD}weight"), next((shapes[n] for n in _FIRST_CONV if n in shapes), ())
-    info = CheckpointInfo(
-        path=path,
-        format=kind,
-        variant=_variant(shapes, metadata.get("variant")),
-        num_classes=classifier[0] if classifier else None,
-        in_chans=first_conv[1] if len(first_conv) == 4 else None,
-        weights=tuple(kind for kind in ("model", "ema") if kind in networks),
-        metadata=metadata,
-    )
-    return info, {kind: state for kind, (_, state) in networks.items()}
 
 
 def _format(contents: Mapping[str, Any], prefix: str, tensors: State) -> str:
@@ -295,14 +387,12 @@ def _tensors(contents: Mapping[str, Any]) -> State:
 
 
 def _networks(path: Path, tensors: State) -> dict[str, tuple[str, State]]:
-    """The networks among a file's tensors: "model" and "ema", each with its prefix and its tensors under our names."""
+    """The VMambas among a file's tensors: "model" and "ema", each with its prefix and its tensors under our names."""
     networks: dict[str, tuple[str, State]] = {}
     for prefix in dict.fromkeys(match[1] for match in map(_NETWORK.match, tensors) if match):
         kind = "ema" if _EMA.search(prefix) else "model"
         if kind in networks:
-            raise CheckpointError(
-                f"{path} holds several networks, {networks[kind][0]!r} and {prefix!r}; save the one you want on its own"
-            )
+            raise _several(path, networks[kind][0], prefix)
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         for name, tensor in own.items():
             _check_tensor(path, name, tensor)
@@ -311,12 +401,16 @@ def _networks(path: Path, tensors: State) -> dict[str, tuple[str, State]]:
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
     if not networks:
-        first = _listed([f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()])
+        first = listed([f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()])
         raise CheckpointError(
             f"{path} holds no VMamba: none of its {len(tensors)} tensors is called stem.* or patch_embed.*"
             + (f", but {first}" if first else "")
         )
-    return networks
+    return dict(sorted(networks.items(), reverse=True))
+
+
+def _several(path: Path, first: str, second: str) -> CheckpointError:
+    return CheckpointError(f"{path} holds several networks, {first!r} and {second!r}; save the one you want on its own")
 
 
 def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
@@ -331,15 +425,15 @@ def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
 @functools.cache
 def _layout(variant: str) -> Shapes:
     """Every parameter of a variant and its shape."""
-    from vmamba.models.vmamba import create_model
-
-    return {name: tuple(tensor.shape) for name, tensor in create_model(variant, device="meta").state_dict().items()}
+    model = VMamba(**VARIANTS[variant].arguments(), device="meta")
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _body(shapes: Shapes) -> Shapes:
     """A layout without what differs among models of one variant: the head, and the channels of the images."""
     body = {name: shape for name, shape in shapes.items() if not name.startswith(("norm.", "head."))}
-    return body | {name: (shape[0], *shape[2:]) for name, shape in body.items() if name in _FIRST_CONV and shape}
+    convs = [f"{conv}.weight" for conv in _FIRST_CONV]
+    return body | {name: (body[name][0], *body[name][2:]) for name in convs if body.get(name)}
 
 
 def _variant(shapes: Shapes, hint: object = None) -> str | None:
@@ -347,6 +441,16 @@ def _variant(shapes: Shapes, hint: object = None) -> str | None:
     body = _body(shapes)
     names = sorted(VARIANTS, key=lambda name: name != hint)
     return next((name for name in names if _body(_layout(name)) == body), None)
+
+
+def _classes_and_channels(state: State, heads: Iterable[str], convs: Iterable[str]) -> tuple[int | None, int | None]:
+    """Outputs of a network's classifier and channels of its first convolution, None for what it does not have."""
+    head, conv = (
+        next((state[f"{name}.weight"] for name in names if f"{name}.weight" in state), None) for names in (heads, convs)
+    )
+    return None if head is None or not head.ndim else len(head), None if conv is None or conv.ndim != 4 else conv.shape[
+        1
+    ]
 
 
 def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
@@ -363,28 +467,35 @@ def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
     return metadata
 
 
-def _default_metadata(model: nn.Module) -> dict[str, Any]:
-    """What a model knows about itself, as stored by `save_checkpoint`."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    known: dict[str, Any] = {
-        "variant": getattr(model, "variant", None),
-        "num_classes": getattr(model, "num_classes", None),
-        "in_chans": getattr(model, "in_chans", None),
-        "img_size": getattr(model, "img_size", None),
-        "model_kwargs": {},
-        **{name: cfg.get(name) for name in ("mean", "std", "interpolation", "crop_pct")},
-    }
-    return {"format": METADATA_FORMAT, **{name: value for name, value in known.items() if value is not None}}
-
-
 # --- Fitting a file to a model ---------------------------------------------------------------------------------------
 
 
+def _unwrapped(model: nn.Module) -> Any:
+    """The model in a module that wraps one."""
+    while not (isinstance(model, VMamba) or hasattr(model, "pretrained_cfg")) and len([*model.children()]) == 1:
+        (model,) = model.children()
+    return model
+
+
+def _layers(model: nn.Module, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
+    """The layers that a model has under a key of timm's configuration: "classifier" or "first_conv"."""
+    names = (getattr(_unwrapped(model), "pretrained_cfg", None) or {}).get(key) or default
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def _network(model: nn.Module) -> State:
-    """A model's tensors under the names they have in a bare VMamba, whatever wraps it."""
+    """A model's tensors under the names they have without what wraps it."""
     state = {without_wrappers(name): tensor for name, tensor in model.state_dict().items()}
-    prefix = next((match[1] for match in map(_NETWORK.match, state) if match), "")
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    folders = zip(*(name.split(".")[:-1] for name in state), strict=False)
+    shared = "".join(f"{names[0]}." for names in itertools.takewhile(lambda names: len(set(names)) == 1, folders))
+    return {name.removeprefix(shared): tensor for name, tensor in state.items()}
+
+
+def _vmamba_in(names: Iterable[str]) -> str | None:
+    """What precedes the names of a VMamba's tensors among those of a model, or None where there is no VMamba."""
+    if not any(".ss2d." in name for name in names):
+        return None
+    return next((match[1] for match in map(_NETWORK.match, names) if match), None)
 
 
 def _check_fit(info: CheckpointInfo, model: nn.Module, given: State, targets: State) -> None:
@@ -395,14 +506,20 @@ def _check_fit(info: CheckpointInfo, model: nn.Module, given: State, targets: St
     misshapen = {
         name: f"{name} {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(targets[name].shape)}"
         for name, tensor in given.items()
-        if name in targets and (tensor.shape != targets[name].shape or not tensor.is_floating_point())
+        if name in targets
+        and (tensor.shape != targets[name].shape or tensor.is_floating_point() != targets[name].is_floating_point())
     }
     if not (missing or unexpected or misshapen):
         return
 
     counts = f"{len(missing)} tensors missing, {len(unexpected)} unexpected, {len(misshapen)} of another shape"
-    lines = [f"{path} does not fit {getattr(model, 'variant', None) or type(model).__name__}: {counts}"]
-    own = _variant({name: tuple(target.shape) for name, target in targets.items()})
+    known = default_metadata(model).get("variant")
+    lines = [f"{path} does not fit {known or type(model).__name__}: {counts}"]
+    inside = _vmamba_in(targets)
+    own = known
+    if inside is not None:
+        own = _variant({n.removeprefix(inside): tuple(t.shape) for n, t in targets.items() if n.startswith(inside)})
+    head, *_ = _layers(model, "classifier", _HEAD)
     if info.variant and info.variant != own:
         lines.append(
             f"The file is of another variant, {info.variant}: create that one, for instance with"
@@ -413,23 +530,24 @@ def _check_fit(info: CheckpointInfo, model: nn.Module, given: State, targets: St
             "The file holds a backbone without classifier: pass reset_head=True to start with a new one, or create the"
             " model with features_only=True."
         )
-    elif f"{_HEAD}weight" in misshapen:
+    elif f"{head}.weight" in misshapen:
         lines.append(
-            f"The file is for {info.num_classes} classes, the model for {len(targets[f'{_HEAD}weight'])}: create the"
+            f"The file is for {info.num_classes} classes, the model for {len(targets[f'{head}.weight'])}: create the"
             f" model with num_classes={info.num_classes}, or pass reset_head=True to leave the file's classifier out."
         )
-    if misshapen.keys() & set(_FIRST_CONV) and info.variant == own:
+    first = {f"{conv}.weight" for conv in _layers(model, "first_conv", _FIRST_CONV)}
+    if misshapen.keys() & first and info.variant == own:
         lines.append(
             f"The file is for images of {info.in_chans} channels: create the model with in_chans={info.in_chans}, or"
             " pass adapt_input=True to adapt the first convolution's weights."
         )
     for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen.values())):
         if names:
-            lines.append(f"  {title}: {_listed(names)}")
+            lines.append(f"  {title}: {listed(names)}")
     raise CheckpointError("\n".join(lines))
 
 
-def _listed(names: Iterable[str], shown: int = 5) -> str:
+def listed(names: Iterable[str], shown: int = 5) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
     return "; ".join(names[:shown]) + (f"; and {len(names) - shown} more" if len(names) > shown else "")
@@ -446,7 +564,7 @@ def _reset(name: str, target: Tensor) -> None:
     """Draw a parameter of the head or the final norm anew, as a new model does."""
     if name.endswith("bias"):
         nn.init.zeros_(target)
-    elif name.startswith(_HEAD):
+    elif target.ndim > 1:
         nn.init.trunc_normal_(target, std=0.02)
     else:
         nn.init.ones_(target)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 _RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download"
 
@@ -65,6 +65,10 @@ class Variant:
     drop_path_rate: float = 0.0
     img_size: tuple[int, int] = (224, 224)
     release: Release | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `vmamba.models.vmamba.VMamba`."""
+        return {name: value for name, value in asdict(self).items() if name != "release"}
 
 
 _TINY, _BASE = (96, 192, 384, 768), (128, 256, 512, 1024)

@@ -1,4 +1,4 @@
-"""The backbone and classifier, with timm's model contract, and its registration with timm.
+"""The backbone and classifier, with timm's model contract.
 
 `VMamba` reads top-down: stem, stages, norm, head. Everything built on timm models (feature extraction, layer-wise
 learning rates, optimizers, its training scripts) finds what it looks for.
@@ -7,29 +7,17 @@ learning rates, optimizers, its training scripts) finds what it looks for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from os import PathLike
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import timm
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vmamba.models.checkpoints import download, identify_checkpoint, load_checkpoint
-from vmamba.models.variants import VARIANTS, Variant
 from vmamba.nn import ConvDownsample, ConvStem, PatchMerging, PatchStem, VSSBlock
-from vmamba.ops.registration import is_tracing_for_export
+from vmamba.ops.operators import is_tracing_for_export
 
 _STEMS = {"conv": ConvStem, "patch": PatchStem}
 _DOWNSAMPLES = {"conv": ConvDownsample, "merge": PatchMerging}
@@ -209,11 +197,6 @@ class VMamba(nn.Module):
         if isinstance(self.head.fc, nn.Linear):
             _init_linear(self.head.fc)
 
-    def load_pretrained(self, path: str | PathLike[str], prefix: str = "") -> None:
-        """timm's hook for `pretrained=True`: everything but a head of another size, first convolution adapted."""
-        same_classes = identify_checkpoint(path).num_classes == self.num_classes
-        load_checkpoint(self, path, reset_head=not same_classes, adapt_input=True)
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -241,7 +224,7 @@ class VMamba(nn.Module):
         last = len(self.stages) - 1
         wanted, deepest = feature_take_indices(len(self.stages), indices)
         intermediates = []
-        x = self.stem(_channels_last(x, self.in_chans, self.total_stride))
+        x = self.stem(_checked(x, self.in_chans, self.total_stride))
         for i, stage in enumerate(self.stages):
             if stop_early and i > deepest:
                 break
@@ -271,7 +254,7 @@ class VMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) to the normalised output of the last stage, (B, H', W', C)."""
-        x = self.stem(_channels_last(x, self.in_chans, self.total_stride))
+        x = self.stem(_checked(x, self.in_chans, self.total_stride))
         return self.norm(self.stages(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -288,8 +271,8 @@ class VMamba(nn.Module):
 
 
 @torch.fx.wrap
-def _channels_last(x: Tensor, in_chans: int, total_stride: int) -> Tensor:
-    """Check a batch of images and lay it out as the network wants it, (B, H, W, C)."""
+def _checked(x: Tensor, in_chans: int, total_stride: int) -> Tensor:
+    """A batch of images, checked."""
     # While a graph is traced, a comparison would pin the very sizes that it is to leave open.
     if not (torch.compiler.is_compiling() or is_tracing_for_export()):
         if x.ndim != 4 or x.shape[1] != in_chans:
@@ -299,129 +282,10 @@ def _channels_last(x: Tensor, in_chans: int, total_stride: int) -> Tensor:
                 f"the images are {x.shape[2]}×{x.shape[3]} pixels; this model needs at least {total_stride} a side:"
                 " enlarge them, or choose a variant with a smaller stem stride"
             )
-    return x.permute(0, 2, 3, 1).contiguous()
+    return x
 
 
 def _init_linear(module: nn.Linear) -> None:
     nn.init.trunc_normal_(module.weight, std=0.02)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-# --- timm's registry -------------------------------------------------------------------------------------------------
-
-
-def _default_cfg(variant: Variant) -> dict[str, Any]:
-    height, width = variant.img_size
-    total_stride = variant.stem_stride * 2 ** (len(variant.dims) - 1)
-    return {
-        "url": variant.release.url if variant.release else "",
-        "custom_load": True,
-        "num_classes": 1000,
-        "input_size": (3, height, width),
-        "min_input_size": (3, total_stride, total_stride),
-        "pool_size": (-(-height // total_stride), -(-width // total_stride)),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1" if variant.stem == "conv" else "stem.conv",
-        "classifier": "head.fc",
-        "license": "mit",
-        "paper_name": "VMamba: Visual State Space Model",
-        "paper_ids": "arXiv:2401.10166",
-        "origin_url": "https://github.com/MzeroMiko/VMamba",
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {f"{name}.in1k" if variant.release else name: _default_cfg(variant) for name, variant in VARIANTS.items()}
-)
-
-
-def _build(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build a variant as timm's `create_model` asks for it."""
-    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    if pretrained:
-        cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
-        if not (cfg.has_weights or cfg.state_dict):
-            raise RuntimeError(
-                f"{name} has no published weights; create it with pretrained=False, or load your own with"
-                " vmamba.create_model(..., checkpoint=PATH)"
-            )
-        if cfg.url and not (cfg.file or cfg.state_dict or cfg.hf_hub_id):
-            overlay["file"] = str(download(str(cfg.url)))
-        overlay.setdefault("custom_load", bool(overlay.get("file")))
-
-    arguments = asdict(VARIANTS[name])
-    del arguments["release"]
-
-    def make(**options: Any) -> VMamba:
-        model = VMamba(**{**arguments, **options})
-        model.variant = name
-        return model
-
-    return build_model_with_cfg(
-        make, name, pretrained, pretrained_cfg_overlay=overlay,
-        feature_cfg={"out_indices": tuple(range(len(arguments["dims"]))), "feature_cls": "getter"}, **kwargs,
-    )  # fmt: skip
-
-
-def _entrypoint(name: str) -> Callable[..., nn.Module]:
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _build(name, pretrained, **kwargs)
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"VMamba variant {name}; see `vmamba.models.variants.VARIANTS`."
-    return create
-
-
-for _name in VARIANTS:
-    register_model(_entrypoint(_name))
-__all__ = ["VMamba", "create_model", "list_models"]  # register_model() adds functions this module does not have
-
-
-def list_models() -> list[str]:
-    """Names of the variants, published ones first."""
-    return list(VARIANTS)
-
-
-def create_model(
-    name: str,
-    pretrained: bool = False,
-    checkpoint: str | PathLike[str] | None = None,
-    num_classes: int = 1000,
-    **kwargs: Any,
-) -> nn.Module:
-    """Create a VMamba, with random, published or your own weights.
-
-    Args:
-        name: one of `list_models()`.
-        pretrained: whether to download the published ImageNet-1K weights (once; they are kept in torch's cache).
-            With another number of classes, the head is new; with other than three channels, the first convolution is
-            adapted.
-        checkpoint: a file to load instead, of any kind that `load_checkpoint` reads; strictly, so a file for another
-            number of classes is refused (call `load_checkpoint(..., reset_head=True)` for a new head).
-        num_classes: outputs of the classifier; 0 for none.
-        **kwargs: timm's (`features_only`, `out_indices`, `in_chans`, `img_size`, `global_pool`, `drop_rate`,
-            `drop_path_rate`, ...) and `VMamba`'s.
-
-    Returns:
-        The model, in training mode on the CPU, or with `features_only` timm's feature extractor around it. Stochastic
-        depth has the rate of the published recipe unless `drop_path_rate` says otherwise.
-
-    Raises:
-        ValueError: no variant has that name, or both weights and checkpoint are asked for.
-        CheckpointError: the file does not fit; see `load_checkpoint`.
-    """
-    if name not in VARIANTS:
-        raise ValueError(f"there is no variant {name!r}; expected one of {', '.join(VARIANTS)}")
-    if pretrained and checkpoint is not None:
-        raise ValueError("pretrained=True and checkpoint= are both given; choose one source of weights")
-    if checkpoint is not None and kwargs.get("features_only"):
-        kwargs["pretrained_cfg_overlay"] = {**kwargs.get("pretrained_cfg_overlay", {}), "file": str(checkpoint)}
-        return timm.create_model(name, pretrained=True, num_classes=num_classes, **kwargs)
-    model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-    return model

@@ -1,0 +1,314 @@
+"""Models by name: ours and timm's registries, and models rebuilt from a file alone.
+
+A family joins by `register`, called when its module is imported; `vmamba.models` imports every such module. For
+instance, at the end of segmentation.py:
+
+    for backbone, release in RELEASES.items():
+        build = functools.partial(_build, backbone)
+        register(Entry(f"upernet_{backbone}", "segmentation", build, (512, 512), backbone, release.url,
+                       params=release.params, flops=release.flops, published={"mIoU": release.miou}))
+
+The builder takes `num_classes` and whatever else `create_model` is given, and makes the model without weights. The
+model has the attributes `task`, `variant` (its name), `num_classes`, `in_chans`, `img_size` and `pretrained_cfg`: a
+dictionary with timm's keys "mean", "std" and, above all, "classifier" and "first_conv", the layers that another number
+of classes or channels replaces. Its VMamba and its heads lie side by side. When a file is loaded, the backbone's
+tensors get the model's names for them; those beside it keep the names that mmsegmentation and mmdetection give them
+("decode_head.…", "backbone.outnorm0.…"), unless the class has a static method `from_released`, which is given them all
+in one dictionary and returns it with other names.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import timm
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from vmamba.errors import CheckpointError
+from vmamba.models.checkpoints import Checkpoint, default_metadata, listed
+from vmamba.models.download import download
+from vmamba.models.variants import VARIANTS, Variant
+from vmamba.models.vmamba import VMamba
+
+Builder = Callable[..., nn.Module]
+
+_LARGEST = 1 << 22  # sum of all numbers among a model's arguments that a file may ask for
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a model before it is built.
+
+    Attributes:
+        name: what `create_model` calls it.
+        task: "classification", "segmentation" or "detection".
+        build: makes the model without weights from `create_model`'s keyword arguments.
+        img_size: height and width it is meant for.
+        backbone: the variant in it; for a classifier, its own name.
+        url: where its published weights are, if any.
+        params, flops: as published: number of parameters, and multiply-accumulates in units of 1e9 at `img_size`.
+        published: scores by name, in percent.
+    """
+
+    name: str
+    task: str
+    build: Builder
+    img_size: tuple[int, int]
+    backbone: str
+    url: str | None = None
+    params: int | None = None
+    flops: float | None = None
+    published: Mapping[str, float] = field(default_factory=dict)
+
+
+ENTRIES: dict[str, Entry] = {}
+
+
+def register(entry: Entry) -> None:
+    """Make a model known to `create_model`, `list_models` and `load_model`."""
+    ENTRIES[entry.name] = entry
+
+
+def list_models(task: str = "classification") -> list[str]:
+    """Names of the models for a task: "classification", "segmentation" or "detection"; published ones first."""
+    known = {entry.task for entry in ENTRIES.values()}
+    if task not in known:
+        raise ValueError(f"there is no task {task!r}; expected one of {', '.join(sorted(known))}")
+    return [name for name, entry in ENTRIES.items() if entry.task == task]
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    checkpoint: str | PathLike[str] | None = None,
+    num_classes: int | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Create a model, with random, published or your own weights.
+
+    Args:
+        name: one of `list_models(task)`, or "local-dir:FOLDER" or "hf-hub:OWNER/NAME" for what timm saved there.
+        pretrained: whether to download the published weights (once; they are kept in torch's cache). With another
+            number of classes, the head is new; with other than three channels, the first convolution is adapted.
+        checkpoint: a file to load instead, of any kind that `load_checkpoint` reads; strictly, so a file for another
+            number of classes is refused (call `load_checkpoint(..., reset_head=True)` for a new head).
+        num_classes: outputs of the classifier; 0 for none, None for as many as were published.
+        **kwargs: timm's (`features_only`, `out_indices`, `in_chans`, `img_size`, `global_pool`, `drop_rate`,
+            `drop_path_rate`, ...) and the network's, `VMamba`'s for instance.
+
+    Returns:
+        The model, in training mode on the CPU, or with `features_only` timm's feature extractor around it. Stochastic
+        depth has the rate of the published recipe unless `drop_path_rate` says otherwise.
+
+    Raises:
+        ValueError: no model has that name, or both weights and checkpoint are asked for.
+        CheckpointError: the file does not fit; see `load_checkpoint`.
+    """
+    if pretrained and checkpoint is not None:
+        raise ValueError("pretrained=True and checkpoint= are both given; choose one source of weights")
+    kwargs |= {} if num_classes is None else {"num_classes": num_classes}
+    if ":" in name:
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    elif name not in ENTRIES:
+        raise ValueError(f"there is no variant {name!r}; expected one of {', '.join(ENTRIES)}")
+    elif (entry := ENTRIES[name]).task == "classification":
+        if checkpoint is not None and kwargs.get("features_only"):
+            kwargs["pretrained_cfg_overlay"] = {**kwargs.get("pretrained_cfg_overlay", {}), "file": str(checkpoint)}
+            pretrained, checkpoint = True, None
+        model = entry.build(pretrained=pretrained, **kwargs)
+    else:
+        model = entry.build(**kwargs)
+        if pretrained:
+            _load_published(model, _published(name, entry.url))
+    if checkpoint is not None:
+        Checkpoint(checkpoint).load(model)
+    return model
+
+
+def load_model(path: str | PathLike[str], ema: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild a model from a file alone.
+
+    Args:
+        path: a file written by `save_checkpoint`, or any other with the layout of a known variant.
+        ema: of a file that holds both, whether to take the averaged weights.
+
+    Returns:
+        The model, in evaluation mode on the CPU, and the metadata of `save_checkpoint`; for other files the variant's
+        defaults, without class names.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+    """
+    checkpoint = Checkpoint(path)
+    info = checkpoint.info
+    stored = info.metadata if info.format == "vmamba" else {}
+    same = (e.name for e in ENTRIES.values() if (e.task, e.backbone) == (info.task, info.variant))
+    name = stored.get("variant") or next(same, info.variant)
+    if not isinstance(name, str) or not (name in ENTRIES or timm.is_model(name)):
+        raise CheckpointError(
+            f"{path} is of no variant known here ({name or 'its layout fits none'}). Build the model yourself and"
+            f" call vmamba.load_checkpoint(model, path). Known: {', '.join(ENTRIES)}."
+        )
+    try:
+        build = functools.partial(create_model if name in ENTRIES else timm.create_model, name)
+        build = functools.partial(build, **_options(checkpoint, stored, ours=name in ENTRIES))
+        with _at_most(2 * len(checkpoint.tensors) + 4096), torch.device("meta"):
+            sketch = build()
+    except Exception as error:  # the arguments come from the file, and may fail anywhere
+        raise CheckpointError(f"{path} describes a model that cannot be built: {error}") from error
+    ema = ema or "model" not in info.weights
+    checkpoint.check(sketch, ema)  # before memory is spent on what the file cannot fill
+    model = build()
+    checkpoint.load(model, ema)
+    return model.eval(), {**default_metadata(model), **stored}
+
+
+def _options(checkpoint: Checkpoint, stored: Mapping[str, Any], ours: bool) -> dict[str, Any]:
+    """The arguments with which a file's model is built, as its metadata and its tensors have them.
+
+    Raises:
+        ValueError: they ask for more than a network: where it lives, other weights, sizes beyond reason.
+    """
+    options = dict(stored.get("model_kwargs") or {})
+    if ours and "img_size" in stored:
+        options = {"img_size": stored["img_size"]} | options
+    # Options that timm's builders have names for are about everything but the network.
+    others = {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
+    others |= {"device", "dtype", "checkpoint", "features_only", "pruned"}
+    found = list(_keys_and_numbers(options))
+    if refused := [key for key in found if isinstance(key, str) and (key in others or "pretrained" in key)]:
+        raise ValueError(f"model_kwargs has {listed(refused)}")
+    if not sum(abs(number) for number in found if not isinstance(number, str)) <= _LARGEST:
+        raise ValueError(f"the numbers in its model_kwargs are beyond {_LARGEST:,}")
+    options |= {"num_classes": checkpoint.info.num_classes or 0, "in_chans": checkpoint.info.in_chans}
+    cfg = {name: stored[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in stored}
+    return options | {"pretrained_cfg_overlay": cfg}
+
+
+def _keys_and_numbers(value: object) -> Iterator[str | float]:
+    """Every key and every number in nested dictionaries and lists."""
+    if isinstance(value, Mapping):
+        yield from map(str, value)
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _keys_and_numbers(item)
+    elif isinstance(value, int | float):
+        yield value
+
+
+@contextmanager
+def _at_most(limit: int) -> Iterator[None]:
+    """Stop building a model, in this thread, once it has more parameters than `limit`."""
+    count, builder = 0, threading.get_ident()
+
+    def note(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal count
+        count += threading.get_ident() == builder
+        if count > limit:
+            raise ValueError("it has far more parameters than the file has tensors")
+
+    handle = register_module_parameter_registration_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _published(name: str, url: str | None) -> str:
+    """The file with a model's published weights."""
+    if not url:
+        raise RuntimeError(
+            f"{name} has no published weights; create it with pretrained=False, or load your own with"
+            " vmamba.create_model(..., checkpoint=PATH)"
+        )
+    return str(download(url))
+
+
+def _load_published(model: nn.Module, file: str) -> None:
+    """Load a published file into a model that may have other classes and channels."""
+    Checkpoint(file).load(model, reset_head=None, adapt_input=True)
+
+
+# --- The classifiers, in timm's registry -----------------------------------------------------------------------------
+
+
+def _default_cfg(variant: Variant) -> dict[str, Any]:
+    height, width = variant.img_size
+    total_stride = variant.stem_stride * 2 ** (len(variant.dims) - 1)
+    return {
+        "url": variant.release.url if variant.release else "",
+        "num_classes": 1000,
+        "input_size": (3, height, width),
+        "min_input_size": (3, total_stride, total_stride),
+        "pool_size": (-(-height // total_stride), -(-width // total_stride)),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1" if variant.stem == "conv" else "stem.conv",
+        "classifier": "head.fc",
+        "license": "mit",
+        "paper_name": "VMamba: Visual State Space Model",
+        "paper_ids": "arXiv:2401.10166",
+        "origin_url": "https://github.com/MzeroMiko/VMamba",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {f"{name}.in1k" if variant.release else name: _default_cfg(variant) for name, variant in VARIANTS.items()}
+)
+
+
+def _build(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a variant as timm's `create_model` asks for it."""
+    cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    # What timm saved itself, or a state dict, timm loads itself.
+    by_timm = pretrained and bool(cfg.source or cfg.hf_hub_id or cfg.state_dict)
+    file = cfg.file or _published(name, str(cfg.url or "")) if pretrained and not by_timm else None
+    arguments = VARIANTS[name].arguments()
+
+    def make(**options: Any) -> VMamba:
+        model = VMamba(**{**arguments, **options})
+        model.variant = name
+        if file:  # now: a feature extractor keeps only a part of the model
+            _load_published(model, file)
+        return model
+
+    feature_cfg = {"out_indices": tuple(range(len(arguments["dims"]))), "feature_cls": "getter"}
+    return build_model_with_cfg(make, name, by_timm, feature_cfg=feature_cfg, **kwargs)
+
+
+def _entrypoint(name: str) -> Builder:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _build(name, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"VMamba variant {name}; see `vmamba.models.variants.VARIANTS`."
+    return create
+
+
+for _name, _variant in VARIANTS.items():
+    register_model(_entrypoint(_name))
+    _release = _variant.release
+    _numbers: dict[str, Any] = {}
+    if _release:
+        _numbers = {"url": _release.url, "params": _release.params, "flops": _release.flops}
+        _numbers["published"] = {"top1": _release.top1}
+    register(
+        Entry(
+            _name, "classification", functools.partial(timm.create_model, _name), _variant.img_size, _name, **_numbers
+        )
+    )
+__all__ = ["ENTRIES", "Entry", "create_model", "list_models", "load_model", "register"]  # timm added its entrypoints
