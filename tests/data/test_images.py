@@ -95,6 +95,48 @@ def test_palette_with_and_without_transparency(tmp_path):
     assert _pixels(_saved(tmp_path, image, "t.png", transparency=1)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
 
 
+def _png_of(values: np.ndarray, depth: int, transparent: tuple[int, ...]) -> bytes:
+    """A grey (H, W, 1) or RGB (H, W, 3) PNG of any bit depth with one colour that is transparent."""
+    height, width, channels = values.shape
+    rows = b""
+    for row in values:
+        bits = "".join(f"{value:0{depth}b}" for value in row.flat)
+        bits += "0" * (-len(bits) % 8)
+        rows += b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, channels - 1, 0, 0, 0)),
+        (b"tRNS", struct.pack(f">{channels}H", *transparent)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""),
+    ]  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    ("depth", "grey", "transparent", "expected"),
+    [
+        (1, [0, 1], 0, [255, 255]),
+        (2, [0, 1, 2, 3], 1, [0, 255, 170, 255]),
+        (4, [0, 2, 3, 15], 2, [0, 255, 51, 255]),
+        (8, [0, 2, 3, 255], 2, [0, 255, 3, 255]),
+        (16, [0, 256, 257, 258, 65279, 65535], 257, [0, 1, 255, 1, 254, 255]),
+    ],
+)
+def test_a_transparent_grey_of_every_bit_depth(depth, grey, transparent, expected):
+    file = io.BytesIO(_png_of(np.array(grey)[None, :, None], depth, (transparent,)))
+    assert np.asarray(read_image(file, 1)).tolist() == [expected]
+    assert np.asarray(read_image(file, 3)).tolist() == [[[value] * 3 for value in expected]]
+
+
+def test_a_transparent_colour_counts_all_of_its_bits(tmp_path):
+    colours = np.array([[[1000, 2000, 3000], [1000, 2000, 3001], [999, 2000, 3000], [65535, 0, 0]]])
+    path = tmp_path / "a.png"
+    path.write_bytes(_png_of(colours, 16, (1000, 2000, 3000)))
+    assert _pixels(str(path)).tolist() == [[[255, 255, 255], [3, 7, 11], [3, 7, 11], [255, 0, 0]]]
+    path.write_bytes(_png_of(colours // 256, 8, (3, 7, 11)))
+    assert _pixels(str(path)).tolist() == [[[255, 255, 255], [255, 255, 255], [255, 255, 255], [255, 0, 0]]]
+
+
 def test_cmyk_and_bilevel(tmp_path):
     cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     assert np.abs(_pixels(_saved(tmp_path, cmyk, "c.jpg", quality=100)).astype(int) - [255, 0, 0]).max() <= 4
@@ -174,3 +216,12 @@ def test_find_images_takes_files_folders_and_patterns(tmp_path):
     files, problems = found("bare", "nothing", "*.gif", "b.jpg")
     assert files == ["b.jpg"]
     assert [p.split(":")[0] for p in problems] == ["bare", "nothing", "*.gif"]
+
+
+def test_what_a_pattern_finds_is_judged_as_in_a_folder(tmp_path):
+    for name in ("a.png", "Thumbs.db", "sub/b.png", "sub/._b.png", "@eaDir/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    expected = [str(tmp_path / "a.png"), str(tmp_path / "sub/b.png")]
+    assert find_images([tmp_path / "*"]) == find_images([tmp_path]) == (expected, [])
+    assert find_images([tmp_path / "Thumbs.db"])[0] == [str(tmp_path / "Thumbs.db")]

@@ -10,6 +10,7 @@ from data.folders import make_folder
 from PIL import Image
 
 from vmamba.data.config import DataConfig
+from vmamba.data.images import find_images
 from vmamba.data.loading import EpochLoader, LabelledImages, MemorySamples, Samples
 from vmamba.data.sources import check_files, check_same_classes, number_of_classes, open_split
 from vmamba.data.transforms import Preprocessing
@@ -65,6 +66,149 @@ def test_two_roots_and_tar_files(tmp_path):
         open_split(DataConfig(root=str(tmp_path / "train.tar")), True)
 
 
+def tar_of(folder, file, **options):
+    with tarfile.open(file, "w", **options) as tar:
+        for path in sorted(folder.rglob("*")):
+            tar.add(path, path.relative_to(folder), recursive=False)
+
+
+def read_all(split):
+    return [(split.name(i).split(split.where + "/")[1], split.read(i, 3)[1]) for i in range(len(split))]
+
+
+def test_the_first_level_is_the_class_and_what_systems_leave_behind_is_nothing(tmp_path):
+    image = Image.new("RGB", (8, 8))
+    root = tmp_path / "data" / "train"
+    good = ["cat/a.png", "cat/indoor/b.png", "cat/indoor/dog/c.png", "dog/cat/d.png", "dog/e.PNG", "_other/f.jpg"]
+    junk = [
+        "cat/._a.png", ".ipynb_checkpoints/a.png", "cat/.ipynb_checkpoints/a.png", "__MACOSX/cat/a.png",
+        "dog/@eaDir/e.PNG/thumb.jpg", ".hidden.png", "cat/.DS_Store", "cat/Thumbs.db", "cat/desktop.ini", "notes.txt",
+    ]  # fmt: skip
+    for name in good + junk:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if name in good:
+            image.save(root / name)
+        else:
+            (root / name).write_bytes(b"junk")
+    (root / "lost+found").mkdir()
+    expected = [
+        ("_other/f.jpg", 0), ("cat/a.png", 1), ("cat/indoor/b.png", 1), ("cat/indoor/dog/c.png", 1),
+        ("dog/cat/d.png", 2), ("dog/e.PNG", 2),
+    ]  # fmt: skip
+    folder = open_split(DataConfig(root=str(tmp_path / "data")), True)
+    assert (folder.class_names, read_all(folder)) == (["_other", "cat", "dog"], expected)
+    check_files(folder, 3)
+    assert find_images([root])[0] == [str(root / name) for name, _ in expected]
+
+    tar_of(root, tmp_path / "bare.tar")
+    tar_of(root.parent, tmp_path / "wrapped.tar")  # train/CLASS
+    tar_of(tmp_path / "data", tmp_path / "other.tar")
+    tar_of(tmp_path, tmp_path / "deep.tar")  # data/train/CLASS, beside other .tar files
+    with tarfile.open(tmp_path / "dots.tar", "w") as tar:
+        tar.add(root, ".")
+    with tarfile.open(tmp_path / "mytrain.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.add(root, "/a/very/" + "long" * 30 + "/name/mytrain")
+    for name in ("bare", "wrapped", "other", "dots", "mytrain"):
+        split = open_split(DataConfig(root=str(tmp_path / f"{name}.tar"), val_root="x"), True)
+        assert (split.class_names, read_all(split)) == (folder.class_names, expected), name
+        check_files(split, 3)
+
+
+def test_one_tar_file_a_class_inside_another(tmp_path):
+    config = make_folder(tmp_path)
+    for name in ("cat", "dog"):
+        tar_of(tmp_path / "train" / name, tmp_path / "train" / f"{name}.tar")
+        shutil.rmtree(tmp_path / "train" / name)
+    tar_of(tmp_path / "train", tmp_path / "train.tar")
+    config = DataConfig(root=str(tmp_path / "train.tar"), val_root="x")
+    assert contents(open_split(config, True)) == EXPECTED
+
+
+def test_tar_files_are_found_by_the_name_of_their_split(tmp_path):
+    make_folder(tmp_path)
+    for split, name in (("train", "train"), ("val", "validation")):
+        tar_of(tmp_path / split, tmp_path / f"{name}.tar")
+        shutil.rmtree(tmp_path / split)
+    config = DataConfig(root=str(tmp_path))
+    assert contents(open_split(config, True)) == contents(open_split(config, False)) == EXPECTED
+    assert open_split(config, False).where == str(tmp_path / "validation.tar")
+    whole = (tmp_path / "train.tar").read_bytes()
+    for damaged, reason in (
+        (whole[:2000], "damaged or cut off at byte 1536"),  # in the header of cat/1.png
+        (whole[:2200], "(unexpected end of data|empty header)"),
+        (whole[:1540] + b"x" + whole[1541:], "damaged or cut off at byte 1536"),
+        (b"nonsense" * 100, "invalid header"),
+        (b"", "empty file"),
+    ):
+        (tmp_path / "train.tar").write_bytes(damaged)
+        with pytest.raises(DataError, match=f"train.tar cannot be read as a .tar file: {reason}"):
+            open_split(config, True)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    make_folder(tmp_path / "data", splits=("val",), classes=("train",))
+    tar_of(tmp_path / "data/val", tmp_path / "val.tar")
+    split = open_split(DataConfig(root=str(tmp_path / "val.tar"), val_root=str(tmp_path / "val.tar")), False)
+    assert split.class_names == ["train"]
+    assert len(split) == 3
+
+
+def test_links_are_followed_and_circles_end(tmp_path):
+    config = make_folder(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere/x.png")
+    (tmp_path / "train/cow").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train/cat/deep").mkdir()
+    (tmp_path / "train/cat/deep/up").symlink_to(tmp_path / "train")
+    (tmp_path / "train/cat/deep/self").symlink_to(tmp_path / "train/cat/deep")
+    (tmp_path / "train/dog/9.png").symlink_to(tmp_path / "train/dog/0.png")
+    split = open_split(config, True)
+    names = ["cat/0.png", "cat/1.png", "cat/2.png", "cow/x.png", "dog/0.png", "dog/1.png", "dog/2.png", "dog/9.png"]
+    assert [name for name, _ in read_all(split)] == names
+    assert find_images([tmp_path / "train"]) == ([str(tmp_path / "train" / name) for name in names], [])
+    (tmp_path / "train/dog/9.png").unlink()
+    (tmp_path / "train/dog/9.png").symlink_to("gone.png")
+    with pytest.raises(DataError, match=r"1 of 8 images.*\n.*dog/9.png: no such file"):
+        check_files(open_split(config, True), 3)
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    make_folder(tmp_path)
+    cafe = os.fsencode(tmp_path / "train") + b"/caf\xe9"
+    os.rename(tmp_path / "train/cat", cafe)
+    os.rename(cafe + b"/1.png", cafe + b"/\xff.png")
+    with tarfile.open(tmp_path / "names.tar", "w") as tar:
+        tar.add(tmp_path / "train", ".")
+    for root in ("train", "names.tar"):
+        split = open_split(DataConfig(root=str(tmp_path / root), val_root="x"), True)
+        assert split.class_names == [r"caf\xe9", "dog"]
+        assert [split.read(i, 3)[1] for i in range(6)] == [0, 0, 0, 1, 1, 1]
+        assert split.name(2) == rf"{tmp_path}/{root}/caf\xe9/\xff.png"
+        known = open_split(DataConfig(root=str(tmp_path / root), val_root="x"), True, ["dog", r"caf\xe9"])
+        assert known.labels() == [1, 1, 1, 0, 0, 0]
+    with open(cafe + b"/\xff.png", "wb"):
+        pass
+    with pytest.raises(DataError, match=r"caf\\xe9/\\xff.png: the file is empty"):
+        check_files(open_split(DataConfig(root=str(tmp_path)), True), 3)
+
+
+def test_one_class_cannot_be_learned_but_can_be_judged(tmp_path):
+    config = make_folder(tmp_path, classes=("cat",))
+    with pytest.raises(DataError, match=r"train has one class \(cat\): there is nothing to tell apart"):
+        open_split(config, True)
+    split = open_split(config, False, class_names=["ant", "cat", "dog"])
+    assert split.labels() == [1, 1, 1]
+    assert number_of_classes(config, split) == 3
+    assert len(open_split(DataConfig(root=str(tmp_path), num_classes=5), True)) == 3
+
+
+def test_channels_that_image_files_do_not_have(tmp_path):
+    config = make_folder(tmp_path)
+    config.in_chans = 4
+    with pytest.raises(DataError, match=r"in_chans is 4; image files are read with 1 \(grey\) or 3 \(RGB\)"):
+        open_split(config, True)
+
+
 def test_labels_follow_the_classes_asked_for(tmp_path):
     config = make_folder(tmp_path)
     split = open_split(config, False, class_names=["dog", "cat"])
@@ -110,7 +254,7 @@ def test_number_of_classes_must_be_known_and_hold_every_label(tmp_path):
     with pytest.raises(DataError, match=r"num_classes is 1, but .* has 2"):
         number_of_classes(DataConfig(num_classes=1), split)
     assert number_of_classes(DataConfig(num_classes=7), split) == 7
-    split.source.reader.samples[4] = (split.source.reader.samples[4][0], 5)
+    split.source.targets[4] = 5
     with pytest.raises(DataError, match=r"dog/1.png has label 5, outside of 0 to 1"):
         number_of_classes(config, split)
     with pytest.raises(DataError, match=r"dog/1.png has label 5; there are 2 classes"):

@@ -5,18 +5,23 @@ from __future__ import annotations
 import glob
 import os
 import warnings
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vmamba.errors import ImageError
+from vmamba.errors import DataError, ImageError
+from vmamba.files import shown
 
 IMAGE_EXTENSIONS = frozenset({
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2",
     ".avif",
+})  # fmt: skip
+
+# Folders that systems and programs keep for themselves, beside those whose names begin with a dot.
+_SYSTEM_FOLDERS = frozenset({
+    "__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",
 })  # fmt: skip
 
 # Pillow also opens formats that start other programs (EPS runs Ghostscript). A file's name says nothing about its
@@ -42,20 +47,44 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, in_chans: int = 3, nam
     Raises:
         ImageError: the file is missing, empty, truncated, corrupt, not an image, or larger than Pillow's limit
             against decompression bombs (``PIL.Image.MAX_IMAGE_PIXELS``, a warning in Pillow, an error here).
-        ValueError: ``in_chans`` is neither 1 nor 3.
+        DataError: ``in_chans`` is neither 1 nor 3.
     """
-    if in_chans not in (1, 3):
-        raise ValueError(f"in_chans is {in_chans}; image files are read with 1 (grey) or 3 (RGB) channels")
-    name = name or str(getattr(source, "name", source))
+    check_channels(in_chans)
+    name = shown(name or str(getattr(source, "name", source)))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(source, formats=_FORMATS) as image:
+                stored = image.tile[0].args if image.tile else None
                 image.load()
+                if image.format == "PNG" and "transparency" in image.info:
+                    _widen_key(image, stored, source)
                 return standard_image(image, in_chans)
     # Decoders meet damaged files with almost any exception: OSError, SyntaxError, struct.error, EOFError ...
     except Exception as error:
         raise ImageError(f"{name}: {_reason(error, source)}") from error
+
+
+def check_channels(in_chans: int) -> None:
+    """Refuse a number of channels that image files cannot give.
+
+    Raises:
+        DataError: it is neither 1 nor 3.
+    """
+    if in_chans not in (1, 3):
+        raise DataError(f"in_chans is {in_chans}; image files are read with 1 (grey) or 3 (RGB) channels")
+
+
+def _widen_key(image: Image.Image, stored: Any, source: Any) -> None:
+    """Make PNG's transparent colour fit the pixels: it is given in the file's bits, and Pillow turns those into 8."""
+    if stored in ("L;2", "L;4"):
+        image.info["transparency"] *= {"L;2": 85, "L;4": 17}[stored]
+    elif stored == "RGB;16B":
+        high, low = np.divmod(image.info.pop("transparency"), 256)
+        with Image.open(source, formats=("PNG",)) as other:
+            other.tile = [other.tile[0]._replace(args="RGB;16L")]  # the lower bytes, which Pillow leaves out
+            hidden = (np.asarray(image) == high) & (np.asarray(other) == low)
+        image.putalpha(Image.fromarray(~hidden.all(2)).convert("L"))
 
 
 def standard_image(image: Image.Image, in_chans: int = 3) -> Image.Image:
@@ -85,10 +114,11 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
         return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
     if low < 0 or high > 65535:
         raise ValueError(f"32-bit pixels from {low} to {high} have no defined white. Save it with 8 or 16 bits")
-    return Image.fromarray(((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    grey = ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    return Image.fromarray(np.where(pixels == image.info.get("transparency"), np.uint8(255), grey))
 
 
-def _reason(error: Exception, source: Any) -> str:
+def _reason(error: Exception, source: Any = None) -> str:
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return f"{error} To read it all the same, raise PIL.Image.MAX_IMAGE_PIXELS"
     if isinstance(error, UnidentifiedImageError):
@@ -104,36 +134,74 @@ def _is_empty(source: Any) -> bool:
     return source.seek(0, os.SEEK_END) == 0
 
 
+def is_hidden(path: str) -> bool:
+    """Whether a path, with ``/``, is some system's or program's own: ``._x.png``, ``.ipynb_checkpoints/x.png`` ..."""
+    return any(name.startswith(".") or name in _SYSTEM_FOLDERS for name in path.split("/"))
+
+
+def is_image(path: str) -> bool:
+    """Whether a path, with ``/``, inside a folder or archive counts as an image: by its ending, and not hidden."""
+    return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS and not is_hidden(path)
+
+
+def image_files(folder: str, on_error: Callable[[OSError], None]) -> list[str]:
+    """The images in a folder and in all folders inside it, sorted, as training and prediction see them.
+
+    Links are followed. A folder that several paths lead to is entered once, by the shortest of them (of equal ones the
+    first in the order of names): so links in a circle end, and each picture is met once. A link to a file counts as a
+    file. What is no picture behind its name (a broken link, a FIFO) is listed, for `read_image` to say so.
+
+    Args:
+        folder: its own name is not judged.
+        on_error: is told of each folder that cannot be read.
+    """
+    files, entered, folders = [], set(), [folder]
+    for path in folders:
+        if (real := os.path.realpath(path)) in entered:
+            continue
+        entered.add(real)
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as error:
+            on_error(error)
+            continue
+        visible = [entry for entry in entries if not is_hidden(entry.name)]
+        folders += [entry.path for entry in visible if entry.is_dir()]
+        files += [entry.path for entry in visible if is_image(entry.name) and not entry.is_dir()]
+    return sorted(files)
+
+
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[str], list[str]]:
-    """Expand files, folders (searched recursively by extension) and glob patterns into image files.
+    """Expand files, folders (searched by `image_files`) and glob patterns into image files.
 
     A path that exists is taken literally, even when its name holds ``*``, ``?`` or ``[``. A file that is named
-    outright is kept whatever its extension.
+    outright is kept whatever its name; of those that a pattern finds, `is_image` decides.
 
     Returns:
         The files, in the order given and sorted inside each folder or pattern, without repeats; and one message for
-        each path that gave none.
+        each path that gave none, and for each folder that cannot be read.
     """
     files: dict[str, None] = {}
     problems: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        problems.append(f"{shown(error.filename)}: {_reason(error)}")
+
     for path in (os.fspath(path) for path in paths):
+        told = len(problems)
         if os.path.exists(path):
-            matches = [path]
+            found = image_files(path, unreadable) if os.path.isdir(path) else [path]
         elif glob.has_magic(path):
-            matches = sorted(glob.glob(path, recursive=True))
+            found = []
+            for match in sorted(glob.glob(path, recursive=True)):
+                if os.path.isdir(match) and not is_hidden(os.path.basename(match)):
+                    found += image_files(match, unreadable)
+                elif is_image(os.path.basename(match)):
+                    found.append(match)
         else:
-            problems.append(f"{path}: no such file or folder")
+            problems.append(f"{shown(path)}: no such file or folder")
             continue
-        found = [file for match in matches for file in (_folder(match) if os.path.isdir(match) else [match])]
-        if not found:
-            problems.append(f"{path}: no image files ({' '.join(sorted(IMAGE_EXTENSIONS))})")
+        if not found and len(problems) == told:
+            problems.append(f"{shown(path)}: no image files ({' '.join(sorted(IMAGE_EXTENSIONS))})")
         files.update(dict.fromkeys(found))
     return list(files), problems
-
-
-def _folder(folder: str) -> list[str]:
-    return sorted(
-        str(path)
-        for path in Path(folder).rglob("*")
-        if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".") and path.is_file()
-    )

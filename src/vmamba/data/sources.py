@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import os
+import posixpath
 import shutil
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +17,13 @@ from typing import Any
 from filelock import FileLock
 from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
-from timm.data.readers import add_img_extensions
+from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset
 
 from vmamba.data.config import DataConfig
-from vmamba.data.images import IMAGE_EXTENSIONS, read_image, standard_image
+from vmamba.data.images import check_channels, image_files, is_hidden, is_image, read_image, standard_image
 from vmamba.errors import DataError, ImageError
-from vmamba.files import replacing
+from vmamba.files import replacing, shown
 
 PADDING = -1  # the label of samples that only fill up the last validation batches of a distributed run, or have none
 
@@ -28,8 +31,39 @@ _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation",
 
 
 @dataclass(frozen=True)
+class ImageFiles:
+    """Images in class folders, in a folder or a .tar file: ``root`` and, of each, its path there and its label.
+
+    Of a .tar file, ``places`` tells where in it each image begins and how many bytes it has. Every read opens the file
+    anew: no position is shared between processes.
+    """
+
+    root: str
+    paths: list[str]
+    targets: list[int]
+    class_to_idx: dict[str, int]
+    places: list[tuple[int, int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """The file of a sample."""
+        return os.path.join(self.root, self.paths[index])
+
+    def read(self, index: int, in_chans: int) -> Image.Image:
+        """The decoded image; `read_image` tells the errors."""
+        if self.places is None:
+            return read_image(self.name(index), in_chans)
+        start, size = self.places[index]
+        with open(self.root, "rb") as tar:
+            tar.seek(start)
+            return read_image(io.BytesIO(tar.read(size)), in_chans, self.name(index))
+
+
+@dataclass(frozen=True)
 class Split:
-    """One opened split: timm's or torchvision's data set, and what is known of it before reading an image."""
+    """One opened split: our own, timm's or torchvision's data set, and what is known of it before reading an image."""
 
     source: Any
     class_names: list[str] | None
@@ -49,25 +83,28 @@ class Split:
         Raises:
             ImageError: the image cannot be used; the message names its file.
         """
-        if not isinstance(self.source, ImageDataset):
-            try:
-                image, label = self.source[index]
-                return standard_image(image, in_chans), int(label)
-            except (OSError, ValueError) as error:
-                raise ImageError(f"{self.name(index)}: {error}") from error
-        file, label = self.source.reader[index][:2]
-        with file:
-            return read_image(file, in_chans, name=self.name(index)), PADDING if label is None else int(label)
+        if isinstance(self.source, ImageFiles):
+            return self.source.read(index, in_chans), self.source.targets[index]
+        if isinstance(self.source, ImageDataset):
+            file, label = self.source.reader[index][:2]
+            with file:
+                return read_image(file, in_chans, self.name(index)), PADDING if label is None else int(label)
+        try:
+            image, label = self.source[index]
+            return standard_image(image, in_chans), int(label)
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{self.name(index)}: {error}") from error
 
     def name(self, index: int) -> str:
-        """The file of a sample, or where it stands in the data set."""
-        if isinstance(self.source, ImageDataset):
+        """The file of a sample, or where it stands in the data set, as text for messages."""
+        name = None
+        if isinstance(self.source, ImageFiles):
+            name = self.source.name(index)
+        elif isinstance(self.source, ImageDataset):
             name = self.source.reader.filename(index, absolute=True)
-            if name:
-                return str(name)
-        if hasattr(self.source, "samples"):  # torchvision's folders
-            return str(self.source.samples[index][0])
-        return f"{self.where}, sample {index}"
+        elif hasattr(self.source, "samples"):  # torchvision's folders
+            name = self.source.samples[index][0]
+        return shown(str(name)) if name else f"{self.where}, sample {index}"
 
     def labels(self) -> Sequence[int] | None:
         """Every label, where they are known without reading images."""
@@ -95,75 +132,138 @@ def open_split(config: DataConfig, training: bool, class_names: Sequence[str] | 
     """Open the training or the validation split.
 
     Args:
-        class_names: of a folder or .tar file: the classes, in the order of their labels, that it must have. By default
+        class_names: of a folder or .tar file: the classes, in the order of their labels, that it may hold. By default
             the labels follow the sorted names of the class folders.
         seed: of the order in which a stream is shuffled.
 
     Raises:
-        DataError: the split is missing, empty, or its class folders are not those asked for.
+        DataError: the split is missing, empty, holds other classes than those given, or nothing to learn from.
     """
+    if config.in_chans is not None:
+        check_channels(config.in_chans)
     split = config.train_split if training else config.val_split
     root = config.root if training or config.val_root is None else config.val_root
     if not config.dataset:
-        return _open_files(_split_root(config, root, split), class_names)
-    where = " ".join(filter(None, (config.dataset, f"({split})", f"in {root}" if root else "")))
-    source = _open_named(config, root, split, training, seed, where)
+        root = _split_root(config, root, split)
+        where = shown(root)
+        source: Any = _open_files(root, where, {split, *_synonyms(split)}, class_names)
+    else:
+        where = " ".join(filter(None, (config.dataset, f"({split})", f"in {shown(root)}" if root else "")))
+        source = _open_named(config, root, split, training, seed, where)
+        if not isinstance(source, IterableImageDataset) and not len(source):
+            raise DataError(f"{where} is empty")
     names = _class_names(source) or _listed_names(config)
-    if not isinstance(source, IterableImageDataset) and not len(source):
-        raise DataError(f"{where} is empty")
+    if training and (config.num_classes or len(names or ())) == 1:
+        raise DataError(
+            f"{where} has one class{f' ({names[0]})' if names else ''}: there is nothing to tell apart. Put the images "
+            f"of each class in a folder of their own"
+        )
     return Split(source, names, where)
+
+
+def _synonyms(split: str) -> tuple[str, ...]:
+    return next((names for names in _SPLITS.values() if split in names), (split,))
 
 
 def _split_root(config: DataConfig, root: str | None, split: str) -> str:
     """The folder or .tar file that holds one split."""
     if root is None:
         raise DataError("data.root is not set: name a folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
+    where, names = shown(root), _synonyms(split)
     if not os.path.exists(root):
-        raise DataError(f"{root}: no such folder or .tar file")
+        raise DataError(f"{where}: no such folder or .tar file")
     if config.val_root is not None:
         return root
     if os.path.isfile(root):
-        raise DataError(f"{root} is one file: give the other split its own with data.val_root")
-    names = next((names for names in _SPLITS.values() if split in names), (split,))
+        raise DataError(f"{where} is one file: give the other split its own with data.val_root")
     for name in (split, *names):
-        if os.path.isdir(os.path.join(root, name)):
-            return os.path.join(root, name)
-    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        for path in (os.path.join(root, name), os.path.join(root, f"{name}.tar")):
+            if os.path.isdir(path) or os.path.isfile(path):
+                return path
+    found = sorted(shown(entry.name) for entry in os.scandir(root) if entry.is_dir() or entry.name.endswith(".tar"))
     raise DataError(
-        f"{root} has no folder {' or '.join(names)}; it holds {_some(found) or 'no folders'}. Put the images under "
-        f"{root}/train/CLASS and {root}/val/CLASS, or name the two places with data.root and data.val_root"
+        f"{where} has no folder {' or '.join(names)}; it holds {_some(found) or 'no folders'}. Put the images under "
+        f"{where}/train/CLASS and {where}/val/CLASS, or such folders into train.tar and val.tar, or name the two "
+        f"places with data.root and data.val_root"
     )
 
 
-def _open_files(root: str, class_names: Sequence[str] | None) -> Split:
-    """A folder of class folders, or a .tar file of one."""
-    add_img_extensions(sorted(IMAGE_EXTENSIONS))
-    if os.path.isfile(root) and not root.lower().endswith(".tar"):
-        raise DataError(f"{root} is a file, but not a .tar file")
-    try:
-        source = create_dataset("", root, search_split=False)
-    except RuntimeError as error:  # timm's answer to an empty folder
-        raise DataError(f"{root} holds no images in class folders; expected {root}/CLASS/IMAGE") from error
-    names = _class_names(source) or []
+def _open_files(root: str, where: str, split_names: set[str], class_names: Sequence[str] | None) -> ImageFiles:
+    """A folder of class folders, or a .tar file of one: the first level is the class, whatever lies deeper."""
+    places: dict[str, tuple[int, int]] = {}
     if os.path.isdir(root):
-        paths = [Path(path).relative_to(root) for path, _ in source.reader.samples]
-        loose = [path.name for path in paths if len(path.parts) == 1]
-        if loose:
-            raise DataError(f"{root} holds images outside of class folders: {_some(loose)}. Move them to {root}/CLASS/")
-        folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] not in ".@_"}
-        if empty := folders - {path.parts[0] for path in paths}:
-            raise DataError(f"class folders without a single image in {root}: {_some(sorted(empty))}")
-    if class_names is not None and list(class_names) != names:
-        missing = [name for name in class_names if name not in set(names)]
-        surplus = [name for name in names if name not in set(class_names)]
-        if missing or surplus:
-            raise DataError(
-                f"the class folders of {root} ({len(names)}) are not the {len(class_names)} classes expected; "
-                f"missing: {_some(missing) or 'none'}; unknown: {_some(surplus) or 'none'}"
-            )
-        source = create_dataset("", root, search_split=False, class_map={n: i for i, n in enumerate(class_names)})
-        names = list(class_names)
-    return Split(source, names, root)
+        problems: list[str] = []
+        files = image_files(root, lambda error: problems.append(shown(str(error))))
+        if problems:
+            raise DataError(f"folders in {where} cannot be read: {_some(problems)}")
+        paths = [path[len(os.path.join(root, "")) :].replace(os.sep, "/") for path in files]
+        folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name)}
+    elif root.lower().endswith(".tar"):
+        places, folders = _tar_places(root, split_names | {Path(root).stem})
+        paths = list(places)
+    else:
+        raise DataError(f"{where} is a file, but not a .tar file")
+    if not paths:
+        raise DataError(f"{where} holds no images in class folders; expected {where}/CLASS/IMAGE")
+    if loose := [shown(path) for path in paths if "/" not in path]:
+        raise DataError(f"{where} holds images outside of class folders: {_some(loose)}. Move them to {where}/CLASS/")
+    paths.sort(key=natural_key)
+    labels = [shown(path.split("/", 1)[0]) for path in paths]
+    found = set(labels)
+    if empty := sorted({shown(folder) for folder in folders} - found):
+        raise DataError(f"class folders without a single image in {where}: {_some(empty)}")
+    if class_names is None:
+        class_names = sorted(sorted(found), key=natural_key)
+    elif surplus := sorted(found - set(class_names)):
+        missing = [name for name in class_names if name not in found]
+        raise DataError(
+            f"the class folders of {where} ({len(found)}) are not among the {len(class_names)} classes expected; "
+            f"missing: {_some(missing) or 'none'}; unknown: {_some(surplus)}"
+        )
+    index = {name: i for i, name in enumerate(class_names)}
+    targets = [index[label] for label in labels]
+    return ImageFiles(root, paths, targets, index, [places[path] for path in paths] if places else None)
+
+
+def _tar_places(root: str, wrappers: set[str]) -> tuple[dict[str, tuple[int, int]], set[str]]:
+    """Of a .tar file: the images by their paths (where each begins, its size), and the folders of the first level.
+
+    A .tar file inside counts as a folder of its name. Folders around all classes (``data/train/CLASS``) are left out if
+    the last of them is named in ``wrappers``.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    folders: set[str] = set()
+
+    def scan(tar: Any, prefix: str, start: int) -> None:
+        while (member := tar.next()) is not None:
+            tar.members = []  # they would fill the memory: there may be millions
+            path = prefix + posixpath.normpath(member.name).lstrip("/")
+            if member.isdir() and not is_hidden(path):
+                folders.add(path)
+            elif member.isreg() and is_image(path):
+                places[path] = start + member.offset_data, member.size
+            elif member.isreg() and path.lower().endswith(".tar") and not (prefix or is_hidden(path)):
+                with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                    scan(inner, f"{path[:-4]}/", start + member.offset_data)
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes this for the end
+            raise tarfile.ReadError(f"damaged or cut off at byte {start + tar.offset}")
+
+    try:
+        with tarfile.open(root, "r:") as tar:
+            scan(tar, "", 0)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise DataError(f"{shown(root)} cannot be read as a .tar file: {error}") from error
+    around = os.path.commonpath(places).split("/") if places else []
+    depth = max((i + 1 for i, name in enumerate(around) if name in wrappers), default=0)
+    if any(path.count("/") <= depth for path in places):  # then it is a class that happens to have such a name
+        depth = 0
+
+    def inside(path: str) -> str:
+        return path.split("/", depth)[-1]
+
+    first = {inside(folder).split("/")[0] for folder in folders if folder.count("/") >= depth}
+    return {inside(path): place for path, place in places.items()}, first
 
 
 def _open_named(config: DataConfig, root: str | None, split: str, training: bool, seed: int, where: str) -> Any:
@@ -225,11 +325,8 @@ def _unpack(root: Path, dataset: str) -> None:
 
 
 def _class_names(source: Any) -> list[str] | None:
-    places = [(source, "class_to_idx")]
-    if hasattr(source, "reader"):
-        places = [(source.reader, "class_to_idx"), (source.reader, "class_name_to_idx")]  # the second of .tar files
-    mapping = next(filter(None, (getattr(*place, None) for place in places)), None)
-    if mapping is None:
+    mapping = getattr(getattr(source, "reader", source), "class_to_idx", None)
+    if not mapping:
         return None
     return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vmamba.data.config import AugmentConfig
+from vmamba.data.images import check_channels
 
 ImageTransform = Callable[[Image.Image], Tensor]
 
@@ -37,6 +38,7 @@ class Preprocessing:
     crop_pct: float = 0.875
 
     def __post_init__(self) -> None:
+        check_channels(self.in_chans)
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.in_chans:
                 raise ValueError(
