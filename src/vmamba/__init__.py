@@ -43,4 +43,4 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
         },
         modules=["data", "errors", "files", "models", "nn", "ops", "tasks"],
     )  # fmt: skip
-lazy.import_after("timm", "vmamba.models.registry")
+lazy.import_after("timm", "vmamba.models")
