@@ -16,8 +16,9 @@ from PIL import Image
 from vmamba import files
 from vmamba.data.config import AugmentConfig, DataConfig
 from vmamba.tasks import checkpointing
-from vmamba.tasks.classification import ClassificationTask, train
 from vmamba.tasks.recipe import ModelConfig, OptimConfig, TrainConfig, TrainerConfig
+from vmamba.tasks.task import Task
+from vmamba.tasks.training import train
 
 CLASSES = ("blue", "green", "red")
 
@@ -55,7 +56,7 @@ def checkpoint(run: Path) -> dict[str, Any]:
 def spawn(function: Any, *args: Any, environment: dict[str, str] | None = None) -> multiprocessing.process.BaseProcess:
     """Start a function in a process of its own that has the package imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vmamba.tasks.classification"])
+    context.set_forkserver_preload(["vmamba.tasks.classification", "vmamba.tasks.training"])
     process = context.Process(target=_child, args=(function, args, environment or {}))
     process.start()
     return process
@@ -74,19 +75,17 @@ def die() -> None:
 def train_and_die(config, moment):
     """Train, to be killed in the second epoch."""
     if moment == "training":
-        batch_end = ClassificationTask.on_train_batch_end
+        batch_end = Task.on_train_batch_end
 
         def on_train_batch_end(self, outputs, batch, batch_idx):
             batch_end(self, outputs, batch, batch_idx)
             if self.current_epoch == 1 and batch_idx == 3:
                 die()
 
-        ClassificationTask.on_train_batch_end = on_train_batch_end
+        Task.on_train_batch_end = on_train_batch_end
     if moment == "validating":
-        validation_end = ClassificationTask.on_validation_epoch_end
-        ClassificationTask.on_validation_epoch_end = lambda self: (
-            die() if self.current_epoch == 1 else validation_end(self)
-        )
+        validation_end = Task.on_validation_epoch_end
+        Task.on_validation_epoch_end = lambda self: die() if self.current_epoch == 1 else validation_end(self)
     if moment == "writing":
         save = torch.save
 

@@ -13,9 +13,11 @@ from vmamba.data.transforms import BatchAugment
 from vmamba.errors import DataError, ImageError, NonFiniteError, RecipeError
 from vmamba.models.checkpoints import read_metadata
 from vmamba.tasks import classification
-from vmamba.tasks.classification import build_model, train, validate
+from vmamba.tasks.classification import ClassificationTask
 from vmamba.tasks.prediction import Classifier
 from vmamba.tasks.recipe import ModelConfig, TrainerConfig, ValidateConfig
+from vmamba.tasks.task import build_model
+from vmamba.tasks.training import train, validate
 
 PLAIN = AugmentConfig(
     scale=(1, 1), ratio=(1, 1), hflip=0, rand_augment=None, color_jitter=0, random_erasing=0, mixup=0, cutmix=0
@@ -93,11 +95,12 @@ def test_rates_follow_schedule_and_global_batch_and_gradients_are_clipped(images
 
 def test_no_decay_for_biases_norms_and_state_parameters_and_slower_lower_layers(images, tmp_path):
     config = recipe(images, tmp_path / "run", epochs=2, layer_decay=0.5, lr=1.0)
-    task = classification.ClassificationTask
     groups = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            task, "on_train_start", lambda self: groups.append((self.model, self.optimizers().param_groups)) or 1 / 0
+            ClassificationTask,
+            "on_train_start",
+            lambda self: groups.append((self.model, self.optimizers().param_groups)) or 1 / 0,
         )
         with pytest.raises(ZeroDivisionError):
             train(config)
@@ -115,14 +118,10 @@ def test_no_decay_for_biases_norms_and_state_parameters_and_slower_lower_layers(
 def test_keep_best_or_last(images, tmp_path):
     config = recipe(images, tmp_path / "run", ema_decay=0.0)
     scores = iter([0.5, 0.9, 0.7] * 2)
-    end = classification.ClassificationTask.on_validation_epoch_end
-
-    def scored(self):
-        end(self)
-        self.results["val_top1"] = next(scores)
+    results = ClassificationTask.results
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classification.ClassificationTask, "on_validation_epoch_end", scored)
+        patch.setattr(ClassificationTask, "results", lambda self: results(self) | {"top1": next(scores)})
         train(config)
         assert read_metadata(tmp_path / "run/model.safetensors")["epoch"] == 2
         config.keep, config.overwrite = "last", True
@@ -150,7 +149,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(images
         return result
 
     monkeypatch.setattr(BatchAugment, "__call__", poisoned)
-    monkeypatch.setattr(classification, "build_model", lambda *args: kept.setdefault("model", build(*args)))
+    monkeypatch.setattr(
+        classification, "build_model", lambda *args, **more: kept.setdefault("model", build(*args, **more))
+    )
     with pytest.raises(
         NonFiniteError, match=rf"the {where}.* epoch 2, step 3 \(update 9 of the run; learning rate 0.0"
     ):

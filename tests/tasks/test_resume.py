@@ -9,7 +9,7 @@ import torch
 from tasks.small import checkpoint, make_images, recipe, spawn, train_and_die
 
 from vmamba.models.checkpoints import read_metadata
-from vmamba.tasks.classification import train
+from vmamba.tasks.training import train
 
 
 @pytest.fixture(scope="module")

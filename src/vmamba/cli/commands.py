@@ -16,23 +16,22 @@ from vmamba.tasks.runs import report
 
 def train(config: TrainConfig) -> int:
     """Train, and say where the run is."""
-    from vmamba.tasks import classification
+    from vmamba.tasks import training
 
-    folder = classification.train(config)
-    if classification.is_first_process():
+    folder = training.train(config)
+    if training.is_first_process():
         report(f"the run is in {folder}")
     return 0
 
 
 def validate(config: ValidateConfig) -> int:
     """Measure, and print the figures."""
-    from vmamba.tasks import classification
+    from vmamba.tasks import training
 
-    results = classification.validate(config)
-    if classification.is_first_process():
+    results = training.validate(config)
+    if training.is_first_process():
         report(f"{results['weights']} on {results['data']}; pictures in {results['output']}")
-        top5 = f", top-5 {results['top5']:.2%}" if "top5" in results else ""
-        print(f"{results['images']} images: top-1 {results['top1']:.2%}{top5}, loss {results['loss']:.4f}")
+        print(results["summary"])
     return 0
 
 

@@ -18,6 +18,7 @@ from vmamba.files import atomic_write
 from vmamba.models.checkpoints import save_checkpoint
 from vmamba.tasks.pictures import learning_curve
 from vmamba.tasks.runs import RunFolder
+from vmamba.tasks.task import Score, Task
 
 _DRAWING_SECONDS = 60  # time between two drawings of the learning curve during a run
 
@@ -55,10 +56,10 @@ class Recorder(L.Callback):
     A kill before that last step means that the epoch is trained again, and writes the same once more.
     """
 
-    def __init__(self, run: RunFolder, keep: str, metadata: dict[str, Any]) -> None:
-        self.run, self.keep, self.metadata = run, keep, metadata
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
         self.history: list[dict[str, float]] = []
-        self.best = -1.0
+        self.best: float | None = None  # as `Score.rank` has it
         self.started = self.drawn = time.monotonic()
 
     @override
@@ -80,20 +81,39 @@ class Recorder(L.Callback):
         epoch = trainer.current_epoch + 1
         seconds = round(time.monotonic() - self.started, 2)
         self.history.append({"epoch": epoch, "lr": lr, **results, "seconds": seconds})
-        top1 = results.get("val_top1", -1.0)
-        if self.keep == "last" or top1 > self.best:
-            self.best = max(self.best, top1)
+        if pl_module.recipe.keep == "last" or self._is_best(results, pl_module.score):
             network = pl_module.network_for_saving()
             if network is not None:
-                save_checkpoint(network, self.run.model, self.metadata | {"epoch": epoch, **results})
+                save_checkpoint(network, self.run.model, self._metadata(pl_module) | {"epoch": epoch, **results})
         if trainer.is_global_zero:
             self.run.write_metrics(self.history)
             if time.monotonic() - self.drawn > _DRAWING_SECONDS:
-                learning_curve(self.history, self.run.curve)
-                self.drawn = time.monotonic()
+                self._draw(pl_module)
         trainer.save_checkpoint(self.run.checkpoint)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and self.history:
-            learning_curve(self.history, self.run.curve)
+            self._draw(pl_module)
+
+    def _is_best(self, results: dict[str, float], score: Score) -> bool:
+        if f"val_{score.name}" not in results:
+            return False
+        rank = score.rank(results[f"val_{score.name}"])
+        if self.best is not None and rank <= self.best:
+            return False
+        self.best = rank
+        return True
+
+    def _metadata(self, task: Task) -> dict[str, Any]:
+        """What the model file says of how the network is built and used."""
+        assert task.recipe is not None
+        model = task.recipe.model
+        variant = getattr(task.model, "variant", model.name)
+        return {"task": task.name, "variant": variant, "model_kwargs": model.kwargs, **task.metadata()}
+
+    def _draw(self, task: Task) -> None:
+        learning_curve(self.history, task.curves, task.score, self.run.curve)
+        if task.found:
+            task.show(self.run.path)
+        self.drawn = time.monotonic()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
+from torch import Tensor
 
-from vmamba.files import atomic_write
+from vmamba.files import atomic_write, shown
+
+if TYPE_CHECKING:
+    from vmamba.tasks.task import Score
 
 # Two colours of the Okabe-Ito palette, which people with any colour vision can tell apart, and greys.
 BLUE, ORANGE, INK, GREY, PALE = "#0072B2", "#D55E00", "#222222", "#767676", "#E4E4E4"
@@ -32,25 +36,58 @@ class Sample:
     confidence: float
 
 
-def learning_curve(history: Sequence[dict[str, float]], path: Path) -> None:
-    """Loss and accuracy of training and validation against the epoch, side by side.
+class Gallery:
+    """Keeps some images that a validation meets: a random sample, and the mistakes it was most confident in.
 
     Args:
-        history: one dict an epoch with "epoch" and any of "train_loss", "val_loss", "train_top1", "val_top1" (0 to 1).
+        length: images of the validation split.
+        every: of the images of the split, in order, one in so many is added here; the others elsewhere.
+        names: of the classes.
     """
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    best = max((row for row in history if "val_top1" in row), key=lambda row: row["val_top1"], default=None)
-    last = history[-1]
+
+    def __init__(self, length: int, every: int, names: Sequence[str], random_ones: int = 24, most: int = 8) -> None:
+        order = torch.randperm(max(length, 1), generator=torch.Generator().manual_seed(0))
+        self.places, self.every, self.seen = set(order[:random_ones].tolist()), every, 0
+        self.names, self.most = names, most
+        self.chosen: list[Sample] = []
+        self.mistakes: list[Sample] = []
+
+    def add(self, images: Tensor, labels: Tensor, predicted: Tensor, confidences: Tensor) -> None:
+        """Images (B, C, H, W), uint8, with true and predicted class and the confidence in it, (B,) each."""
+        for row in zip(images, *(values.tolist() for values in (labels, predicted, confidences)), strict=True):
+            image, true, answer, confidence = row
+            chosen = self.seen * self.every in self.places
+            self.seen += 1
+            mistake = true != answer and (len(self.mistakes) < self.most or confidence > self.mistakes[-1].confidence)
+            if chosen or mistake:
+                pixels = image.permute(1, 2, 0).cpu().numpy()
+                sample = Sample(pixels, self.names[true], self.names[answer], confidence)
+                self.chosen += [sample] * chosen
+                self.mistakes = sorted(self.mistakes + [sample] * mistake, key=lambda s: -s.confidence)[: self.most]
+
+
+def learning_curve(history: Sequence[dict[str, float]], curves: Sequence[Score], score: Score, path: Path) -> None:
+    """Losses and scores of training and validation against the epoch, side by side.
+
+    Args:
+        history: one dict an epoch with "epoch" and any of "train_NAME" and "val_NAME".
+        curves: what to draw, one panel each; those of which there is no number yet are left out.
+        score: the one that tells which epoch was best.
+    """
+    curves = [s for s in curves if any(row.keys() & {f"train_{s.name}", f"val_{s.name}"} for row in history)]
+    figure = Figure(figsize=(5 * len(curves), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    key, last = f"val_{score.name}", history[-1]
+    best = max((row for row in history if key in row), key=lambda row: score.rank(row[key]), default=None)
     figure.suptitle(
         f"{last['epoch']:.0f} epoch{'s' if last['epoch'] > 1 else ''}"
-        + (f", best validation accuracy {best['val_top1']:.2%} in epoch {best['epoch']:.0f}" if best else ""),
+        + (f", best validation {score.label} {score.text(best[key])} in epoch {best['epoch']:.0f}" if best else ""),
         fontsize=13, color=INK, x=0.01, ha="left",
     )  # fmt: skip
-    for axes, quantity, title in ((left, "loss", "Loss"), (right, "top1", "Accuracy (top-1)")):
-        _bare(axes, title)
+    for axes, curve in zip(panels, curves, strict=True):
+        _bare(axes, curve.label)
         for split, label, colour in (("train", "training", BLUE), ("val", "validation", ORANGE)):
-            points = [(row["epoch"], row[f"{split}_{quantity}"]) for row in history if f"{split}_{quantity}" in row]
+            points = [(row["epoch"], row[f"{split}_{curve.name}"]) for row in history if f"{split}_{curve.name}" in row]
             if points:
                 x, y = zip(*points, strict=True)
                 marker = "o" if len(points) <= 20 else None
@@ -60,8 +97,9 @@ def learning_curve(history: Sequence[dict[str, float]], path: Path) -> None:
         margin = 0.02 * len(history) + 0.1
         axes.set_xlim(history[0]["epoch"] - margin, last["epoch"] + margin)
         axes.grid(axis="y", color=PALE)
-    right.yaxis.set_major_formatter(PercentFormatter(1.0))
-    left.legend(frameon=False, labelcolor=INK)
+        if curve.percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    panels[0].legend(frameon=False, labelcolor=INK)
     _save(figure, path)
 
 
@@ -92,7 +130,7 @@ def confusion_matrix(matrix: NDArray[np.int64], class_names: Sequence[str], path
         spine.set_visible(False)
     axes.tick_params(length=0, colors=INK)
     if named:
-        labels = [textwrap.shorten(name, 24, placeholder="…") for name in class_names]
+        labels = [_named(name, 24) for name in class_names]
         axes.set_xticks(range(number), labels, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(number), labels)
         axes.set_xticks(np.arange(number + 1) - 0.5, minor=True)
@@ -117,7 +155,7 @@ def _list_mistakes(axes: Axes, matrix: NDArray[np.int64], class_names: Sequence[
     for place, flat in enumerate(np.argsort(-wrong, axis=None, kind="stable")[:most]):
         true, predicted = np.unravel_index(flat, wrong.shape)
         if wrong[true, predicted]:
-            names = [textwrap.shorten(class_names[c], 22, placeholder="…") for c in (true, predicted)]
+            names = [_named(class_names[c], 22) for c in (true, predicted)]
             text = f"{wrong[true, predicted]:>4}  {names[0]} → {names[1]}"
             axes.text(0, 1 - (place + 0.7) / most, text, fontsize=9, color=INK, transform=axes.transAxes)
 
@@ -147,11 +185,16 @@ def _show(axes: Axes, sample: Sample) -> None:
     image = sample.image[..., 0] if sample.image.shape[-1] == 1 else sample.image
     axes.imshow(image, cmap="gray", vmin=0, vmax=255)
     correct = sample.true == sample.predicted
-    predicted = textwrap.shorten(sample.predicted, 20, placeholder="…")
-    true = "" if correct else textwrap.shorten(f"is {sample.true}", 23, placeholder="…")
-    mark = "✓" if correct else "✗"
-    axes.set_title(f"{mark} {predicted}\n{sample.confidence:.0%}", fontsize=9, color=BLUE if correct else ORANGE, pad=3)
+    true = "" if correct else f"is {_named(sample.true, 20)}"
+    title = f"{'✓' if correct else '✗'} {_named(sample.predicted, 20)}\n{sample.confidence:.0%}"
+    axes.set_title(title, fontsize=9, color=BLUE if correct else ORANGE, pad=3)
     axes.text(0.5, -0.04, true, transform=axes.transAxes, ha="center", va="top", fontsize=9, color=INK)
+
+
+def _named(name: str, width: int) -> str:
+    """A class name as a picture can show it: any bytes, no longer than ``width``, and no formula."""
+    name = shown(name)
+    return (name if len(name) <= width else name[: width - 1] + "…").replace("$", r"\$")
 
 
 def _bare(axes: Axes, title: str) -> None:

@@ -1,34 +1,184 @@
-"""Classifying image files with a trained model: what ``vmamba predict`` does, and what Python code can use."""
+"""Using a trained model on image files: what ``vmamba predict`` does, and what Python code can use."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Self
 
 import timm
 import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
-from vmamba.data.config import DataConfig
+import vmamba
 from vmamba.data.images import read_image
-from vmamba.data.transforms import Preprocessing
-from vmamba.errors import CheckpointError, ImageError
-from vmamba.models.checkpoints import load_checkpoint, load_model
+from vmamba.data.transforms import ImageTransform, Preprocessing
+from vmamba.errors import CheckpointError, ImageError, RecipeError
+from vmamba.models.checkpoints import load_checkpoint
+from vmamba.models.registry import load_model
+from vmamba.tasks import parts_of
+from vmamba.tasks.recipe import PredictConfig
 from vmamba.tasks.runs import LATEST, RunFolder
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What all tasks share
 
-@dataclass(frozen=True)
-class Prediction:
-    """What became of one file: the most likely classes, best first, or the reason why it could not be classified."""
 
+class Weights(NamedTuple):
+    """A trained network in evaluation mode, what its file says beside the weights, and where they came from."""
+
+    model: nn.Module
+    metadata: dict[str, Any]
+    source: str
+
+    @property
+    def task(self) -> str:
+        """What the network was trained to do."""
+        return str(self.metadata.get("task", "classification"))
+
+
+def load_weights(checkpoint: str | None = None, name: str | None = None, ema: bool = False) -> Weights:
+    """A trained network from a file, from published weights, or from the newest run.
+
+    Args:
+        checkpoint: any file that `vmamba.load_checkpoint` reads.
+        name: with no checkpoint: a model whose published weights are downloaded. With neither, the model of
+            runs/latest is taken.
+        ema: of a file that holds both, take the averaged weights.
+
+    Raises:
+        CheckpointError: there is no such file or model, or it cannot be read.
+    """
+    if checkpoint is None and name is not None:
+        vmamba.list_models()  # registers the variants with timm
+        if not timm.is_model(name):
+            raise CheckpointError(f"there is no model {name!r}; `vmamba models` lists the variants")
+        return Weights(timm.create_model(name, pretrained=True).eval(), {}, f"{name}, published weights")
+    if checkpoint is None:
+        checkpoint = str(RunFolder(LATEST).model)
+        if not os.path.exists(checkpoint):
+            raise CheckpointError(
+                f"no checkpoint was named and {checkpoint} does not exist: train a model first, name a file with "
+                f"--checkpoint, or take published weights with --pretrained NAME"
+            )
+    model, metadata = load_model(checkpoint)
+    if ema:
+        load_checkpoint(model, checkpoint, ema=True)
+    return Weights(model.eval(), metadata, checkpoint)
+
+
+class Outcome:
+    """What became of one file. A task's own is a dataclass with the fields that JSON is to hold.
+
+    Attributes:
+        columns: of a table or CSV file of outcomes.
+        right: the columns that hold numbers.
+    """
+
+    columns: ClassVar[tuple[str, ...]]
+    right: ClassVar[tuple[int, ...]] = ()
     file: str
-    classes: tuple[ClassScore, ...] = ()
-    error: str | None = None
+    error: str | None
+
+    def rows(self, exact: bool) -> list[tuple[Any, ...]]:
+        """Its lines of the table, to be read by people or, if ``exact``, by programs; none for a file in error."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON is to hold."""
+        return {name: value for name, value in asdict(self).items() if value}  # type: ignore[call-overload]
+
+
+class Predictor:
+    """A trained network with what it takes to use it on image files."""
+
+    model: nn.Module
+    source: str
+
+    @classmethod
+    def from_weights(cls, weights: Weights, settings: Any = None) -> Self:
+        """From a loaded network.
+
+        Args:
+            settings: an object whose attributes named like settings of the preprocessing, where they are not None,
+                replace what the weights' file says: a `PredictConfig` or a task's data settings.
+        """
+        raise NotImplementedError
+
+    def outcomes(self, files: Sequence[str], config: PredictConfig) -> Iterator[Outcome]:
+        """Treat image files one batch after another, in order. A file that cannot be read is reported, not raised."""
+        raise NotImplementedError
+
+
+def load_predictor(config: PredictConfig) -> Predictor:
+    """The model that the settings name, on the device they name, ready for its own task.
+
+    Raises:
+        CheckpointError: there is no such file, or it is of no use for its task.
+        RecipeError: the device cannot be used.
+    """
+    weights = load_weights(config.checkpoint, config.pretrained, config.ema)
+    predictor: Predictor = parts_of(weights.task).load("predictor").from_weights(weights, config)
+    try:
+        predictor.model.to(default_device() if config.device == "auto" else config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"device {config.device!r} cannot be used: {error}") from error
+    return predictor
+
+
+def default_device() -> torch.device:
+    """The first accelerator that torch finds, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def each_file(
+    files: Sequence[str],
+    in_chans: int,
+    transform: Callable[[Any], Any],
+    infer: Callable[[list[Any]], Iterable[Any]],
+    batch_size: int = 32,
+    workers: int = 0,
+) -> Iterator[tuple[str, Any]]:
+    """Each file with what the model makes of it, or with the `ImageError` that says why it cannot be used.
+
+    Args:
+        files: paths of images of any size and kind that `read_image` reads.
+        in_chans: 1 to read them in grey, 3 in RGB.
+        transform: from PIL image to sample; runs in the workers.
+        infer: from the samples of a batch to one result each.
+        batch_size: samples in one forward pass.
+        workers: processes that read images; 0 to read them in this one.
+    """
+    samples = _Samples(files, in_chans, transform)
+    names = iter(files)
+    for batch in DataLoader(samples, batch_size, num_workers=workers, collate_fn=list):
+        good = [sample for sample in batch if not isinstance(sample, ImageError)]
+        results = iter(infer(good) if good else ())
+        for sample in batch:
+            yield next(names), sample if isinstance(sample, ImageError) else next(results)
+
+
+class _Samples(Dataset[Any]):
+    def __init__(self, files: Sequence[str], in_chans: int, transform: Callable[[Any], Any]) -> None:
+        self.files, self.in_chans, self.transform = files, in_chans, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.transform(read_image(self.files[index], self.in_chans))
+        except ImageError as error:
+            return error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classification
 
 
 @dataclass(frozen=True)
@@ -40,28 +190,59 @@ class ClassScore:
     confidence: float
 
 
-def preprocessing_of(model: nn.Module, data: DataConfig, stored: dict[str, Any] | None = None) -> Preprocessing:
-    """What a model expects of its input: stored metadata or else its ``pretrained_cfg``, overridden by ``data``."""
+@dataclass(frozen=True)
+class Prediction(Outcome):
+    """What became of one file: the most likely classes, best first, or the reason why it could not be classified."""
+
+    columns = ("file", "rank", "class", "index", "confidence")
+    right = (1, 3, 4)
+
+    file: str
+    classes: tuple[ClassScore, ...] = ()
+    error: str | None = None
+
+    @override
+    def rows(self, exact: bool) -> list[tuple[Any, ...]]:
+        return [
+            (self.file if exact or rank == 1 else "", rank, score.name, score.index,
+             f"{score.confidence:.6f}" if exact else f"{score.confidence:.2%}")
+            for rank, score in enumerate(self.classes, start=1)
+        ]  # fmt: skip
+
+
+def preprocessing_of(model: nn.Module, settings: Any = None, stored: dict[str, Any] | None = None) -> Preprocessing:
+    """What a classifier expects of its input.
+
+    Args:
+        model: whose ``pretrained_cfg`` says so where nothing else does.
+        settings: an object whose attributes, where they are not None, come first.
+        stored: metadata of the model's file, which comes second.
+
+    Raises:
+        CheckpointError: the model takes images of other than 1 or 3 channels.
+    """
     known = dict(stored or getattr(model, "pretrained_cfg", None) or {})
-    given = {
-        field.name: getattr(data, field.name)
-        for field in dataclasses.fields(Preprocessing)
-        if getattr(data, field.name) is not None
-    }
+    names = [field.name for field in fields(Preprocessing)]
+    given = {name: getattr(settings, name) for name in names if getattr(settings, name, None) is not None}
     if isinstance(given.get("img_size"), int):
         given["img_size"] = (given["img_size"],) * 2
     if "input_size" in known:
         known["img_size"] = known.pop("input_size")[1:]
-    known["in_chans"] = given["in_chans"] = getattr(model, "in_chans", None) or data.in_chans or 3
+    channels = getattr(model, "in_chans", None) or known.get("in_chans") or given.get("in_chans") or 3
+    if channels not in (1, 3):
+        raise CheckpointError(
+            f"the model takes images of {channels} channels; image files are read with 1 (grey) or 3 (RGB)"
+        )
+    known["in_chans"] = given["in_chans"] = channels
     for name in ("mean", "std"):  # a model for RGB that was given one grey channel
-        if name not in given and len(known.get(name, ())) == 3 and known["in_chans"] == 1:
+        if name not in given and len(known.get(name, ())) == 3 and channels == 1:
             known[name] = (sum(known[name]) / 3,)
     return Preprocessing.from_dict(known | given)
 
 
 @dataclass
-class Classifier:
-    """A trained network with what it takes to use it.
+class Classifier(Predictor):
+    """A trained classifier with what it takes to use it.
 
     Attributes:
         model: maps normalised images (B, C, H, W) to logits (B, classes).
@@ -77,38 +258,27 @@ class Classifier:
 
     @classmethod
     def load(
-        cls, checkpoint: str | None = None, name: str | None = None, ema: bool = False, data: DataConfig | None = None
-    ) -> Classifier:
-        """From a file, from published weights, or from the newest run.
+        cls, checkpoint: str | None = None, name: str | None = None, ema: bool = False, settings: Any = None
+    ) -> Self:
+        """From a file, from published weights, or from the newest run: see `load_weights` and `from_weights`."""
+        return cls.from_weights(load_weights(checkpoint, name, ema), settings)
 
-        Args:
-            checkpoint: any file that `vmamba.load_checkpoint` reads.
-            name: with no checkpoint: a model whose published weights are downloaded. With neither, the model of
-                runs/latest is taken.
-            ema: of a file that holds both, take the averaged weights.
-            data: settings that replace what the file says of preprocessing.
+    @classmethod
+    @override
+    def from_weights(cls, weights: Weights, settings: Any = None) -> Self:
+        """See `Predictor.from_weights`.
 
         Raises:
-            CheckpointError: there is no such file, or it holds no classifier.
+            CheckpointError: the network has another task, or tells no classes apart.
         """
-        data = data or DataConfig()
-        if checkpoint is None and name is not None:
-            model = timm.create_model(name, pretrained=True)
-            return cls(model.eval(), preprocessing_of(model, data), _names([], model), f"{name}, published weights")
-        if checkpoint is None:
-            checkpoint = str(RunFolder(LATEST).model)
-            if not os.path.exists(checkpoint):
-                raise CheckpointError(
-                    f"no checkpoint was named and {checkpoint} does not exist: train a model first, name a file with "
-                    f"--checkpoint, or take published weights with --pretrained NAME"
-                )
-        model, metadata = load_model(checkpoint)
-        if ema:
-            load_checkpoint(model, checkpoint, ema=True)
-        names = _names(metadata.get("class_names") or [], model)
-        if not names:
-            raise CheckpointError(f"{checkpoint} holds a backbone without a classifier: it cannot tell classes apart")
-        return cls(model.eval(), preprocessing_of(model, data, metadata), names, checkpoint)
+        model, metadata, source = weights
+        if weights.task != "classification":
+            raise CheckpointError(f"{source} is a model for {weights.task}, not for classification")
+        names = class_names(metadata.get("class_names") or [], model)
+        if len(names) < 2:
+            what = f"knows a single class, {names[0]}" if names else "holds a backbone without a classifier"
+            raise CheckpointError(f"{source} {what}: it cannot tell classes apart")
+        return cls(model, preprocessing_of(model, settings, metadata), names, source)
 
     @property
     def num_classes(self) -> int:
@@ -132,51 +302,28 @@ class Classifier:
             batch_size: images in one forward pass.
             workers: processes that read images; 0 to read them in this one.
         """
-        loader: DataLoader[Any] = DataLoader(_Files(files, self.pre), batch_size, num_workers=workers, collate_fn=list)
-        done = 0
-        for batch in loader:
-            good = [item for item in batch if isinstance(item, Tensor)]
-            scores = iter(self.confidences(torch.stack(good))) if good else iter(())
-            for file, item in zip(files[done : done + len(batch)], batch, strict=True):
-                yield (
-                    self._prediction(file, next(scores), topk)
-                    if isinstance(item, Tensor)
-                    else Prediction(file, error=item)
-                )
-            done += len(batch)
+        transform: ImageTransform = self.pre.eval_transform()
+        for file, found in each_file(files, self.pre.in_chans, transform, self._scores, batch_size, workers):
+            if isinstance(found, ImageError):
+                yield Prediction(file, error=str(found))
+                continue
+            values, indices = found.topk(min(topk, len(found)))
+            pairs = zip(indices.tolist(), values.tolist(), strict=True)
+            yield Prediction(file, tuple(ClassScore(self.class_names[index], index, value) for index, value in pairs))
 
-    def _prediction(self, file: str, scores: Tensor, topk: int) -> Prediction:
-        confidences, indices = scores.topk(min(topk, len(scores)))
-        pairs = zip(indices.tolist(), confidences.tolist(), strict=True)
-        return Prediction(file, tuple(ClassScore(self.class_names[index], index, value) for index, value in pairs))
+    def _scores(self, samples: list[Tensor]) -> Tensor:
+        return self.confidences(torch.stack(samples))
+
+    @override
+    def outcomes(self, files: Sequence[str], config: PredictConfig) -> Iterator[Prediction]:
+        return self.predict(files, config.topk, config.batch_size, config.workers)
 
 
-class _Files(Dataset[Any]):
-    """uint8 images (C, H, W), or a text that says what is wrong with the file."""
-
-    def __init__(self, files: Sequence[str], pre: Preprocessing) -> None:
-        self.files, self.pre, self.transform = files, pre, pre.eval_transform()
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor | str:
-        try:
-            return self.transform(read_image(self.files[index], self.pre.in_chans))
-        except ImageError as error:
-            return str(error)
-
-
-def _names(stored: Sequence[str], model: nn.Module) -> list[str]:
+def class_names(stored: Sequence[str], model: nn.Module) -> list[str]:
+    """One name for each output of a classifier: those stored, or else ImageNet's, or else numbers."""
     number = int(getattr(model, "num_classes", 0)) or len(stored)
     if len(stored) == number:
         return list(stored)
     if number == 1000:
         return ImageNetInfo().label_descriptions()  # type: ignore[return-value]
     return [f"class {index}" for index in range(number)]
-
-
-def default_device() -> torch.device:
-    """The first accelerator that torch finds, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")

@@ -12,6 +12,7 @@ from rich.progress import Progress as Bar
 from typing_extensions import override
 
 from vmamba.tasks.checkpointing import Recorder
+from vmamba.tasks.task import LOSS
 
 _QUIET_SECONDS = 60  # elsewhere than on a terminal: time between two lines within an epoch
 
@@ -49,7 +50,7 @@ class Progress(L.Callback):
         if now - self.spoke < (0.5 if self.bar else _QUIET_SECONDS):
             return
         self.spoke = now
-        loss = float(pl_module.train_loss) / pl_module.train_steps
+        loss = pl_module.trained.local("loss")
         where = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         if self.bar:
             self.bar.update(self.task, completed=self.step, description=f"{where}  loss {loss:.4f}")
@@ -67,11 +68,11 @@ class Progress(L.Callback):
         if not self.shown:
             return
         row = self.recorder.history[-1]
-        parts = [f"epoch {row['epoch']:>3}/{trainer.max_epochs}", f"training loss {row['train_loss']:.4f}"]
-        if "train_top1" in row:
-            parts.append(f"accuracy {row['train_top1']:.2%}")
-        if "val_loss" in row:
-            parts += [f"| validation loss {row['val_loss']:.4f}", f"accuracy {row['val_top1']:.2%}"]
+        parts = [f"epoch {row['epoch']:>3}/{trainer.max_epochs}"]
+        for split, name in (("train", "training"), ("val", "| validation")):
+            numbers = [(score, row.get(f"{split}_{score.name}")) for score in (LOSS, pl_module.score)]
+            found = [f"{score.label} {score.text(value)}" for score, value in numbers if value is not None]
+            parts += [f"{name} {'  '.join(found)}"] if found else []
         parts += [f"| lr {row['lr']:.2e}", f"{row['seconds']:.0f} s", "" if self.bar else self._left()]
         self.console.print("  ".join(filter(None, parts)), soft_wrap=True)
 

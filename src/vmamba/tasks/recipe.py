@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from typing_extensions import override
 
 from vmamba.data.config import AugmentConfig, DataConfig
 from vmamba.errors import RecipeError
@@ -98,15 +99,15 @@ class TrainerConfig:
 
 
 @dataclass
-class TrainConfig:
-    """Train a classifier."""
+class BaseTrainConfig:
+    """What the recipe of every task holds; a task's own names its data and augmentation."""
 
+    task: str = ""
+    """What the model learns; it decides which settings there are."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Model and initial weights"""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Images"""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Augmentation"""
+    data: Any = None
+    augment: Any = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimisation"""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -120,7 +121,7 @@ class TrainConfig:
     overwrite: bool = False
     """Start afresh in a run folder that already holds a run."""
     keep: Literal["best", "last"] = "best"
-    """Which epoch's weights model.safetensors holds: best validation accuracy, or the last."""
+    """Which epoch's weights model.safetensors holds: those with the best validation score, or the last."""
 
     @property
     def folder(self) -> Path:
@@ -133,11 +134,11 @@ class TrainConfig:
         Raises:
             RecipeError: naming the settings.
         """
-        m, d, a, o, t = self.model, self.data, self.augment, self.optim, self.trainer
+        m, o, t = self.model, self.optim, self.trainer
         positive = {
             "optim.epochs": o.epochs,
             "optim.lr": o.lr,
-            "data.batch_size": d.batch_size,
+            "data.batch_size": self.data.batch_size,
             "trainer.accumulate": t.accumulate,
             "trainer.validate_every": t.validate_every,
         }
@@ -150,24 +151,13 @@ class TrainConfig:
             raise RecipeError(f"optim.warmup_epochs {o.warmup_epochs} leaves nothing of optim.epochs {o.epochs}")
         if not 0 <= o.ema_decay < 1:
             raise RecipeError(f"optim.ema_decay is {o.ema_decay}; expected 0 (none) or a value below 1, such as 0.9999")
-        if (a.mixup or a.cutmix) and d.batch_size % 2:
-            raise RecipeError(f"mixup and cutmix mix pairs, but data.batch_size is {d.batch_size}: make it even")
-        if a.crop_padding and not d.in_memory:
-            raise RecipeError(
-                "augment.crop_padding is for images held in memory: set data.in_memory, or use augment.scale"
-            )
-        if d.in_memory:
-            off = {"scale": (1, 1), "vflip": 0, "rand_augment": None, "color_jitter": 0}
-            on = [name for name, value in off.items() if plain(getattr(a, name)) != plain(value)]
-            if on:
-                raise RecipeError(
-                    f"images held in memory are only cropped and flipped, but augment.{', augment.'.join(on)} ask for "
-                    f"more: set {', '.join(f'augment.{name} to {plain(off[name])}' for name in on)}"
-                )
         if o.epochs % t.validate_every:
             raise RecipeError(f"trainer.validate_every {t.validate_every} does not divide optim.epochs {o.epochs}")
         if m.pretrained and m.checkpoint:
             raise RecipeError("model.pretrained and model.checkpoint both name initial weights: give one of them")
+        elsewhere = {"num_classes": "data", "in_chans": "data", "drop_path_rate": "model", "pretrained": "model"}
+        for name in elsewhere.keys() & m.kwargs.keys():
+            raise RecipeError(f"model.kwargs holds {name}, which has a setting of its own: {elsewhere[name]}.{name}")
         if t.strategy == "fsdp" and o.ema_decay:
             raise RecipeError(
                 "optim.ema_decay cannot be combined with trainer.strategy fsdp: the average would have to be sharded "
@@ -182,21 +172,63 @@ class TrainConfig:
 
 
 @dataclass
-class ValidateConfig:
-    """Measure a classifier on images with known classes."""
+class TrainConfig(BaseTrainConfig):
+    """Train a classifier."""
 
+    task: str = "classification"
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images"""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Augmentation"""
+
+    @override
+    def check(self) -> None:
+        super().check()
+        d, a = self.data, self.augment
+        if d.in_chans not in (None, 1, 3):
+            raise RecipeError(f"data.in_chans is {d.in_chans}; image files are read with 1 (grey) or 3 (RGB) channels")
+        if (a.mixup or a.cutmix) and d.batch_size % 2:
+            raise RecipeError(f"mixup and cutmix mix pairs, but data.batch_size is {d.batch_size}: make it even")
+        if a.crop_padding and not d.in_memory:
+            raise RecipeError(
+                "augment.crop_padding is for images held in memory: set data.in_memory, or use augment.scale"
+            )
+        if d.in_memory:
+            off = {"scale": (1, 1), "vflip": 0, "rand_augment": None, "color_jitter": 0}
+            on = [name for name, value in off.items() if plain(getattr(a, name)) != plain(value)]
+            if on:
+                raise RecipeError(
+                    f"images held in memory are only cropped and flipped, but augment.{', augment.'.join(on)} ask for "
+                    f"more: set {', '.join(f'augment.{name} to {plain(off[name])}' for name in on)}"
+                )
+
+
+@dataclass
+class BaseValidateConfig:
+    """What measuring a model needs, whatever its task."""
+
+    task: str = ""
+    """What the model does, as its file says; it decides which settings there are."""
     checkpoint: str | None = None
     """File with the weights; null, with no pretrained name either, for the model of the newest run."""
     pretrained: str | None = None
     """Instead of a file: the variant whose published weights to take."""
     ema: bool = False
     """Of a checkpoint that holds both, take the averaged weights."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Images; where neither root nor dataset is given, those the run was validated on"""
+    data: Any = None
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Hardware and precision"""
     output: str | None = None
-    """Folder for metrics.json, confusion_matrix.png and predictions.png; null for the checkpoint's folder."""
+    """Folder for metrics.json and pictures; null for the checkpoint's folder."""
+
+
+@dataclass
+class ValidateConfig(BaseValidateConfig):
+    """Measure a classifier on images with known classes."""
+
+    task: str = "classification"
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images; where neither root nor dataset is given, those the run was validated on"""
 
 
 @dataclass
@@ -273,5 +305,4 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 def load_recipe(path: Path) -> dict[str, Any]:
     """The settings of a run, from the config.yaml in its folder."""
-    with open(path) as file:
-        return yaml.safe_load(file)
+    return yaml.safe_load(path.read_bytes())
