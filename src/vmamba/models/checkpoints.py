@@ -133,7 +133,7 @@ def read_metadata(path: StrPath) -> dict[str, Any]:
         CheckpointError: the file cannot be read or was not written by `save_checkpoint`.
     """
     path = Path(path)
-    _, header = read_weight_file(path)
+    header = read_weight_file(path).header
     if not header or "vmamba" not in header:
         raise CheckpointError(
             f"{path} was not written by this package and has no metadata of ours; vmamba.identify_checkpoint(path)"
@@ -189,11 +189,12 @@ class Checkpoint:
 
     def __init__(self, path: StrPath) -> None:
         self.path = Path(path)
-        self.contents, header = read_weight_file(self.path)
-        self.tensors = _tensors(self.contents)
+        file = read_weight_file(self.path)
+        header = file.header
+        self.tensors = {without_wrappers(name): tensor for name, tensor in file.tensors.items()}
         self.container = "torch" if header is None else "vmamba" if "vmamba" in header else "safetensors"
         if header is None:
-            self.metadata = _notes(self.contents)
+            self.metadata = file.notes
         else:
             self.metadata = _parse_metadata(self.path, header["vmamba"]) if "vmamba" in header else dict(header)
 
@@ -222,7 +223,7 @@ class Checkpoint:
         self, networks: Mapping[str, tuple[str, State]], variant: str | None, classes: int | None, channels: int | None
     ) -> CheckpointInfo:
         prefix, _ = next(iter(networks.values()))
-        kind = _format(self.contents, prefix, self.tensors) if self.container == "torch" else self.container
+        kind = _format(self.metadata, prefix, self.tensors) if self.container == "torch" else self.container
         parts = {part for name in self.tensors for part in name.split(".")} & _DENSE_HEADS.keys()
         task = self.metadata.get("task") if self.container == "vmamba" else None
         return CheckpointInfo(
@@ -315,7 +316,6 @@ class Checkpoint:
         state = {inside + name: tensor for name, tensor in backbone.items()}
         for name, tensor in self.tensors.items():
             if name.startswith(root) and (not name.startswith(where) or name.startswith(f"{where}outnorm")):
-                _check_tensor(self.path, name, tensor)
                 state[name.removeprefix(root)] = tensor
         return state
 
@@ -333,8 +333,6 @@ class Checkpoint:
             kind = "ema" if _EMA.search(prefix) else "model"
             if kind not in networks:
                 state = {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
-                for name, tensor in state.items():
-                    _check_tensor(self.path, name, tensor)
                 networks[kind] = prefix, state
             elif count == agreeing[networks[kind][0]]:
                 raise _several(self.path, networks[kind][0], prefix)
@@ -344,9 +342,9 @@ class Checkpoint:
 # --- Telling what a file holds ---------------------------------------------------------------------------------------
 
 
-def _format(contents: Mapping[str, Any], prefix: str, tensors: State) -> str:
+def _format(notes: Mapping[str, Any], prefix: str, tensors: State) -> str:
     """`CheckpointInfo.format` of a file that torch.save wrote."""
-    if "pytorch-lightning_version" in contents:
+    if "pytorch-lightning_version" in notes:
         return "lightning"
     if prefix.endswith("backbone."):
         modules = {part for name in tensors for part in name.split(".")}
@@ -354,36 +352,7 @@ def _format(contents: Mapping[str, Any], prefix: str, tensors: State) -> str:
             return "mmsegmentation"
         return "mmdetection" if modules & {"rpn_head", "roi_head", "bbox_head"} else "openmmlab"
     theirs = any(f"{prefix}patch_embed.{first}.weight" in tensors for first in ("0", "proj"))
-    return "released" if theirs and isinstance(contents.get("model"), Mapping) else "state_dict"
-
-
-def _notes(contents: Mapping[str, Any]) -> dict[str, Any]:
-    """What a torch file says about itself: its numbers and texts, and the dictionaries customary for that."""
-    customary = ("config", "meta", "hyper_parameters")
-    return {
-        key: _plain(value)
-        for key, value in contents.items()
-        if isinstance(key, str) and (isinstance(value, str | int | float) or key in customary)
-    }
-
-
-def _plain(value: Any, depth: int = 16) -> Any:
-    """Numbers, texts and containers of them; None in place of anything else, and of what is nested without end."""
-    if isinstance(value, Mapping) and depth:
-        return {str(key): _plain(item, depth - 1) for key, item in value.items()}
-    if isinstance(value, list | tuple) and depth:
-        return [_plain(item, depth - 1) for item in value]
-    return value if isinstance(value, str | int | float) else None
-
-
-def _tensors(contents: Mapping[str, Any]) -> State:
-    """The tensors of a file's dictionary and of the dictionaries directly in it, under their joined names."""
-    found: State = {}
-    for key, value in contents.items():
-        for name, tensor in value.items() if isinstance(value, Mapping) else [("", value)]:
-            if isinstance(tensor, Tensor) and isinstance(key, str) and isinstance(name, str):
-                found[without_wrappers(f"{key}.{name}" if name else key)] = tensor
-    return found
+    return "released" if theirs and prefix.startswith("model.") else "state_dict"
 
 
 def _networks(path: Path, tensors: State) -> dict[str, tuple[str, State]]:
@@ -394,8 +363,6 @@ def _networks(path: Path, tensors: State) -> dict[str, tuple[str, State]]:
         if kind in networks:
             raise _several(path, networks[kind][0], prefix)
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        for name, tensor in own.items():
-            _check_tensor(path, name, tensor)
         try:
             networks[kind] = prefix, to_our_names(own)
         except ValueError as error:
@@ -411,15 +378,6 @@ def _networks(path: Path, tensors: State) -> dict[str, tuple[str, State]]:
 
 def _several(path: Path, first: str, second: str) -> CheckpointError:
     return CheckpointError(f"{path} holds several networks, {first!r} and {second!r}; save the one you want on its own")
-
-
-def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
-    """Check that a tensor is plain numbers, all of them in the file: a view can claim far more than there is."""
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise CheckpointError(
-            f"{path}: {name} {tuple(tensor.shape)} is no plain tensor stored in full ({tensor.layout}, {tensor.device})"
-        )
 
 
 @functools.cache
