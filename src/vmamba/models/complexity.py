@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vmamba.models.vmamba import VMamba
 from vmamba.ops import use_backend
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a model: the stem, a stage, or norm and head.
+    """One part of a model: of a VMamba the stem, a stage, or norm and head.
 
     Attributes:
         name: the attribute of the model.
-        output_shape: shape of its output for one image; (H, W, C) of a grid, or (classes,).
+        output_shape: shape of its output for one image; of a VMamba (H, W, C) of a grid, or (classes,).
         params: number of parameters.
         flops: multiply-accumulates.
     """
@@ -62,28 +62,34 @@ def _count_scan(u: Any, projected: Any, dt_proj_weight: Any, dt_proj_bias: Any, 
     return 2 * scan_flops(math.prod(u[:3]), u[3], A[2], dt_proj_weight[2], routes=A[0])
 
 
-def profile(model: VMamba, img_size: int | tuple[int, int] | None = None) -> Profile:
-    """Count parameters and multiply-accumulates of a `VMamba` for one image.
+def profile(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> Profile:
+    """Count parameters and multiply-accumulates of a model for one image.
 
     Counted are matrix products, convolutions and scans; norms, activations and pooling are not. A "FLOP" is one
     multiply-accumulate, as in the tables of VMamba, Swin and ConvNeXt. Nothing is computed, so any size is free.
 
     Args:
-        model: the model; it is not changed.
+        model: a VMamba or another of timm's; it is not changed.
         img_size: height and width, or the model's own.
     """
-    size = model.img_size if img_size is None else img_size
-    height, width = (size, size) if isinstance(size, int) else size
-    parts: list[tuple[str, nn.Module]] = [("stem", model.stem)]
-    parts += [(f"stages.{i}", stage) for i, stage in enumerate(model.stages)]
-    parts += [("norm", model.norm), ("head", model.head)]
+    config: dict[str, Any] = get_model_input_config(model)
+    channels, *size = config["input_size"]
+    if img_size is None:
+        img_size = getattr(model, "img_size", tuple(size))
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    parts = [
+        (f"{name}.{inner}" if inner else name, part)
+        for name, child in model.named_children()
+        for inner, part in (child.named_children() if isinstance(child, nn.Sequential) else [("", child)])
+        if next(part.parameters(), None) is not None or part is getattr(model, "head", None)
+    ]
 
     ghost = copy.deepcopy(model).to("meta").eval()
     shapes: dict[str, tuple[int, ...]] = {}
 
     def note(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            shapes[name] = tuple(output.shape[1:])
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            shapes[name] = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
 
         return hook
 
@@ -92,7 +98,7 @@ def profile(model: VMamba, img_size: int | tuple[int, int] | None = None) -> Pro
     formulas = {torch.ops.vmamba.ss2d_scan: _count_scan}
     counter = FlopCounterMode(display=False, depth=2, custom_mapping=formulas)
     with counter, torch.no_grad(), use_backend("eager"):
-        ghost(torch.empty(1, model.in_chans, height, width, device="meta"))
+        ghost(torch.empty(1, channels, height, width, device="meta"))
     counts = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     root = type(model).__name__
 
@@ -100,7 +106,7 @@ def profile(model: VMamba, img_size: int | tuple[int, int] | None = None) -> Pro
         img_size=(height, width),
         params=_params(model),
         flops=counts["Global"],
-        parts=tuple(Part(n, shapes[n], _params(part), counts.get(f"{root}.{n}", 0)) for n, part in parts),
+        parts=tuple(Part(n, shapes.get(n, ()), _params(part), counts.get(f"{root}.{n}", 0)) for n, part in parts),
     )
 
 

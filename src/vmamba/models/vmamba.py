@@ -14,9 +14,10 @@ import torch
 from timm.layers import ClassifierHead
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from vmamba.nn import ConvDownsample, ConvStem, PatchMerging, PatchStem, VSSBlock
+from vmamba.nn import SS2D, ConvDownsample, ConvStem, LayerNorm, PatchMerging, PatchStem, VSSBlock
 from vmamba.ops.operators import is_tracing_for_export
 
 _STEMS = {"conv": ConvStem, "patch": PatchStem}
@@ -55,6 +56,8 @@ class VMamba(nn.Module):
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after each SS2D and in each MLP.
         drop_path_rate: stochastic depth of the last block; it grows linearly over the blocks from 0.
+        output_stride: 8, 16 or 32. Downsampling that would make the grid coarser keeps its size instead; with the same
+            weights, its 3×3 convolution then sees neighbours half as far apart. Not for patch merging.
         device, dtype: where and as what the parameters are made.
 
     Attributes:
@@ -86,6 +89,7 @@ class VMamba(nn.Module):
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        output_stride: Literal[8, 16, 32] = 32,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -96,22 +100,27 @@ class VMamba(nn.Module):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
         if len(depths) != len(dims):
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} differ in length; expected one per stage")
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride is {output_stride!r}; expected 8, 16 or 32")
         self.variant: str | None = None
-        self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.num_features = dims[-1]
-        self.total_stride = stem_stride * 2 ** (len(dims) - 1)
+        reductions = [min(stem_stride * 2**i, output_stride) for i in range(len(dims))]
+        self.total_stride = reductions[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
+            for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
         ]
-        self.set_input_size(img_size)
+        self.img_size = self._checked_size(img_size)
 
         self.stem = _STEMS[stem](in_chans, dims[0], stem_stride, **dd)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        rates = (drop_path_rate * block / max(sum(depths) - 1, 1) for block in itertools.count())
         stages = []
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
-            between = _DOWNSAMPLES[downsample](dims[i - 1], dim, **dd) if i else nn.Identity()
+            between: nn.Module = nn.Identity()
+            if i:
+                between = _DOWNSAMPLES[downsample](dims[i - 1], dim, stride=reductions[i] // reductions[i - 1], **dd)
             blocks = [
                 VSSBlock(
                     dim,
@@ -130,27 +139,56 @@ class VMamba(nn.Module):
             ]
             stages.append(Stage(between, blocks))
         self.stages = nn.Sequential(*stages)
-        self.norm: nn.Module = nn.LayerNorm(self.num_features, **dd)
+        self.norm: nn.Module = LayerNorm(self.num_features, **dd)
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd
         )
-        self.head_hidden_size = self.num_features
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                _init_linear(module)
+        self.head_hidden_size = self.head.num_features
+        self.init_weights(needs_reset=False)
 
-    def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Record the height and width that the model is meant for; nothing in the network depends on it.
+    @property
+    def in_chans(self) -> int | None:
+        """Channels of the images: those of the first convolution; None where the stem has none any more."""
+        return next((module.in_channels for module in self.stem.modules() if isinstance(module, nn.Conv2d)), None)
 
-        Raises:
-            ValueError: a side smaller than the total stride.
-        """
+    def _checked_size(self, img_size: int | Sequence[int]) -> tuple[int, int]:
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if min(height, width) < self.total_stride:
             raise ValueError(
                 f"img_size is {height}×{width}; this model needs at least {self.total_stride} pixels a side"
             )
-        self.img_size = (height, width)
+        return height, width
+
+    def set_input_size(self, img_size: int | Sequence[int] | None = None) -> None:
+        """Record the height and width that the model is meant for; nothing in the network depends on it.
+
+        Raises:
+            ValueError: a side smaller than the total stride.
+        """
+        if img_size is not None:
+            self.img_size = self._checked_size(img_size)
+            update_model_input_size(self, self.img_size)
+
+    @torch.no_grad()
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Draw every parameter anew, as a new model does; for instance after `to_empty` on a model made on "meta".
+
+        Args:
+            needs_reset: whether also those that their own modules draw when they are made.
+        """
+        for module in self.modules():
+            reset: Any = getattr(
+                module, "reset_scan_parameters" if isinstance(module, SS2D) else "reset_parameters", None
+            )
+            if needs_reset and reset is not None:
+                reset()
+            if isinstance(module, nn.Linear):
+                _init_linear(module)
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            "torch.jit.script cannot compile the scans: use torch.export.export, torch.compile or torch.jit.trace"
+        )
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -186,12 +224,11 @@ class VMamba(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one; 0 classes for none. `global_pool` changes the pooling as well."""
         self.num_classes = num_classes
-        # ClassifierHead.reset() keeps the width it was built with, which pruning changes.
         reference = next(self.parameters())
-        self.head = ClassifierHead(
-            self.num_features, num_classes, pool_type=self.global_pool if global_pool is None else global_pool,
-            drop_rate=self.head.drop.p, input_fmt=self.output_fmt, device=reference.device, dtype=reference.dtype,
-        ).train(self.training)  # fmt: skip
+        self.head.reset(
+            num_classes, global_pool, in_features=self.num_features, device=reference.device, dtype=reference.dtype
+        )
+        self.head_hidden_size = self.head.num_features
         if global_pool is not None:
             self.global_pool = global_pool
         if isinstance(self.head.fc, nn.Linear):
@@ -247,7 +284,7 @@ class VMamba(nn.Module):
             self.norm = nn.Identity()
         self.stages = self.stages[: deepest + 1]
         if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[deepest]["num_chs"]
+            self.num_features = self.feature_info[deepest]["num_chs"]
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return kept
@@ -259,7 +296,7 @@ class VMamba(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, H', W', C) to logits (B, num_classes), or with `pre_logits` to the pooled features (B, C)."""
-        return self.head(x, pre_logits=pre_logits)
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify images: (B, in_chans, H, W) to logits (B, num_classes).
@@ -271,11 +308,11 @@ class VMamba(nn.Module):
 
 
 @torch.fx.wrap
-def _checked(x: Tensor, in_chans: int, total_stride: int) -> Tensor:
+def _checked(x: Tensor, in_chans: int | None, total_stride: int) -> Tensor:
     """A batch of images, checked."""
     # While a graph is traced, a comparison would pin the very sizes that it is to leave open.
     if not (torch.compiler.is_compiling() or is_tracing_for_export()):
-        if x.ndim != 4 or x.shape[1] != in_chans:
+        if x.ndim != 4 or in_chans not in (None, x.shape[1]):
             raise ValueError(f"the model was given {tuple(x.shape)}; expected images of shape (B, {in_chans}, H, W)")
         if min(x.shape[2:]) < total_stride:
             raise ValueError(
