@@ -1,3 +1,3 @@
 """The models: networks, their variants, and the reading of weights. Importing this registers every model."""
 
-from vmamba.models import registry  # noqa: F401
+from vmamba.models import dense, registry  # noqa: F401

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align  # type: ignore[import-untyped]
 
 from vmamba.models import boxes as bx
-from vmamba.models.feature_maps import FeatureMaps, check_images, conv_block
+from vmamba.models.feature_maps import DenseModel, FeatureMaps, check_images, conv_block
 
 Size = Sequence[int]  # height, width
 Losses = dict[str, Tensor]
@@ -113,7 +113,7 @@ class RoIHeads(nn.Module):
         self.mask_head = mask_head
 
 
-class MaskRCNN(nn.Module):
+class MaskRCNN(DenseModel):
     """Mask R-CNN with FPN; Faster R-CNN with `masks=False`.
 
     The published models are this on VMamba's four stages with the arguments' defaults and 80 classes, in mmdetection.
@@ -294,11 +294,10 @@ class MaskRCNN(nn.Module):
         region, label = (scores > self.score_thr).nonzero(as_tuple=True)
         scores = scores[region, label]
         boxes = bx.decode(proposals[region], deltas[region, label], _BOX_STDS, size)
+        kept = bx.suppress(boxes, scores, label, self.nms_iou)[: self.max_per_img]
         # Of the rounded sizes: the two factors of a picture differ.
         factor = boxes.new_tensor([size[1] / file_size[1], size[0] / file_size[0]]).repeat(2)
-        in_file = boxes / factor
-        kept = bx.suppress(in_file, scores, label, self.nms_iou)[: self.max_per_img]
-        return {"boxes": in_file[kept], "scores": scores[kept], "labels": label[kept]}, boxes[kept]
+        return {"boxes": boxes[kept] / factor, "scores": scores[kept], "labels": label[kept]}, boxes[kept]
 
     def _roi_losses(self, maps: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Target]) -> Losses:
         """Losses of box and mask head on 512 regions a picture, a quarter of them, at most, with an object."""

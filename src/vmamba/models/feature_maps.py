@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
@@ -69,6 +72,42 @@ def conv_block(in_chans: int, out_chans: int, kernel: int, *, norm: bool = False
     if relu:
         layers.append(("relu", nn.ReLU(inplace=True)))
     return nn.Sequential(OrderedDict(layers))
+
+
+class DenseModel(nn.Module):
+    """What networks on `FeatureMaps` have in common.
+
+    Attributes:
+        task: what they are for.
+        backbone: the feature maps.
+        num_classes: number of classes.
+        class_names: their names, if known.
+        variant, in_chans, img_size, pretrained_cfg: see `vmamba.models.registry`; of models made by name.
+    """
+
+    task: str
+    backbone: FeatureMaps
+    num_classes: int
+    class_names: tuple[str, ...] | None = None
+    variant: str | None = None
+    in_chans: int | None = None
+    img_size: tuple[int, int] | None = None
+    pretrained_cfg: Mapping[str, Any] = MappingProxyType({})
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's blocks in the backward pass instead of keeping their activations."""
+        self.backbone.extractor.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters without weight decay beyond the one-dimensional ones: the backbone's."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.backbone.named_modules(prefix="backbone")
+            if hasattr(module, "no_weight_decay")
+            for name in module.no_weight_decay()
+        }
 
 
 def check_images(images: Tensor) -> None:

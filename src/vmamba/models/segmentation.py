@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vmamba.models.feature_maps import FeatureMaps, check_images, conv_block
+from vmamba.models.feature_maps import DenseModel, FeatureMaps, check_images, conv_block
 
 IGNORED = 255  # the label of pixels that belong to no class
 
@@ -78,7 +78,7 @@ class FCNHead(nn.Module):
         return self.conv_seg(self.dropout(self.convs(x)))
 
 
-class UPerNet(nn.Module):
+class UPerNet(DenseModel):
     """A backbone with UPerNet's head, and in training an auxiliary head on the last map but one.
 
     The published models are this on VMamba's four stages with the arguments' defaults, 150 classes, in mmsegmentation;
