@@ -74,9 +74,8 @@ def profile(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> 
     """
     config: dict[str, Any] = get_model_input_config(model)
     channels, *size = config["input_size"]
-    if img_size is None:
-        img_size = getattr(model, "img_size", tuple(size))
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    wanted: Any = getattr(model, "img_size", size) if img_size is None else img_size
+    height, width = (wanted, wanted) if isinstance(wanted, int) else wanted
     parts = [
         (f"{name}.{inner}" if inner else name, part)
         for name, child in model.named_children()

@@ -56,8 +56,8 @@ class VMamba(nn.Module):
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after each SS2D and in each MLP.
         drop_path_rate: stochastic depth of the last block; it grows linearly over the blocks from 0.
-        output_stride: 8, 16 or 32. Downsampling that would make the grid coarser keeps its size instead; with the same
-            weights, its 3×3 convolution then sees neighbours half as far apart. Not for patch merging.
+        output_stride: 8, 16 or 32: the coarsest grid. Downsampling that would go further keeps the grid's size; with
+            the same weights, its 3×3 convolution then sees neighbours half as far apart. Not for patch merging.
         device, dtype: where and as what the parameters are made.
 
     Attributes:
@@ -89,7 +89,7 @@ class VMamba(nn.Module):
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        output_stride: Literal[8, 16, 32] = 32,
+        output_stride: Literal[8, 16, 32] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -100,13 +100,19 @@ class VMamba(nn.Module):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
         if len(depths) != len(dims):
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} differ in length; expected one per stage")
-        if output_stride not in (8, 16, 32):
+        if output_stride not in (8, 16, 32, None):
             raise ValueError(f"output_stride is {output_stride!r}; expected 8, 16 or 32")
+        coarsest = output_stride or stem_stride * 2 ** (len(dims) - 1)
+        reductions = [min(stem_stride * 2**i, coarsest) for i in range(len(dims))]
+        if downsample == "merge" and len(set(reductions)) < len(dims):
+            raise ValueError(
+                f"output_stride is {output_stride}, but patch merging cannot keep a grid's size: choose a variant that"
+                " downsamples by convolutions"
+            )
         self.variant: str | None = None
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.num_features = dims[-1]
-        reductions = [min(stem_stride * 2**i, output_stride) for i in range(len(dims))]
         self.total_stride = reductions[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
