@@ -162,7 +162,7 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: Sequence[int], thres
     height, width = size
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
     for mask, probability, box, (x1, y1, x2, y2) in zip(masks, probabilities, boxes, boxes.tolist(), strict=True):
-        if not (x1 < x2 and y1 < y2):
+        if not (max(x1, 0) < min(x2, width) and max(y1, 0) < min(y2, height)):
             continue
         left, right = max(math.floor(x1) - 1, 0), min(math.ceil(x2) + 1, width)
         top, bottom = max(math.floor(y1) - 1, 0), min(math.ceil(y2) + 1, height)

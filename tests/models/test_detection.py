@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from models.dense import (
+    DETECTION,
+    assert_close,
+    assert_map,
+    case_of,
+    draw,
+    fixed_backbone,
+    golden_weights,
+    unpacked,
+    write_openmmlab,
+)
+from torch import Tensor
+
+import vmamba
+from vmamba.models import boxes as bx
+from vmamba.models.detection import MaskRCNN
+
+Restored = Callable[[str], MaskRCNN]
+SIZES = ((160, 224), (120, 200))  # of the two pictures on the fixed backbone, without padding
+
+
+@pytest.fixture(scope="module")
+def restored(tmp_path_factory: pytest.TempPathFactory) -> Restored:
+    """Models by name, each with the golden weights read from a file in the released format."""
+    models: dict[str, MaskRCNN] = {}
+
+    def get(name: str) -> MaskRCNN:
+        if name not in models:
+            path = write_openmmlab(tmp_path_factory.mktemp("released") / "weights.pth", golden_weights(name))
+            models[name] = vmamba.create_model(name, checkpoint=path).eval()
+            path.unlink()
+        return models[name]
+
+    return get
+
+
+def assert_detections(found: dict[str, Tensor], expected: dict[str, Tensor], prefix: str) -> None:
+    """The same detections in the same order; `low` holds near ties, so there they are a set."""
+    order = slice(None)
+    if prefix == "low":
+        distance = (expected["low_bboxes"][:, None] - found["boxes"]).abs().sum(2)
+        order = (distance + 1000 * (expected["low_labels"][:, None] != found["labels"])).argmin(1)
+        assert len(set(order.tolist())) == len(order)
+    assert len(found["boxes"]) == len(expected[f"{prefix}_bboxes"])
+    assert_close(found["boxes"][order], expected[f"{prefix}_bboxes"], atol=5e-3)
+    assert_close(found["scores"][order], expected[f"{prefix}_scores"])
+    assert torch.equal(found["labels"][order], expected[f"{prefix}_labels"].long())
+    if f"{prefix}_masks" in expected:
+        wanted = unpacked(expected[f"{prefix}_masks"], expected[f"{prefix}_masks_shape"].tolist())
+        assert found["masks"].dtype == torch.bool
+        assert found["masks"].shape == wanted.shape
+        assert (found["masks"] != wanted).sum() <= 1e-5 * wanted.numel()
+
+
+@pytest.mark.parametrize("path", DETECTION, ids=lambda path: path.stem)
+def test_numbers_are_those_of_mmdetection(path: Path, restored: Restored) -> None:
+    name, images, size, expected = case_of(path)
+    model = restored(name)
+    with torch.inference_mode():
+        maps = model.backbone(images)
+        for i, x in enumerate(maps, start=1):
+            assert_map(expected, f"stage{i}", x)
+        pyramid = model.neck(maps)
+        scores, deltas = zip(*(model.rpn_head(x) for x in pyramid), strict=True)
+        anchors = [bx.anchors(x.shape[2:], stride) for x, stride in zip(pyramid, model.strides, strict=True)]
+        proposals, probabilities = model.propose([s[0] for s in scores], [d[0] for d in deltas], anchors, size, 1000)
+        assert len(proposals) == len(expected["proposals"])
+        nearest = (expected["proposals"][:, None] - proposals).abs().sum(2).argmin(1)
+        assert len(set(nearest.tolist())) == len(nearest)
+        assert_close(proposals[nearest], expected["proposals"], atol=5e-3)
+        assert_close(probabilities[nearest], expected["proposal_scores"])
+
+        if "rois" in expected:
+            for i, x in enumerate(pyramid):
+                assert_map(expected, f"fpn{i}", x)
+                assert_map(expected, f"rpn_cls{i}", scores[i].unflatten(1, (*x.shape[2:], -1)).permute(0, 3, 1, 2))
+                assert_map(expected, f"rpn_reg{i}", deltas[i].view(1, *x.shape[2:], 12).permute(0, 3, 1, 2))
+            seven, fourteen = (model.pool(pyramid, [expected["rois"]], side) for side in (7, 14))
+            assert_map(expected, "roi7", seven)
+            assert_map(expected, "roi14", fourteen)
+            logits, moves = model.roi_head.bbox_head(seven)
+            assert_close(logits, expected["roi_cls"])
+            assert_close(moves.flatten(1), expected["roi_deltas"])
+            masks = model.roi_head.mask_head(fourteen)
+            assert_close(masks[:, ::16], expected["roi_mask_every16"])
+            assert_close(masks[[0, 3]], expected["roi_mask_logits"])
+            assert_close(masks.mean((2, 3)), expected["roi_mask_mean"])
+
+        (found,) = model(images, sizes=[size])
+        assert found["scores"].diff().max() <= 0
+        assert_detections(found, expected, "det")
+        own = model.roi_head.mask_head(model.pool(pyramid, [found["boxes"]], 14))
+        own = own[torch.arange(len(own)), found["labels"]]
+        assert_close(own[:12], expected["det_mask_logits"], atol=2e-3)
+        assert_close(own.mean((1, 2)), expected["det_mask_mean"], atol=2e-3)
+
+        if "low_bboxes" in expected:
+            model.score_thr = 0.03
+            (found,) = model(images)
+            model.score_thr = 0.05
+            assert_detections(found, expected, "low")
+            (found,) = model(images, file_sizes=[expected["resc_ori_shape"].tolist()])
+            assert_detections(found, expected, "resc")
+
+
+def small(masks: bool = True) -> MaskRCNN:
+    """Narrow heads with known numbers, on known maps."""
+    model = MaskRCNN(fixed_backbone(), 7, channels=32, masks=masks, hidden=64, out_norm=False).eval()
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(draw(name, tensor.shape, std=0.05))
+    return model
+
+
+def targets() -> list[dict[str, Tensor]]:
+    """Six and three boxes with noise for masks."""
+    rng, made = np.random.RandomState(3), []
+    for (height, width), count in zip(SIZES, (6, 3), strict=True):
+        corner = rng.rand(count, 2) * [0.6 * width, 0.6 * height]
+        boxes = np.concatenate([corner, corner + 6 + rng.rand(count, 2) * [0.35 * width, 0.35 * height]], 1)
+        labels, masks = rng.randint(0, 7, count), rng.rand(count, 160, 224) > 0.45
+        made.append(
+            {
+                "boxes": torch.from_numpy(boxes.astype(np.float32)),
+                "labels": torch.from_numpy(labels),
+                "masks": torch.from_numpy(masks),
+            }
+        )
+    return made
+
+
+def values(losses: dict[str, Tensor]) -> dict[str, float]:
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+def test_losses_and_gradients_are_those_of_mmdetection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "randperm", lambda count, device=None: torch.arange(count, device=device))
+    model = small()
+    losses = model(torch.zeros(2, 3, 160, 224), targets(), sizes=SIZES)
+    # mmdetection 3.3.0 with the published models' config, on the same maps, weights, targets and draws.
+    expected = {"rpn_cls": 0.6610178, "rpn_reg": 0.0712559, "cls": 2.1686337, "reg": 0.0323201, "mask": 0.6924773}
+    assert values(losses) == pytest.approx(expected, abs=2e-6)
+    sum(losses.values()).backward()
+    norms = {
+        "neck.lateral_convs.0.conv.weight": 0.041963,
+        "rpn_head.rpn_conv.weight": 0.261712,
+        "roi_head.bbox_head.fc_reg.weight": 0.025823,
+        "roi_head.mask_head.conv_logits.weight": 0.006924,
+    }
+    for name, norm in norms.items():
+        assert model.get_parameter(name).grad.norm().item() == pytest.approx(norm, abs=2e-6), name
+
+
+def test_boxes_without_masks_train_the_boxes_alone() -> None:
+    images, both = torch.zeros(2, 3, 160, 224), targets()
+    for target in both:
+        del target["masks"]
+    model = small()
+    torch.manual_seed(0)
+    without = model(images, both, sizes=SIZES)
+    assert without.keys() == {"rpn_cls", "rpn_reg", "cls", "reg"}
+    torch.manual_seed(0)
+    full = model(images, targets(), sizes=SIZES)
+    assert values(without) == pytest.approx({name: loss for name, loss in values(full).items() if name != "mask"})
+    torch.manual_seed(0)
+    # One picture's masks are unknown: the mask loss is that of the other.
+    half = [targets()[0], both[1]]
+    assert model(images, half, sizes=SIZES)["mask"].item() == pytest.approx(0.693, abs=0.01)
+
+    boxes_only = small(masks=False)
+    assert boxes_only(images, targets(), sizes=SIZES).keys() == {"rpn_cls", "rpn_reg", "cls", "reg"}
+    assert boxes_only(images)[0].keys() == {"boxes", "scores", "labels"}
+
+
+def test_pictures_without_objects() -> None:
+    images = torch.zeros(2, 3, 160, 224)
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    model = small()
+    losses = model(images, [{**nothing, "masks": torch.zeros(0, 160, 224, dtype=torch.bool)}] * 2)
+    assert losses["rpn_reg"] == losses["reg"] == 0
+    assert losses["rpn_cls"] > 0
+    assert losses["cls"] > 0
+    assert "mask" not in losses
+    sum(losses.values()).backward()
+    model.score_thr = 1.0
+    for found in model(images, sizes=SIZES, file_sizes=((80, 112), (60, 100))):
+        assert [found[key].shape[0] for key in ("boxes", "scores", "labels", "masks")] == [0] * 4
+    assert found["masks"].shape == (0, 60, 100)
+
+
+def test_a_batch_gives_what_its_pictures_give_alone() -> None:
+    model = small()
+    model.roi_head.bbox_head.fc_cls.weight.data.mul_(30)
+    together = model(torch.zeros(2, 3, 160, 224), sizes=SIZES, file_sizes=((201, 333), (77, 170)))
+    assert [len(found["boxes"]) for found in together] == [100, 100]
+    maps = model.backbone.extractor.maps
+    for i, file_size in enumerate(((201, 333), (77, 170))):
+        model.backbone.extractor.maps = [x[i : i + 1] for x in maps]
+        (alone,) = model(torch.zeros(1, 3, 160, 224), sizes=SIZES[i : i + 1], file_sizes=[file_size])
+        assert alone["masks"].shape[1:] == file_size
+        assert_close(alone["boxes"], together[i]["boxes"], atol=1e-3)
+        assert torch.equal(alone["labels"], together[i]["labels"])
+        limits = torch.tensor([file_size[1], file_size[0]] * 2) + 1e-3
+        assert (alone["boxes"] >= 0).all()
+        assert (alone["boxes"] <= limits).all()
+    model.max_per_img = 7
+    assert len(model(torch.zeros(1, 3, 160, 224))[0]["boxes"]) == 7
+
+
+def test_a_small_model_learns_two_pictures() -> None:
+    torch.manual_seed(0)
+    model = MaskRCNN(vmamba.create_model("vmamba_femto_s2", features_only=True), 2, channels=32, hidden=64)
+    images, boxes = torch.zeros(2, 3, 64, 64), torch.tensor([[6.0, 8, 26, 24], [34, 30, 58, 60]])
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[0, 8:24, 6:26] = True
+    masks[1, 30:60, 34:58] = torch.ones(30, 24).tril().bool()
+    images[:, 0], images[:, 1] = masks[0].float() * 3, masks[1].float() * 3
+    labels = torch.tensor([0, 1])
+    batch = [{"boxes": boxes, "labels": labels, "masks": masks}, {"boxes": boxes[1:], "labels": labels[1:]}]
+    images[1, 0] = 0
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    totals = []
+    for _ in range(30):
+        losses = model(images, batch)
+        total = sum(losses.values())
+        optimizer.zero_grad()
+        total.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        totals.append(total.item())
+    assert totals[-1] < 0.5 * totals[0]
+    with torch.inference_mode():
+        first, second = model.eval()(images)
+    assert first["labels"][:2].sort().values.tolist() == [0, 1]
+    for found, label in ((first, 0), (first, 1), (second, 1)):
+        best = (found["labels"] == label).nonzero()[0]
+        assert bx.box_iou(found["boxes"][best], boxes[label : label + 1]).item() > 0.5
+        mask = found["masks"][best]
+        assert (mask & masks[label]).sum() / (mask | masks[label]).sum() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        ("vmamba_femto", {}),
+        ("vmamba_pico_s2", {}),
+        ("swin_tiny_patch4_window7_224", {"strict_img_size": False, "embed_dim": 24, "depths": (1, 1, 1, 1)}),
+        ("convnext_atto", {}),
+        ("resnet18", {"out_indices": (1, 2, 3, 4)}),
+    ],
+)
+def test_any_backbone_whose_maps_halve_carries_it(backbone: str, options: dict[str, object]) -> None:
+    model = MaskRCNN(timm.create_model(backbone, features_only=True, **options), 5, channels=16, hidden=16).eval()
+    model.score_thr = 0.0
+    with torch.inference_mode():
+        found = model(torch.randn(2, 3, 64, 96), sizes=[(50, 70), (64, 96)], file_sizes=[(100, 140), (32, 48)])
+    assert [len(one["boxes"]) for one in found] == [100, 100]
+    assert [tuple(one["masks"].shape) for one in found] == [(100, 100, 140), (100, 32, 48)]
+    for one, (height, width) in zip(found, ((100, 140), (32, 48)), strict=True):
+        assert (one["boxes"] <= torch.tensor([width, height] * 2) + 1e-3).all()
+
+
+def test_wrong_arguments_are_explained() -> None:
+    with pytest.raises(ValueError, match=r"strides \[16, 16, 16\]; detection needs each to be twice the one before"):
+        MaskRCNN(timm.create_model("vit_tiny_patch16_224", features_only=True), 5)
+    model, images = small(), torch.zeros(2, 3, 160, 224)
+    with pytest.raises(ValueError, match="1 targets for 2 images; expected one each"):
+        model(images, targets()[:1])
+    with pytest.raises(ValueError, match="3 sizes for 2 images"):
+        model(images, sizes=[(160, 224)] * 3)

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from models.dense import (
+    SEGMENTATION,
+    assert_close,
+    assert_map,
+    case_of,
+    draw,
+    fixed_backbone,
+    golden_weights,
+    unpacked,
+    write_openmmlab,
+)
+from torch import nn
+
+import vmamba
+from vmamba.models.segmentation import UPerNet, resized
+
+Restored = Callable[[str], UPerNet]
+
+
+@pytest.fixture(scope="module")
+def restored(tmp_path_factory: pytest.TempPathFactory) -> Restored:
+    """Models by name, each with the golden weights read from a file in the released format."""
+    models: dict[str, UPerNet] = {}
+
+    def get(name: str) -> UPerNet:
+        if name not in models:
+            path = write_openmmlab(tmp_path_factory.mktemp("released") / "weights.pth", golden_weights(name))
+            models[name] = vmamba.create_model(name, checkpoint=path).eval()
+            path.unlink()
+        return models[name]
+
+    return get
+
+
+@pytest.mark.parametrize("path", SEGMENTATION, ids=lambda path: path.stem)
+def test_numbers_are_those_of_mmsegmentation(path: Path, restored: Restored) -> None:
+    name, images, size, expected = case_of(path)
+    model = restored(name)
+    with torch.inference_mode():
+        maps = model.backbone(images)
+        for i, x in enumerate(maps, start=1):
+            assert_map(expected, f"stage{i}", x)
+        decoded, auxiliary = model.decode_head(maps), model.auxiliary_head(maps[2])
+        logits = model(images)
+    if "decode_logits" in expected:
+        assert_close(decoded, expected["decode_logits"])
+    else:
+        assert_map(expected, "decode", decoded)
+        assert_close(decoded[:, ::7, ::3, ::3], expected["decode_sub"])
+    assert_map(expected, "aux", auxiliary)
+
+    assert logits.shape == (1, 150, *size)
+    (final,) = resized(logits, expected["ori_shape"].tolist()) if "ori_shape" in expected else logits
+    assert list(final.shape) == expected["final_shape"].tolist()
+    assert_close(final.mean(dim=(1, 2)), expected["final_mean"])
+    assert_close(final[:, -3:, -3:], expected["final_corner"])
+    classes, wanted = final.argmax(0), expected["argmax"].long()
+    sure = unpacked(expected["argmax_sure"], wanted.shape)
+    assert sure.float().mean() > 0.9
+    assert torch.equal(classes[sure], wanted[sure])
+
+
+def small_head() -> UPerNet:
+    """A narrow head with known numbers, on known maps."""
+    model = UPerNet(fixed_backbone(), 7, channels=32, auxiliary_channels=16, out_norm=False).eval()
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.ndim:
+            around_one = "running_var" in name or name.endswith("bn.weight")
+            tensor.copy_(draw(name, tensor.shape, std=0.05, mean=float(around_one)))
+    return model
+
+
+def test_losses_are_those_of_mmsegmentation() -> None:
+    model, images = small_head(), torch.zeros(2, 3, 160, 224)
+    labels = torch.from_numpy(np.random.RandomState(5).randint(0, 9, (2, 160, 224)))
+    losses = model(images, labels.where(labels < 7, 255))
+    # mmsegmentation 1.2.2's UPerHead and FCNHead, the latter with weight 0.4, on the same maps, weights and labels.
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
+        {"decode": 1.5880144, "auxiliary": 0.6187396}, abs=2e-6
+    )
+    nothing = model(images, torch.full_like(labels, 255))
+    assert [loss.item() for loss in nothing.values()] == [0.0, 0.0]
+
+
+def test_a_small_model_learns_two_pictures() -> None:
+    torch.manual_seed(0)
+    model = UPerNet(vmamba.create_model("vmamba_femto_s2", features_only=True), 3, 32, auxiliary_channels=16)
+    images, labels = torch.randn(2, 3, 48, 64), torch.zeros(2, 48, 64, dtype=torch.int64)
+    labels[:, 10:30, 10:40] = 1
+    labels[:, 30:, 30:] = 2
+    labels[:, :5] = 255
+    images += 2 * (labels == 1)[:, None] - 2 * (labels == 2)[:, None].float()
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+    totals = []
+    for _ in range(30):
+        total = sum(model(images, labels).values())
+        optimizer.zero_grad()
+        total.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        totals.append(total.item())
+    assert totals[0] == pytest.approx(1.4 * np.log(3) * (43 / 48), rel=0.15)  # of classes equally likely
+    assert totals[-1] < 0.4 * totals[0]
+    with torch.inference_mode():
+        right = (model.eval()(images).argmax(1) == labels)[labels != 255].float().mean()
+    assert right > 0.8
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        ("vmamba_femto", {}),
+        ("vmamba_pico_s2", {}),
+        ("swin_tiny_patch4_window7_224", {"strict_img_size": False, "embed_dim": 24, "depths": (1, 1, 1, 1)}),
+        ("convnext_atto", {}),
+        ("resnet18", {}),
+        ("vit_tiny_patch16_224", {"img_size": (64, 96)}),
+        ("efficientnet_b0", {}),
+    ],
+)
+def test_any_backbone_carries_it(backbone: str, options: dict[str, object]) -> None:
+    model = UPerNet(timm.create_model(backbone, features_only=True, **options), 5, 16, auxiliary_channels=8).eval()
+    with torch.inference_mode():
+        assert model(torch.randn(1, 3, 64, 96)).shape == (1, 5, 64, 96)
+        for x, chans, stride in zip(
+            model.backbone(torch.randn(1, 3, 64, 96)), model.backbone.channels, model.backbone.strides, strict=True
+        ):
+            assert x.shape == (1, chans, 64 // stride, 96 // stride)
+            assert_close(x.mean(1), torch.zeros(1, 64 // stride, 96 // stride))  # the norm is over channels
+
+
+def test_nothing_is_copied_between_a_channels_last_backbone_and_the_heads() -> None:
+    model = UPerNet(vmamba.create_model("vmamba_femto_s2", features_only=True), 5, 16).eval()
+    with torch.inference_mode():
+        assert all(x.permute(0, 2, 3, 1).is_contiguous() for x in model.backbone(torch.randn(2, 3, 32, 32)))
+
+
+def test_wrong_arguments_are_explained() -> None:
+    with pytest.raises(ValueError, match=r"VMamba is no feature extractor; .*features_only=True"):
+        UPerNet(vmamba.create_model("vmamba_femto_s2"), 5)
+    with pytest.raises(ValueError, match=r"strides \[8\]; expected two or more"):
+        UPerNet(vmamba.create_model("vmamba_femto_s2", features_only=True, out_indices=(2,)), 5)
+    model = small_head()
+    with pytest.raises(ValueError, match=r"targets are \(2, 160, 224\); expected \(2, 128, 128\)"):
+        model(torch.zeros(2, 3, 128, 128), torch.zeros(2, 160, 224, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"given \(3, 128, 128\) of torch.float32; expected normalised images"):
+        model(torch.zeros(3, 128, 128))
+    with pytest.raises(ValueError, match=r"of torch.uint8"):
+        model(torch.zeros(2, 3, 128, 128, dtype=torch.uint8))
+
+
+def test_without_an_auxiliary_head_and_with_synchronised_norms() -> None:
+    model = UPerNet(fixed_backbone(), 7, 16, auxiliary_channels=0)
+    assert model(torch.zeros(2, 3, 160, 224), torch.zeros(2, 160, 224, dtype=torch.int64)).keys() == {"decode"}
+    names = model.state_dict().keys()
+    assert nn.SyncBatchNorm.convert_sync_batchnorm(model).state_dict().keys() == names
