@@ -286,7 +286,8 @@ def _build(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
             _load_published(model, file)
         return model
 
-    feature_cfg = {"out_indices": tuple(range(len(arguments["dims"]))), "feature_cls": "getter"}
+    stages = tuple(range(len(arguments["dims"])))
+    feature_cfg = {"out_indices": stages, "feature_cls": "getter", "flatten_sequential": True}
     return build_model_with_cfg(make, name, by_timm, feature_cfg=feature_cfg, **kwargs)
 
 
