@@ -2,7 +2,22 @@
 
 from vmamba.nn.block import VSSBlock
 from vmamba.nn.downsample import ConvDownsample, PatchMerging
+from vmamba.nn.layers import GELU, ConvSiLU, GridConv2d, LayerNorm, Linear
+from vmamba.nn.mlp import Mlp
 from vmamba.nn.ss2d import SS2D
 from vmamba.nn.stem import ConvStem, PatchStem
 
-__all__ = ["SS2D", "ConvDownsample", "ConvStem", "PatchMerging", "PatchStem", "VSSBlock"]
+__all__ = [
+    "GELU",
+    "SS2D",
+    "ConvDownsample",
+    "ConvSiLU",
+    "ConvStem",
+    "GridConv2d",
+    "LayerNorm",
+    "Linear",
+    "Mlp",
+    "PatchMerging",
+    "PatchStem",
+    "VSSBlock",
+]

@@ -8,36 +8,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba.nn import cpu
-from vmamba.nn.conv import GridConv2d
+from vmamba.nn.layers import GridConv2d, LayerNorm, Linear
 
 
 class ConvDownsample(nn.Module):
-    """A 3×3 convolution of stride 2 and a LayerNorm."""
+    """A 3×3 convolution of stride 2 and a LayerNorm; with `stride=1` the grid keeps its size."""
 
-    def __init__(self, dim: int, out_dim: int, **dd: Any) -> None:
+    def __init__(self, dim: int, out_dim: int, stride: int = 2, **dd: Any) -> None:
         super().__init__()
-        self.conv = GridConv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
-        self.norm = nn.LayerNorm(out_dim, **dd)
+        self.conv = GridConv2d(dim, out_dim, 3, stride=stride, padding=1, **dd)
+        self.norm = LayerNorm(out_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, dim) to (B, ⌈H/2⌉, ⌈W/2⌉, out_dim)."""
-        call = cpu.caller(self, x)
-        return call(self.norm, call(self.conv, x), overwrite=cpu.is_unwatched(self))
+        """(B, H, W, dim) to (B, ⌈H/stride⌉, ⌈W/stride⌉, out_dim)."""
+        return self.norm(self.conv(x))
 
 
 class PatchMerging(nn.Module):
-    """Each 2×2 patch becomes one pixel of 4·dim channels, normalised and projected (the vanilla models)."""
+    """Each 2×2 patch becomes one pixel of 4·dim channels, normalised and projected (the vanilla models).
 
-    def __init__(self, dim: int, out_dim: int, **dd: Any) -> None:
+    Raises:
+        ValueError: a stride other than 2, which would need overlapping patches.
+    """
+
+    def __init__(self, dim: int, out_dim: int, stride: int = 2, **dd: Any) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, **dd)
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
+        if stride != 2:
+            raise ValueError(f"patch merging halves the grid and cannot have stride {stride}; expected 2")
+        self.norm = LayerNorm(4 * dim, **dd)
+        self.reduction = Linear(4 * dim, out_dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) to (B, ⌈H/2⌉, ⌈W/2⌉, out_dim); an odd side gets a row or column of zeros at its end."""
         _, height, width, _ = x.shape
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         corners = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        call = cpu.caller(self, x)
-        return call(self.reduction, call(self.norm, torch.cat(corners, dim=-1)))
+        return self.reduction(self.norm(torch.cat(corners, dim=-1)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import timm.layers
 import torch
@@ -10,38 +10,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.nn import cpu
+from vmamba.nn.layers import GELU, Linear
+from vmamba.ops.layers import (
+    applies,
+    differentiable_gradients,
+    gelu,
+    gelu_backward,
+    is_compiled,
+    product,
+    product_dtype,
+    records,
+)
 
-_LAYERS = {
-    "fc1": nn.Linear, "act": nn.GELU, "drop1": nn.Dropout, "norm": nn.Identity, "fc2": nn.Linear, "drop2": nn.Dropout,
-}  # fmt: skip
 
-
+@cpu.known
 class Mlp(timm.layers.Mlp):
     """timm's `Mlp`: Linear, GELU, dropout, Linear, dropout on the last dimension.
 
-    On the CPU, training keeps the hidden layer as it is before the GELU, and nothing else of it.
+    As it was built, on the CPU, it works by stretches of pixels in inference, and in training keeps the hidden layer as
+    it is before the GELU, and nothing else of it.
     """
 
+    PARTS: ClassVar = {
+        "fc1": Linear, "act": GELU, "drop1": nn.Dropout, "norm": nn.Identity, "fc2": Linear, "drop2": nn.Dropout,
+    }  # fmt: skip
     fc1: nn.Linear
     fc2: nn.Linear
-    drop1: nn.Dropout
-    drop2: nn.Dropout
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, **dd: Any) -> None:
+        super().__init__(dim, hidden, act_layer=GELU, drop=drop, **dd)
+        self.fc1, self.fc2 = Linear(dim, hidden, **dd), Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to the same."""
-        if not self._is_plain_on_cpu(x):
+        if is_compiled() or not (applies(x) and cpu.as_built(self)) or x.shape[-1] != self.fc1.in_features:
             return super().forward(x)
-        if not torch.is_grad_enabled():
-            call = cpu.caller(self, x)
-            return call(self.fc2, call(self.fc1, x, "gelu"))
-        dtype = cpu.autocast_dtype(x)
         parameters = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        return _FrugalMlp.apply(x.flatten(0, -2).to(dtype), *(value.to(dtype) for value in parameters)).view(x.shape)
-
-    def _is_plain_on_cpu(self, x: Tensor) -> bool:
-        if not cpu.is_eager(x) or (self.training and (self.drop1.p or self.drop2.p)):
-            return False
-        return all(cpu.is_plain(getattr(self, name), kind) for name, kind in _LAYERS.items())
+        if not applies(x, *parameters):
+            return super().forward(x)
+        if not records(x, *parameters):
+            return cpu.in_stretches(lambda part: self.fc2(self.act(self.fc1(part))), x, self.fc1.out_features)
+        dtype = product_dtype(x)
+        x, weight1, bias1, weight2, bias2 = (v if v is None else v.to(dtype) for v in (x, *parameters))
+        return _FrugalMlp.apply(x.flatten(0, -2), weight1, bias1, weight2, bias2).view(x.shape)
 
 
 class _FrugalMlp(torch.autograd.Function):
@@ -52,7 +63,7 @@ class _FrugalMlp(torch.autograd.Function):
         hidden, y = [], torch.empty_like(x)
         for part, result in zip(cpu.stretches(x, len(weight1)), cpu.stretches(y, len(weight1)), strict=True):
             hidden.append(F.linear(part, weight1, bias1))  # oneDNN is slower where the result is the wider side
-            result.copy_(cpu.product(cpu.gelu(hidden[-1]), weight2, bias2))
+            result.copy_(product(gelu(hidden[-1]), weight2, bias2))
         ctx.save_for_backward(x, weight1, bias1, weight2, bias2, *hidden)
         return y
 
@@ -60,7 +71,7 @@ class _FrugalMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight1, bias1, weight2, bias2, *hidden = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            return cpu.differentiable_gradients(
+            return differentiable_gradients(
                 lambda x, weight1, bias1, weight2, bias2: F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2),
                 (x, weight1, bias1, weight2, bias2),
                 ctx.needs_input_grad,
@@ -73,13 +84,13 @@ class _FrugalMlp(torch.autograd.Function):
         grad_bias1 = torch.zeros_like(bias1)
         parts = (cpu.stretches(value, len(weight1)) for value in (x, grad, grad_x))
         for i, (h, x_part, grad_part, grad_x_part) in enumerate(zip(hidden, *parts, strict=True)):
-            activated, grad_h = cpu.gelu_backward(cpu.product(grad_part, weight2.t()), h)
+            activated, grad_h = gelu_backward(product(grad_part, weight2.t()), h)
             if needs_weight2:
                 grad_weight2.addmm_(grad_part.t(), activated, beta=int(i > 0))
             if needs_weight1:
                 grad_weight1.addmm_(grad_h.t(), x_part, beta=int(i > 0))
             grad_bias1 += grad_h.sum(0)
             if needs_x:
-                grad_x_part.copy_(cpu.product(grad_h, weight1.t()))
+                grad_x_part.copy_(product(grad_h, weight1.t()))
         grads = (grad_x, grad_weight1, grad_bias1, grad_weight2, grad.sum(0))
         return tuple(value if needed else None for value, needed in zip(grads, ctx.needs_input_grad, strict=True))

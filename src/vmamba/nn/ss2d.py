@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.nn import cpu
-from vmamba.nn.conv import GridConv2d
+from vmamba.nn.layers import ConvSiLU, LayerNorm, Linear
 from vmamba.ops import PATTERNS, ss2d_scan
 from vmamba.ops.precision import state_dtype
 
@@ -22,6 +22,7 @@ _ROUTES = 4
 _STEP_RANGE, _STEP_FLOOR = (1e-3, 1e-1), 1e-4  # of the initial Δ
 
 
+@cpu.known
 class SS2D(nn.Module):
     """Projection, depthwise convolution, SiLU, selective scans along four routes, LayerNorm, projection.
 
@@ -42,6 +43,10 @@ class SS2D(nn.Module):
         D: (4, D), the skip.
     """
 
+    PARTS: ClassVar = {
+        "in_proj": Linear, "conv": ConvSiLU, "norm": LayerNorm, "out_proj": Linear, "dropout": nn.Dropout,
+    }  # fmt: skip
+
     def __init__(
         self,
         dim: int,
@@ -61,15 +66,15 @@ class SS2D(nn.Module):
             raise ValueError(f"pattern is {pattern!r}; expected one of {', '.join(map(repr, PATTERNS))}")
         inner, rank = int(ssm_ratio * dim), math.ceil(dim / 16)
         self.gated, self.init, self.pattern = gated, init, pattern
-        self.in_proj = nn.Linear(dim, 2 * inner if gated else inner, bias=False, **dd)
-        self.conv = GridConv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias, **dd)
+        self.in_proj = Linear(dim, 2 * inner if gated else inner, bias=False, **dd)
+        self.conv = ConvSiLU(inner, inner, 3, padding=1, groups=inner, bias=conv_bias, **dd)
         self.x_proj_weight = nn.Parameter(torch.empty(_ROUTES, rank + 2 * d_state, inner, **dd))
         self.dt_proj_weight = nn.Parameter(torch.empty(_ROUTES, inner, rank, **dd))
         self.dt_proj_bias = nn.Parameter(torch.empty(_ROUTES, inner, **dd))
         self.A_log = nn.Parameter(torch.empty(_ROUTES, inner, d_state, **dd))
         self.D = nn.Parameter(torch.empty(_ROUTES, inner, **dd))
-        self.norm = nn.LayerNorm(inner, **dd)
-        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.norm = LayerNorm(inner, **dd)
+        self.out_proj = Linear(inner, dim, bias=False, **dd)
         self.dropout = nn.Dropout(dropout)
         self.reset_scan_parameters()
 
@@ -102,23 +107,19 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the pixels of (B, H, W, C); returns (B, H, W, C)."""
-        call = cpu.caller(self, x)
-        y, gate = self.mix(call(self.in_proj, x), call)
-        return self.dropout(self.project(y, gate, call))
+        return self.dropout(self.project(*self.mix(self.in_proj(x))))
 
-    def mix(self, x: Tensor, call: cpu.Caller) -> tuple[Tensor, Tensor | None]:
+    def mix(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """From the first projection's result to that of the scans, (B, H, W, D), and the gate."""
-        gate = None
-        if self.gated:
-            x, gate = x.chunk(2, dim=-1)
-        u = call(self.conv, x, "swish")
-        del x  # in inference its memory is free for the result
-        A = -torch.exp(self.A_log.to(state_dtype(self.A_log)))
-        return ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, self.pattern), gate
+        x, gate = x.chunk(2, dim=-1) if self.gated else (x, None)
+        return self.scan(self.conv(x)), gate
 
-    def project(self, y: Tensor, gate: Tensor | None, call: cpu.Caller) -> Tensor:
-        """From the scans' result (..., D), whose memory may be used, to that of the last projection, (..., C)."""
-        y = call(self.norm, y, overwrite=True)
-        if gate is not None:
-            y = y * F.silu(gate)
-        return call(self.out_proj, y)
+    def scan(self, u: Tensor) -> Tensor:
+        """Scan (B, H, W, D) along the four routes and add the results, (B, H, W, D)."""
+        A = -torch.exp(self.A_log.to(state_dtype(self.A_log)))
+        return ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, self.pattern)
+
+    def project(self, y: Tensor, gate: Tensor | None) -> Tensor:
+        """From the scans' result (..., D) to that of the last projection, (..., C)."""
+        y = self.norm(y)
+        return self.out_proj(y if gate is None else y * F.silu(gate))

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vmamba.nn import cpu
-from vmamba.nn.conv import GridConv2d
+from vmamba.nn.layers import GELU, GridConv2d, LayerNorm
 
 
 class ConvStem(nn.Module):
@@ -24,15 +23,15 @@ class ConvStem(nn.Module):
         if stride not in (1, 2, 4):
             raise ValueError(f"stem stride is {stride}; expected 1, 2 or 4")
         self.conv1 = GridConv2d(in_chans, dim // 2, 3, stride=2 if stride > 1 else 1, padding=1, **dd)
-        self.norm1 = nn.LayerNorm(dim // 2, **dd)
+        self.norm1 = LayerNorm(dim // 2, **dd)
+        self.act = GELU()
         self.conv2 = GridConv2d(dim // 2, dim, 3, stride=2 if stride > 2 else 1, padding=1, **dd)
-        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.norm2 = LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, in_chans) to (B, ⌈H/stride⌉, ⌈W/stride⌉, dim)."""
-        call, unwatched = cpu.caller(self, x), cpu.is_unwatched(self)
-        x = call(self.norm1, call(self.conv1, x), "gelu", overwrite=unwatched)
-        return call(self.norm2, call(self.conv2, x), overwrite=unwatched)
+        """(B, in_chans, H, W) to (B, ⌈H/stride⌉, ⌈W/stride⌉, dim)."""
+        x = self.act(self.norm1(self.conv1(x.permute(0, 2, 3, 1).contiguous())))
+        return self.norm2(self.conv2(x))
 
 
 class PatchStem(nn.Module):
@@ -41,9 +40,8 @@ class PatchStem(nn.Module):
     def __init__(self, in_chans: int, dim: int, stride: int = 4, **dd: Any) -> None:
         super().__init__()
         self.conv = GridConv2d(in_chans, dim, stride, stride=stride, **dd)
-        self.norm = nn.LayerNorm(dim, **dd)
+        self.norm = LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, in_chans) to (B, ⌊H/stride⌋, ⌊W/stride⌋, dim)."""
-        call = cpu.caller(self, x)
-        return call(self.norm, call(self.conv, x), overwrite=cpu.is_unwatched(self))
+        """(B, in_chans, H, W) to (B, ⌊H/stride⌋, ⌊W/stride⌋, dim)."""
+        return self.norm(self.conv(x.permute(0, 2, 3, 1).contiguous()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba.ops import checks
@@ -11,6 +10,7 @@ from vmamba.ops.arguments import SS2DArguments
 from vmamba.ops.backends import choose_backend
 from vmamba.ops.operators import call_operator
 from vmamba.ops.precision import state_dtype, without_autocast
+from vmamba.ops.layers import linear
 
 
 def ss2d_scan(
@@ -61,5 +61,5 @@ def ss2d_scan(
         # A GPU multiplies bfloat16 at many times float32's speed, and adds up in float32; float16 could overflow.
         is_low = u.is_cuda and u.dtype == torch.bfloat16
         dtype = u.dtype if is_low else state_dtype(x_proj_weight, *given[:-1])
-        projected = F.linear(u.to(dtype), x_proj_weight.to(dtype).flatten(0, 1)).unflatten(-1, (routes, size))
+        projected = linear(u.to(dtype), x_proj_weight.to(dtype).flatten(0, 1)).unflatten(-1, (routes, size))
         return call_operator("ss2d_scan", chosen, given._replace(projected=projected))

@@ -1,0 +1,67 @@
+"""torch's layers, each with its own fast path on the CPU (`vmamba.nn.cpu`), for grids (B, H, W, C)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmamba.nn import cpu
+from vmamba.ops.backends.native import layers as native
+from vmamba.ops.layers import applies, can_fuse, depthwise_silu, gelu, is_compiled, linear, records
+
+
+@cpu.known
+class Linear(nn.Linear):
+    """`torch.nn.Linear` on the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return linear(x, self.weight, self.bias)
+
+
+@cpu.known
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm`; in inference one pass over memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to the same."""
+        parameters = self.weight, self.bias
+        if is_compiled() or not applies(x, *parameters) or not can_fuse(x) or records(x, *parameters):
+            return super().forward(x)
+        if self.normalized_shape != x.shape[-1:]:
+            return super().forward(x)
+        return native.layer_norm(x, *parameters, self.eps)
+
+
+@cpu.known
+class GELU(nn.GELU):
+    """`torch.nn.GELU`; in inference one pass over memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x·Φ(x) of any shape, with Φ the normal distribution, or its approximation by tanh."""
+        if is_compiled() or self.approximate != "none" or not applies(x) or records(x):
+            return super().forward(x)
+        return gelu(x)
+
+
+@cpu.known
+class GridConv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` from (B, H, W, C) to (B, H', W', C'): the same weights, no copy on the way in or out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, H, W, C) to (B, H', W', C')."""
+        parameters = self.weight, self.bias
+        if applies(x, *parameters) and cpu.is_large_filter(self) and not records(x, *parameters):
+            return cpu.convolution(x, self)
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+@cpu.known
+class ConvSiLU(GridConv2d):
+    """A convolution from (B, H, W, C) to (B, H', W', C') and SiLU; a depthwise 3×3 one is a single pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """SiLU of the convolution of (B, H, W, C)."""
+        if applies(x, self.weight, self.bias) and can_fuse(x) and cpu.is_depthwise_silu(self, x):
+            return depthwise_silu(x, self.weight, self.bias)
+        return F.silu(super().forward(x))

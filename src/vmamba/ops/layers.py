@@ -1,0 +1,211 @@
+"""Layers as functions, as fast as the CPU computes them; where that does not apply they are torch's own.
+
+On the CPU, in float32 and bfloat16, products go to oneDNN, which on many processors is twice as fast as what torch
+takes there, and chains of layers are one pass over memory (`backends/native/layers.py`). All of them compute from the
+parameters given and keep nothing. To torch.compile they are operators, which it leaves alone; an exported graph has
+torch's own layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmamba.ops.backends.native import layers as native
+from vmamba.ops.operators import runs_eagerly
+
+# --- which way -------------------------------------------------------------------------------------------------------
+
+
+def applies(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether what is computed at once on the CPU may stand in for a layer called with `x` that has these parameters.
+
+    They are plain tensors there in float32 or bfloat16, and nothing but torch.compile traces or transforms the call.
+    """
+    if (
+        not (is_compiled() or runs_eagerly(x))
+        or x.device.type != "cpu"
+        or x.layout is not torch.strided
+        or not x.numel()
+    ):
+        return False
+    dtype, is_cast = product_dtype(x), torch.is_autocast_enabled("cpu")
+    return dtype in (torch.float32, torch.bfloat16) and all(
+        type(value) in (Tensor, nn.Parameter)
+        and value.device.type == "cpu"
+        and value.layout is torch.strided
+        and (value.dtype == dtype or (is_cast and value.dtype in (torch.float32, torch.bfloat16)))
+        for value in parameters
+        if value is not None
+    )
+
+
+def records(*values: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these."""
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a layer multiplies `x` on the CPU, autocast considered."""
+    is_cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    return torch.get_autocast_dtype("cpu") if is_cast else x.dtype
+
+
+def is_compiled() -> bool:
+    """Whether torch.compile traces the call, for a graph that runs with this package."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def can_fuse(x: Tensor) -> bool:
+    """Whether the library of fused kernels is there and knows the dtype of `x`."""
+    return x.dtype in (torch.float32, torch.bfloat16) and native.reason_unavailable() is None
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, by oneDNN where that `applies`.
+
+    Args:
+        x: (..., C).
+        weight: (C', C).
+        bias: (C',) or None.
+
+    Returns:
+        (..., C'), in the dtype that `F.linear` gives, autocast considered; differentiable twice.
+    """
+    if not applies(x, weight, bias) or x.shape[-1] != weight.shape[-1]:
+        return F.linear(x, weight, bias)
+    dtype = product_dtype(x)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if is_compiled() or records(x, weight, bias):
+        return torch.ops.vmamba.linear(x, weight, bias)
+    return product(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias for (..., C) and (C', C) of one dtype, on the CPU; without autograd."""
+    if x.dtype not in _product_dtypes() or not torch.backends.mkldnn.enabled or not x.numel():
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
+
+
+@functools.cache
+def _product_dtypes() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return ()
+    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+
+
+def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (x, weight, _), needed = ctx.saved_tensors, ctx.needs_input_grad
+    rows = grad.flatten(0, -2)
+    return (
+        torch.ops.vmamba.linear(grad, weight.t(), None) if needed[0] else None,
+        rows.t() @ x.flatten(0, -2) if needed[1] else None,
+        rows.sum(0) if needed[2] else None,
+    )
+
+
+def differentiable_gradients(
+    function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of function(*inputs) for the inputs that need one, by operations that can be differentiated again."""
+    wanted = [value for value, is_needed in zip(inputs, needed, strict=True) if is_needed and value is not None]
+    grads = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
+    return tuple(next(grads) if is_needed else None for is_needed in needed)
+
+
+# --- depthwise convolution -------------------------------------------------------------------------------------------
+
+
+def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """SiLU of a depthwise 3×3 convolution with padding 1, in one pass; for callers that know that it `applies`.
+
+    Args:
+        x: (B, H, W, C).
+        weight: (C, 1, 3, 3).
+        bias: (C,) or None.
+
+    Returns:
+        (B, H, W, C), in the dtype of the product; differentiable twice.
+    """
+    x = x.to(product_dtype(x))
+    if is_compiled() or records(x, weight, bias):
+        return torch.ops.vmamba.depthwise_silu(x, weight, bias)
+    return native.depthwise_silu(x, weight, bias)
+
+
+def _depthwise_silu_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    inputs, needed = ctx.saved_tensors, ctx.needs_input_grad
+    if torch.is_grad_enabled():  # to be differentiated again
+        return differentiable_gradients(_plain_depthwise_silu, inputs, needed, grad)
+    grads = torch.ops.vmamba.depthwise_silu_backward(grad, *inputs)
+    return tuple(value if is_needed else None for value, is_needed in zip(grads, needed, strict=True))
+
+
+def _plain_depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    image, low_bias = x.permute(0, 3, 1, 2), None if bias is None else bias.to(x.dtype)
+    return F.silu(F.conv2d(image, weight.to(x.dtype), low_bias, padding=1, groups=len(weight)).permute(0, 2, 3, 1))
+
+
+# --- GELU ------------------------------------------------------------------------------------------------------------
+
+
+def gelu(h: Tensor) -> Tensor:
+    """The exact GELU; without autograd."""
+    return native.gelu(h) if can_fuse(h) else F.gelu(h)
+
+
+def gelu_backward(grad: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu(h) and the gradient of h, which may take the memory of `grad`; without autograd."""
+    if can_fuse(h):
+        return native.gelu_backward(grad, h, overwrite=True)
+    return F.gelu(h), torch.ops.aten.gelu_backward(grad, h)
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _register(schema: str, function: Callable[..., Any], fake: Callable[..., Any], gradients: Any = None) -> None:
+    """Makes a function of the CPU the operator `torch.ops.vmamba.*` that the schema names."""
+    name = f"vmamba::{schema.partition('(')[0]}"
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, function, "CPU")
+    torch.library.register_fake(name, fake, lib=_LIBRARY)
+    if gradients is not None:
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*inputs)
+
+        torch.library.register_autograd(name, gradients, setup_context=save, lib=_LIBRARY)
+
+
+_LIBRARY = torch.library.Library("vmamba", "FRAGMENT")
+_register(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    product,
+    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    _product_gradients,
+)
+_register(
+    "depthwise_silu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    native.depthwise_silu,
+    lambda x, weight, bias: _empty(x),
+    _depthwise_silu_gradients,
+)
+_register(
+    "depthwise_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
+    native.depthwise_silu_backward,
+    lambda grad, x, weight, bias: (_empty(x), _empty(weight), weight.new_empty(weight.shape[0])),
+)
