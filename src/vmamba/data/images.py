@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import glob
+import io
 import os
+import re
+import stat
+import struct
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vmamba.errors import DataError, ImageError
 from vmamba.files import shown
@@ -28,6 +35,8 @@ _SYSTEM_FOLDERS = frozenset({
 # content, so the formats that may be decoded are named here.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
+_SECONDS = 5  # of processor time for one image, looked at between reads: what Pillow does in one call takes up to 4
+
 
 def read_image(source: str | os.PathLike[str] | BinaryIO, in_chans: int = 3, name: str | None = None) -> Image.Image:
     """Read one image file as 8-bit RGB (``in_chans=3``) or 8-bit grey (``in_chans=1``).
@@ -39,30 +48,95 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, in_chans: int = 3, nam
     - transparent pixels are laid over white;
     - 16-bit grey is scaled to 8 bits (65535 becomes 255), not clipped; float grey is taken as 0 to 1.
 
+    Files that attack their reader are refused: decoding takes at most 10 seconds of processor time, and at most three
+    times the file's size plus 300 MB plus 28 bytes for each pixel (of which Pillow's limit allows 89 million).
+
     Args:
         source: a path, or a binary file object.
         in_chans: 3 for an image of mode ``RGB``, 1 for mode ``L``.
         name: what to call the file in an error; by default the path, or the file object's name.
 
     Raises:
-        ImageError: the file is missing, empty, truncated, corrupt, not an image, or larger than Pillow's limit
-            against decompression bombs (``PIL.Image.MAX_IMAGE_PIXELS``, a warning in Pillow, an error here).
+        ImageError: the file is missing, empty, truncated, corrupt, not an image, takes too long, or is larger than
+            Pillow's limit against decompression bombs (``PIL.Image.MAX_IMAGE_PIXELS``, a warning in Pillow, an error
+            here).
         DataError: ``in_chans`` is neither 1 nor 3.
     """
     check_channels(in_chans)
     name = shown(name or str(getattr(source, "name", source)))
     try:
-        with warnings.catch_warnings():
+        with _opened(source) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata, which nobody asked for
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source, formats=_FORMATS) as image:
+            with Image.open(_Metered(file), formats=_FORMATS) as image:  # type: ignore[arg-type]
+                image.decodermaxblock = 4096  # each read looks at the clock
                 stored = image.tile[0].args if image.tile else None
                 image.load()
                 if image.format == "PNG" and "transparency" in image.info:
-                    _widen_key(image, stored, source)
+                    _widen_key(image, stored, file)
                 return standard_image(image, in_chans)
     # Decoders meet damaged files with almost any exception: OSError, SyntaxError, struct.error, EOFError ...
     except Exception as error:
-        raise ImageError(f"{name}: {_reason(error, source)}") from error
+        raise ImageError(f"{name}: {_reason(error)}") from error
+
+
+@contextmanager
+def _opened(source: str | os.PathLike[str] | BinaryIO) -> Iterator[BinaryIO]:
+    """An image file without what would keep Pillow busy for hours, as trials showed."""
+    if isinstance(source, (str, os.PathLike)):
+        status = os.stat(source)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a file but a FIFO, a socket or a device")
+        if not status.st_size:  # also of the files in /proc, some of which never end
+            raise ValueError("the file is empty (0 bytes)")
+        with open(source, "rb") as file, _opened(file) as checked:
+            yield checked
+        return
+    head = source.read(16)
+    if not head:
+        raise ValueError("the file is empty (0 bytes)")
+    source.seek(0)
+    if head[:2] in (b"P1", b"P2", b"P3"):  # each comment of a plain PNM costs Pillow a copy of the megabyte around it
+        source = io.BytesIO(re.sub(rb"#[^\r\n]*", b"", source.read()))
+    elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        _check_strips(source, head)
+        source.seek(0)
+    yield source
+
+
+def _check_strips(file: BinaryIO, head: bytes) -> None:
+    """Refuse a TIFF of absurdly many strips or tiles, each of which costs Pillow hundreds of bytes."""
+    order, big = "<" if head[:1] == b"I" else ">", b"+" in head[:4]
+    start, number, entry = ("Q", "Q", "HHQ8s") if big else ("I", "H", "HHI4s")
+    file.seek(struct.unpack_from(order + start, head, 8 if big else 4)[0])
+    (length,) = struct.unpack(order + number, file.read(struct.calcsize(order + number)))
+    entries = file.read(min(length, 65535) * struct.calcsize(order + entry))
+    for tag, _, count, _ in struct.iter_unpack(order + entry, entries):
+        if tag in (273, 324) and count > 200_000:  # StripOffsets, TileOffsets
+            raise ValueError(f"a TIFF of {count} strips or tiles")
+
+
+class _Metered:
+    """A file that cannot be read on once its decoding has cost `_SECONDS` of processor time.
+
+    Decoders cannot be stopped from outside, but all that can take for ever come back to read: progressive JPEGs of
+    thousands of scans (libjpeg has no limit), chunks by the million, formats decoded in Python.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.end = file, time.thread_time() + _SECONDS
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if time.thread_time() > self.end:
+            raise _TooSlowError
+        return self.file.read(size)
+
+
+class _TooSlowError(Exception):
+    """Decoding takes too long."""
 
 
 def check_channels(in_chans: int) -> None:
@@ -75,13 +149,13 @@ def check_channels(in_chans: int) -> None:
         raise DataError(f"in_chans is {in_chans}; image files are read with 1 (grey) or 3 (RGB) channels")
 
 
-def _widen_key(image: Image.Image, stored: Any, source: Any) -> None:
+def _widen_key(image: Image.Image, stored: Any, file: BinaryIO) -> None:
     """Make PNG's transparent colour fit the pixels: it is given in the file's bits, and Pillow turns those into 8."""
     if stored in ("L;2", "L;4"):
         image.info["transparency"] *= {"L;2": 85, "L;4": 17}[stored]
     elif stored == "RGB;16B":
         high, low = np.divmod(image.info.pop("transparency"), 256)
-        with Image.open(source, formats=("PNG",)) as other:
+        with Image.open(_Metered(file), formats=("PNG",)) as other:  # type: ignore[arg-type]
             other.tile = [other.tile[0]._replace(args="RGB;16L")]  # the lower bytes, which Pillow leaves out
             hidden = (np.asarray(image) == high) & (np.asarray(other) == low)
         image.putalpha(Image.fromarray(~hidden.all(2)).convert("L"))
@@ -94,15 +168,24 @@ def standard_image(image: Image.Image, in_chans: int = 3) -> Image.Image:
         ValueError: the pixels have no defined range (32-bit integers beyond 65535, floats beyond 0 to 1).
     """
     try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # a damaged EXIF block says nothing about the pixels: show them as they are stored
-        image = image.copy()
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        image = image if upright else ImageOps.exif_transpose(image)
+    # A damaged EXIF block says nothing about the pixels: they are shown as they are stored.
+    except Exception as error:
+        if isinstance(error, _TooSlowError):
+            raise
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bit(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB" if in_chans == 3 else "L")
+        image = _as_mode(image, "RGBA")
+        background = Image.new("RGB", image.size, "white")
+        background.paste(image, mask=image)
+        image = background
+    return _as_mode(image, "RGB" if in_chans == 3 else "L")
+
+
+def _as_mode(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)  # `convert` alone would copy it all the same
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -114,24 +197,22 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
         return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
     if low < 0 or high > 65535:
         raise ValueError(f"32-bit pixels from {low} to {high} have no defined white. Save it with 8 or 16 bits")
-    grey = ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    return Image.fromarray(np.where(pixels == image.info.get("transparency"), np.uint8(255), grey))
+    grey = ((np.arange(65536) * 255 + 32767) // 65535).astype(np.uint8)
+    if "transparency" in image.info:
+        grey[image.info["transparency"]] = 255
+    return Image.fromarray(grey[pixels])
 
 
-def _reason(error: Exception, source: Any = None) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return f"{error} To read it all the same, raise PIL.Image.MAX_IMAGE_PIXELS"
+    if isinstance(error, _TooSlowError):
+        return f"decoding it takes more than {_SECONDS} seconds of processor time"
     if isinstance(error, UnidentifiedImageError):
-        return "the file is empty (0 bytes)" if _is_empty(source) else "not an image, or damaged beyond recognition"
+        return "not an image, or damaged beyond recognition"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
-    return str(error) or type(error).__name__
-
-
-def _is_empty(source: Any) -> bool:
-    if isinstance(source, (str, os.PathLike)):
-        return os.path.getsize(source) == 0
-    return source.seek(0, os.SEEK_END) == 0
+    return shown(str(error) or type(error).__name__)
 
 
 def is_hidden(path: str) -> bool:
