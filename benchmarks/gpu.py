@@ -14,110 +14,261 @@ the scans are held against the definition in float64: wrong results are not time
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import models
+import runner
 import torch
-from environment import RESULTS, describe
-from gpu_parts.bench import COMPILED, EAGER, FULL, QUICK, SMOKE, Bench, Part, Settings, failures_in, release
-from gpu_parts.models import DROP_PATH, inference, latency, resolution, training
-from gpu_parts.profiling import profiling
-from gpu_parts.report import Row, figures, markdown, plot
-from gpu_parts.scans import check, operators
-from gpu_parts.tuning import tuning
-from gpu_parts.yardsticks import MINE
-from measuring import figure_cells
+from models import CONVNEXT, DEIT, DROP_PATH, SWIN, TINY, Contender, prepare, random_images
+from page import Row
+from runner import (
+    COMPILED,
+    EAGER,
+    PATIENCE,
+    RESULTS,
+    Bench,
+    Call,
+    NotMeasuredError,
+    Part,
+    Section,
+    failures_in,
+    release,
+)
+from scans import CHAIN, MINE, RELEASED, check, time_scans
+from torch import Tensor, nn
+from tuning import tuning
 
-from vmamba.files import replacing
+from vmamba.nn import SS2D, VSSBlock
 from vmamba.ops.backends import ENVIRONMENT_VARIABLE, choose_backend
 
-
-@dataclass(frozen=True)
-class Section:
-    """A part of a run: what it does, the tables it fills, and about how many seconds it takes."""
-
-    run: Callable[[Bench], Iterator[Part]]
-    tables: tuple[str, ...]
-    seconds: float
-
-
-SECTIONS = {
-    "operators": Section(operators, ("rates", "operators"), 60),
-    "inference": Section(inference, ("inference",), 60),
-    "training": Section(training, ("training",), 60),
-    "latency": Section(latency, ("latency",), 30),
-    "profile": Section(profiling, ("profile", "kernels"), 30),
-    "resolution": Section(resolution, ("resolution",), 60),
-    "tune": Section(tuning, ("tuning",), 180),
+FULL = runner.Settings(
+    device="cuda",
+    contenders=(MINE, RELEASED, CHAIN, SWIN, CONVNEXT, DEIT),
+    scans=(
+        (56, 96, (1, 128)), (28, 192, (1, 128)), (14, 384, (1, 128)), (7, 768, (1, 128)), (192, 96, (1, 8)),
+        (384, 96, (1, 8)),
+    ),
+    checks=((2, 9, 7, 48), (1, 14, 14, 384), (2, 31, 40, 96)),
+)  # fmt: skip
+QUICK = replace(FULL, rounds=5, most=1.0, modes=(EAGER,), sizes=(224,), compiled_sizes=(), scans=FULL.scans[:4])
+SMOKE = replace(
+    FULL, device="cpu", size=64, batch=2, rounds=1, least=0.0, compiler="eager", sizes=(64, 96), compiled_sizes=(96,),
+    profiled=((False, 2, 64), (True, 2, 64)), scans=((8, 32, (1, 2)),), checks=((2, 5, 4, 32),), options=TINY,
+)  # fmt: skip
+LAYOUT = models.LAYOUT | {
+    "checks": (
+        "Scans against the definition in float64: ‖difference‖ / ‖reference‖ of the result and the six gradients",
+        "scan;shape;dtype;worst;distance;allowed",
+    ),
+    "rates": ("Rates of the card", "what;value"),
+    "latency": ("Latency of one image", "model;mode;ms"),
+    "operators": (
+        "SS2D's operator with its projections; “operator” is ours without them, with the bytes that it must move and "
+        "their rate as a share of the copy rate",
+        "scan;grid;channels;batch;µs;MB;TB/s;share;backward, µs;backward MB;backward TB/s;backward share;timed",
+    ),
+    "tuning": (
+        "Configurations of the scan's kernels, fastest first; the best are for "
+        "`vmamba/ops/backends/triton/configurations.py`",
+        "pass;grid;channels;configuration;µs",
+    ),
 }
-DEFAULT_SECTIONS = [name for name in SECTIONS if name != "tune"]
 
 
-class Results:
-    """What has been found, in memory and, given a folder, on the disk after every part of a section."""
+def our_kernels() -> tuple[str, ...]:
+    """Names of the Triton backend's kernels."""
+    try:
+        from triton.runtime import JITFunction
 
-    def __init__(self, settings: Settings, folder: Path | None) -> None:
-        self.settings, self.folder = settings, folder
-        environment = describe(settings.device)
-        environment["backend"] = choose_backend(None, torch.device(settings.device)).name
-        self.data: dict[str, Any] = {
-            "environment": environment,
-            "settings": json.loads(json.dumps(asdict(settings))),
-            "notes": notes(settings),
-            "figures": [],
-            "skipped": {},
-            "tables": {},
-        }
-        if folder and (folder / "gpu.json").exists():
-            self._take_over(json.loads((folder / "gpu.json").read_text()))
-
-    def _take_over(self, former: Mapping[str, Any]) -> None:
-        """The tables of a former run, if it was on the same card with the same programs and settings."""
-
-        def circumstances(data: Mapping[str, Any]) -> object:
-            environment = {key: value for key, value in data["environment"].items() if key not in ("date", "threads")}
-            return environment, {key: value for key, value in data["settings"].items() if key != "modes"}
-
-        if circumstances(former) == circumstances(self.data):
-            self.data |= {"tables": former["tables"], "skipped": former["skipped"]}
-
-    def begin(self, section: str, tables: Iterable[str]) -> None:
-        """Forget what a former run of the section has found."""
-        self.data["skipped"].pop(section, None)
-        for table in tables:
-            self.data["tables"][table] = []
-
-    def add(self, part: Part) -> None:
-        """Take rows, and write everything."""
-        self.data["tables"].setdefault(part[0], []).extend(part[1])
-        self.write()
-
-    def write(self) -> None:
-        """Write gpu.json and gpu.md, each at once."""
-        s = self.settings
-        found = figures(self.data["tables"], s.size, s.batch, s.compiled_sizes)
-        self.data["figures"] = [figure.record() for figure in found]
-        if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name, text in (("gpu.json", json.dumps(self.data, indent=1) + "\n"), ("gpu.md", markdown(self.data))):
-                with replacing(self.folder / name) as path:
-                    path.write_text(text)
-
-    def draw(self) -> None:
-        """Write gpu.png."""
-        if self.folder and self.data["tables"].get("resolution"):
-            plot(self.data, self.folder / "gpu.png")
+        from vmamba.ops.backends.triton import kernels
+    except ImportError:
+        return ()
+    return tuple(name for name, value in vars(kernels).items() if isinstance(value, JITFunction))
 
 
-def notes(settings: Settings) -> list[str]:
+# The first kind whose words a kernel's name contains is its own. torch.compile names its kernels triton_poi (pointwise)
+# or triton_per and triton_red (with sums), and then after all the layers that it fused.
+KINDS = {
+    "scan": ("vmamba::", *our_kernels()),
+    "copies": ("copy_kernel", "Memcpy", "Memset", "CatArray", "::copy_", "::_to_copy", "::clone"),
+    "elementwise": ("triton_poi", "elementwise", "gelu", "silu"),
+    "normalisation": ("triton_per", "triton_red", "norm", "Norm", "GammaBeta"),
+    "convolutions": ("conv", "fprop", "dgrad", "wgrad", "nchw", "nhwc", "cudnn"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "gemv", "splitK", "::mm", "::addmm", "linear"),
+    "sums": ("reduce", "softmax", "SoftMax"),
+}
+
+
+# --- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+def capture(call: Call) -> Call:
+    """A call that always reads the same tensors as a CUDA graph, whose replay takes only the card's own time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay(keep: object = call) -> object:  # the graph reads the tensors that the call was given
+        graph.replay()
+        return output
+
+    return replay
+
+
+def captured(bench: Bench, call: Call) -> tuple[Call, str]:
+    """The call as a graph where that is possible, and how it is launched."""
+    if bench.settings.device == "cuda":
+        with failures_in({}):
+            return capture(call), "graph"
+    call()
+    return call, "launched"
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def operators(bench: Bench) -> Iterator[Part]:
+    """The scan alone, forward and backward, at the shapes that the models meet."""
+    rates = {"copy on the device, TB/s": bench.copy_rate, "bfloat16 matrix product, TFLOP/s": bench.product_rate}
+    yield "rates", [{"what": what, "value": rate / 1e12} for what, rate in rates.items()]
+    for grid, channels, batches in bench.settings.scans:
+        for batch in batches:
+            bench.say(f"  scans, {batch} × {grid}² × {channels}")
+            rows: list[Row] = [{"scan": "all", "grid": grid, "channels": channels, "batch": batch}]
+            with failures_in(rows[0]):
+                rows = time_scans(bench, batch, grid, channels, partial(captured, bench))
+            yield "operators", rows
+            release()
+
+
+def latency(bench: Bench) -> Iterator[Part]:
+    """One image, as it comes and as a CUDA graph, which no launching from Python slows down."""
+    size = bench.settings.size
+    image, _ = random_images(bench, 1, size)
+    rows: dict[tuple[str, str], Row] = {}
+    calls: dict[tuple[str, str], Call] = {}
+    torch._dynamo.reset()
+    for label, mode in itertools.product((MINE, SWIN, CONVNEXT), bench.settings.modes):
+        bench.say(f"  {label}, {mode}, 1 × {size}²")
+        plain, graph = (label, mode), (label, "graph" if mode == EAGER else f"{mode}, graph")
+        rows |= {key: {"model": label, "mode": key[1], "size": size, "batch": 1} for key in (plain, graph)}
+        with failures_in(rows[plain]):
+            bench.has_time_for(PATIENCE[mode])
+            call = partial(prepare(bench, label, mode, size).infer, image)
+            call()  # compiles
+            calls[plain] = call
+        with failures_in(rows[graph]):
+            if plain not in calls:
+                raise NotMeasuredError(rows[plain]["error"])
+            if bench.settings.device != "cuda":
+                raise NotMeasuredError("there are no graphs on the CPU")
+            calls[graph] = capture(calls[plain])
+    for key, seconds in bench.interleave(calls).items():
+        rows[key] |= {"seconds": seconds, "images_per_second": 1 / seconds}
+    yield "latency", list(rows.values())
+
+
+def least_bytes(bench: Bench, contender: Contender, image: Tensor, training: bool) -> dict[str, Row]:
+    """Bytes that each kind of our model's layers must move, and how long it takes to copy as many.
+
+    They are what goes in, what comes out and weights, two a number. In training also what the gradients need: a
+    product's and a convolution's inputs, weights and gradients twice more, of the others the input and the gradients of
+    input and output.
+    """
+    moved: dict[str, float] = defaultdict(float)
+
+    def add(kind: str, forward: int, backward: int) -> None:
+        moved[kind] += 2 * (forward + backward * training)
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        given = inputs[0].numel()
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            values = given + module.weight.numel() + output.numel()
+            add("matrix products" if isinstance(module, nn.Linear) else "convolutions", values, 2 * values)
+        elif isinstance(module, nn.LayerNorm):
+            add("normalisation", 2 * given, 3 * given)
+        elif isinstance(module, nn.GELU):
+            add("elementwise", 2 * given, 3 * given)
+        elif isinstance(module, VSSBlock):
+            branches = 1 if module.mlp is None else 2
+            add("elementwise", 3 * given * branches, 3 * given * branches)
+        elif isinstance(module, SS2D):
+            pixels = given // inputs[0].shape[-1]
+            u, projected = pixels * module.D.shape[1], pixels * module.x_proj_weight.shape[:2].numel()
+            values = u + module.x_proj_weight.numel() + projected
+            add("elementwise", 2 * u, 3 * u)
+            add("matrix products", values, 2 * values)
+            add("scan", 2 * u + projected, 3 * u + 2 * projected)
+
+    hooks = [module.register_forward_hook(note) for module in contender.model.modules()]
+    try:
+        contender.infer(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {kind: {"bytes": count, "floor_seconds": count / bench.copy_rate} for kind, count in moved.items()}
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def figures(tables: runner.Tables, settings: runner.Settings) -> list[Row]:
+    """What is wanted of the backend; images a second are those of each model's better mode."""
+    found, size, large = runner.Figures(tables), settings.size, settings.compiled_sizes
+    at = f"{size}², batch {settings.batch}"
+
+    def speed(table: str, other: str, side: int) -> Callable[[], tuple[float, str]]:
+        return partial(found.ratio, table, other, MINE, size=side)
+
+    for table, name, *bounds in (("inference", "inference", 2, 1.2, 1), ("training", "training step", 2, 1, 0.9)):
+        for other, bound in zip((RELEASED, SWIN, CONVNEXT), bounds, strict=True):
+            what = f"{name}, {at}: images/s, ours / {other.removeprefix(MINE + ', ')}"
+            found.add(what, bound, speed(table, other, size), more=True)
+    for side in large:
+        found.add(f"inference, {side}²: images/s, ours / {SWIN}", 1.2, speed("resolution", SWIN, side), more=True)
+    if large:
+        last = large[-1]
+        found.add(f"inference, {last}²: images/s, ours / {DEIT}", 4, speed("resolution", DEIT, last), more=True)
+        growth = partial(found.growth, MINE, size, last, "inference", "resolution")
+        found.add(f"time a pixel, ours, {last}² / {size}²", 1.2, growth)
+
+    def bandwidth() -> tuple[float, str]:
+        rows = [row for row in tables.get("operators", []) if row["scan"] == "operator"]
+        if not rows:
+            raise NotMeasuredError("no run has measured it")
+        grid, channels = rows[0]["grid"], rows[0]["channels"]
+        batch = max(row["batch"] for row in rows if (row["grid"], row["channels"]) == (grid, channels))
+        row = found.find("operators", scan="operator", grid=grid, channels=channels, batch=batch)
+        return row["share"], f"{grid}² × {channels}, batch {batch}, {row['timed']}"
+
+    def one_image() -> tuple[float, str]:
+        rows = [row for row in tables.get("latency", []) if row["mode"] != EAGER]
+        theirs = runner.Figures({"latency": rows}).find("latency", model=SWIN)
+        ours = found.find("latency", model=MINE, mode=theirs["mode"])
+        return ours["seconds"] / theirs["seconds"], theirs["mode"]
+
+    found.add("scan, stage 1: bytes of u, projections and y a second / copy rate", 0.40, bandwidth, more=True)
+    memory = partial(found.ratio, "training", MINE, SWIN, "peak_mb", size=size)
+    found.add(f"peak training memory, {at}: ours / {SWIN}", 1, memory)
+    found.add(f"latency, batch 1, {size}²: ours / {SWIN}, same mode", 1, one_image)
+    return found.records
+
+
+def notes(settings: runner.Settings) -> list[str]:
     """What holds for all numbers, in sentences."""
     return [
         "bfloat16 autocast, channels-last images, cuDNN chooses its algorithms by trial, stochastic depth of "
@@ -130,36 +281,26 @@ def notes(settings: Settings) -> list[str]:
     ]
 
 
-def run(bench: Bench, sections: Iterable[str], results: Results) -> bool:
-    """Check, then measure section by section; returns whether our results are right."""
-    results.begin("check", ["checks"])
-    bench.say("check")
-    for part in check(bench):
-        results.add(part)
-        bench.unfit |= {row["scan"]: row["error"] for row in part[1] if "error" in row}
-        if MINE in bench.unfit:
-            return False
-    for name in sections:
-        section = SECTIONS[name]
-        bench.say(f"{name}, {time.perf_counter() - bench.began:.0f} s after the start")
-        trouble: Row = {}
-        with failures_in(trouble):
-            bench.has_time_for(section.seconds)
-            results.begin(name, section.tables)
-            for part in section.run(bench):
-                results.add(part)
-        if trouble:
-            results.data["skipped"][name] = trouble["error"]
-            bench.say(f"  {trouble['error']}")
-        results.write()
-        results.draw()
-        release()
-    return True
+GPU = runner.Benchmark(
+    "gpu", "VMamba on a GPU", LAYOUT,
+    {
+        "check": Section(check, ("checks",), 0),
+        "operators": Section(operators, ("rates", "operators"), 60),
+        "inference": Section(partial(models.large_batch, training=False), ("inference",), 60),
+        "training": Section(partial(models.large_batch, training=True), ("training",), 60),
+        "latency": Section(latency, ("latency",), 30),
+        "profile": Section(partial(models.profiling, kinds=KINDS, floors=least_bytes), ("profile", "kernels"), 30),
+        "resolution": Section(models.resolution, ("resolution",), 60),
+        "tune": Section(partial(tuning, prepare=capture), ("tuning",), 180),
+    },
+    figures, "resolution", notes,
+)  # fmt: skip
+CHOICE = [name for name in GPU.sections if name != "check"]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", default=",".join(DEFAULT_SECTIONS), help=f"some of {','.join(SECTIONS)}")
+    parser.add_argument("--sections", default=",".join(CHOICE[:-1]), help=f"some of {','.join(CHOICE)}")
     parser.add_argument("--modes", default=f"{EAGER},{COMPILED}", help="eager, compiled or both")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; what would start too late is left out")
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing compiled; written only to --output")
@@ -167,7 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help=f"folder of the results; {RESULTS} for a full run")
     options = parser.parse_args(arguments)
     sections, modes = options.sections.split(","), options.modes.split(",")
-    if unknown := {*sections, *modes} - {*SECTIONS, EAGER, COMPILED}:
+    if unknown := {*sections, *modes} - {*CHOICE, EAGER, COMPILED}:
         parser.error(f"there are no sections or modes of these names: {', '.join(sorted(unknown))}")
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit(
@@ -179,18 +320,19 @@ def main(arguments: list[str] | None = None) -> None:
     is_full = settings.device == "cuda" and not options.quick
     if settings.device == "cuda":
         os.environ.setdefault(ENVIRONMENT_VARIABLE, "triton")
-    results = Results(settings, options.output or (RESULTS if is_full else None))
-    bench = Bench(settings, options.budget, partial(print, flush=True))
+    backend = choose_backend(None, torch.device(settings.device)).name
+    results = runner.Results(GPU, settings, options.output or (RESULTS if is_full else None), backend=backend)
+    bench = Bench(settings, options.budget)
     # The layers of a model share their code, of which the compiler then keeps many versions.
     with torch.backends.cudnn.flags(enabled=True, benchmark=True), torch._dynamo.config.patch(recompile_limit=256):
-        is_right = run(bench, sections, results)
-    print(markdown(results.data))
-    for figure in results.data["figures"]:
-        print("   ".join((*figure_cells(figure), figure.get("note", ""))))
+        results.run(bench, ["check"])
+        if MINE not in bench.unfit and "check" not in results.data["skipped"]:
+            results.run(bench, sections)
+    print(results.page)
     if results.folder:
         print(f"written: {results.folder / 'gpu.json'}, gpu.md and gpu.png")
-    if not is_right:
-        sys.exit(f"nothing was timed, since our scan fails its check: {bench.unfit[MINE]}")
+    if reason := bench.unfit.get(MINE) or results.data["skipped"].get("check"):
+        sys.exit(f"nothing was timed, since our scan fails its check: {reason}")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
-from environment import RESULTS, describe, sentence
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from page import curves, page, sentence
+from runner import RESULTS, describe
 from timm.layers import LayerNorm, LayerNorm2d, NormMlpClassifierHead
 from timm.models.convnext import ConvNeXtStage
 from timm.optim import create_optimizer_v2
@@ -40,6 +39,7 @@ from vmamba.data.transforms import Preprocessing, crop_and_flip
 DATA = Path(__file__).parents[1] / "examples"
 PRE = Preprocessing((28, 28), 1, (0.286,), (0.353,))
 SMALL = {"in_chans": 1, "num_classes": 10}
+LAYOUT = {"learning": ("Fashion-MNIST", "network;parameters, M;accuracy, %;images/s;epochs")}
 
 
 def convnext(dims: tuple[int, int, int], depths: tuple[int, int, int]) -> nn.Module:
@@ -144,85 +144,44 @@ def run(budget: float, split: str, seed: int, only: list[str] | None = None) -> 
     for name in only or CONTENDERS:
         torch.manual_seed(seed)
         contenders.append(Contender(name, CONTENDERS[name](), budget))
-    with Progress(
-        TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.fields[accuracy]}"), TimeRemainingColumn()
-    ) as progress:
-        bars = {c.name: progress.add_task(c.name, total=budget, accuracy="") for c in contenders}
-        while any(c.used < budget for c in contenders):
-            for contender in contenders:
-                contender.learn(*data[:2], seconds=min(SLICE, budget / 6))
-                contender.judge(*data[2:])
-                progress.update(
-                    bars[contender.name], completed=contender.used, accuracy=f"{contender.curve[-1][1]:.2%}"
-                )
+    while any(c.used < budget for c in contenders):
+        for contender in contenders:
+            contender.learn(*data[:2], seconds=min(SLICE, budget / 6))
+            contender.judge(*data[2:])
+            print(
+                f"{contender.name:10}{contender.used:4.0f} of {budget:.0f} s  {contender.curve[-1][1]:.2%}", flush=True
+            )
     return contenders
 
 
 def report(contenders: list[Contender], budget: float, split: str, seed: int, folder: Path) -> str:
-    """Write learning.json, learning.md and learning.png; returns the table."""
-    environment = describe()
+    """Write learning.json, learning.md and learning.png; returns the page."""
     rows = [
         {
             "network": c.name,
             "params": sum(p.numel() for p in c.model.parameters()),
             "accuracy": round(c.curve[-1][1], 4),
-            "images": c.images,
+            "images_per_second": c.images / budget,
+            "epochs": c.images / 60_000,
             "curve": c.curve,
         }
         for c in contenders
     ]
     rows.sort(key=lambda row: -row["accuracy"])
+    note = f"{budget:.0f} s of training each, one recipe, seed {seed}, judged by the {split} set"
     settings = {"budget_seconds": budget, "judged_by": split, "seed": seed, "batch": BATCH, "peak_rate": PEAK_RATE}
+    found = {
+        "environment": describe(), "settings": settings, "notes": [note], "figures": [], "skipped": {},
+        "tables": {"learning": rows},
+    }  # fmt: skip
+    text = page("How well it learns: Fashion-MNIST", "learning.py", found, LAYOUT)
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"environment": environment, "settings": settings, "results": rows}
-    (folder / "learning.json").write_text(json.dumps(found, indent=1))
-    lines = [
-        f"Fashion-MNIST, {budget:.0f} s of training each, one recipe, judged by the {split} set.",
-        "",
-        "| network | parameters | accuracy | images per second | epochs |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {r['network']} | {r['params'] / 1e6:.2f} M | {r['accuracy']:.2%} | {r['images'] / budget:,.0f} "
-            f"| {r['images'] / 60_000:.1f} |"
-            for r in rows
-        ),
-        "",
-        f"{sentence(environment)}; seed {seed}. Written by `python benchmarks/learning.py`.",
-    ]
-    table = "\n".join(lines) + "\n"
-    (folder / "learning.md").write_text(table)
-    draw(rows, sentence(environment), folder / "learning.png")
-    return table
-
-
-def draw(rows: list[dict[str, Any]], where: str, path: Path) -> None:
-    """Accuracy against seconds of training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    colours = {"VMamba": "#0072B2", "Swin": "#E69F00", "ConvNeXt": "#009E73", "ViT": "#CC79A7", "ResNet": "#7F7F7F"}
-    for row in rows:
-        seconds, accuracy = zip(*row["curve"], strict=True)
-        colour, width = colours[row["network"]], 2.6 if row["network"] == "VMamba" else 1.6
-        axes.plot(seconds, [100 * a for a in accuracy], lw=width, color=colour)
-        axes.annotate(
-            f"{row['network']}  {row['accuracy']:.1%}", (seconds[-1], 100 * accuracy[-1]), (6, 0),
-            textcoords="offset points", va="center", color=colour,
-        )  # fmt: skip
-    final = [100 * row["accuracy"] for row in rows]
-    longest = max(row["curve"][-1][0] for row in rows)
-    axes.set(xlabel="seconds of training", ylabel="accuracy, %", ylim=(min(final) - 8, max(final) + 1))
-    axes.set(xlim=(0, 1.22 * longest), xticks=[longest * part / 5 for part in range(6)])
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set_title("Fashion-MNIST, same budget, same recipe, same number of parameters", loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    figure.supxlabel(where, fontsize=7, color="#666666")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    (folder / "learning.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "learning.md").write_text(text)
+    title, foot = "Fashion-MNIST, same budget, same recipe, same number of parameters", sentence(found["environment"])
+    points = {row["network"]: [(x, 100 * y) for x, y in row["curve"]] for row in rows}
+    curves(folder / "learning.png", title, "seconds of training", {"accuracy, %": points}, foot, logarithmic=False)
+    return text
 
 
 def main() -> None:

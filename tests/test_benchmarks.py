@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
+import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vmamba.nn import SS2D
+from vmamba.nn import SS2D, VSSBlock
 from vmamba.ops import ss2d_scan
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+PACKAGE = BENCHMARKS.parent / "src" / "vmamba"
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def test_a_short_run_learns_and_reports(learning, monkeypatch, tmp_path):
     contenders = learning.run(3.0, "test", seed=0, only=["VMamba"])
     table = learning.report(contenders, 3.0, "test", 0, tmp_path)
     assert contenders[0].curve[-1][1] > 0.9
-    assert "| VMamba | 0.71 M |" in table
+    assert "| VMamba  | 0.71 " in table
     assert {path.name for path in tmp_path.iterdir()} == {"learning.json", "learning.md", "learning.png"}
 
 
@@ -55,27 +58,90 @@ def test_a_short_run_learns_and_reports(learning, monkeypatch, tmp_path):
 
 
 def test_figures_know_whether_they_are_met(load):
-    measuring = load("measuring")
-    assert measuring.figure_cells(measuring.Figure("a", 0.5, 1.0).record()) == ("a", "0.50", "≤ 1")
-    assert measuring.figure_cells(measuring.Figure("a", 0.5, 1.0, more=True).record()) == ("a", "0.50", "≥ 1  not met")
-    absent = measuring.Figure("a", None, 1.0, note="why").record()
-    assert measuring.figure_cells(absent) == ("a", "–", "≤ 1")
-    assert absent["note"] == "why"
-    assert "note" not in measuring.Figure("a", 0.5, 1.0).record()
+    runner, page = load("runner"), load("page")
+    figures = runner.Figures({})
+
+    def missing() -> tuple[float, str]:
+        raise runner.NotMeasuredError("why")
+
+    figures.add("a", 1.0, lambda: (0.5, ""))
+    figures.add("b", 1.0, lambda: (0.5, "eager"), more=True)
+    figures.add("c", 1.0, missing)
+    assert [page.figure_cells(record) for record in figures.records] == [
+        ("a", "0.50", "≤ 1", ""),
+        ("b", "0.50", "≥ 1  not met", "eager"),
+        ("c", "–", "≤ 1", "not measured: why"),
+    ]
+    assert [record["met"] for record in figures.records] == [True, False, False]
+
+
+def test_tables_are_aligned_and_leave_empty_columns_out(load):
+    rows = [{"model": "a|b", "seconds": 0.5}, {"model": "c", "error": "out of memory"}]
+    assert load("page").columns(rows, ["model", "ms", "images/s"]) == [
+        "| model | ms     | error         |",
+        "| ----- | ------ | ------------- |",
+        "| a\\|b  | 500.00 |               |",
+        "| c     | –      | out of memory |",
+    ]
 
 
 def test_calls_take_turns_and_long_ones_have_fewer(load, monkeypatch):
-    measuring, order = load("measuring"), []
-    monkeypatch.setattr(measuring, "seconds_of", lambda call, device, repeats=1: (order.append(call), call())[1])
+    runner, order = load("runner"), []
+    monkeypatch.setattr(runner, "seconds_of", lambda call, device, repeats=1: (order.append(call), call())[1])
     long, short = (lambda: 2.0), (lambda: 0.5)
-    seconds = measuring.interleave({"long": long, "short": short}, rounds=10, least=1.0, most=7.0)
+    seconds = runner.interleave({"long": long, "short": short}, rounds=10, least=1.0, most=7.0)
     assert seconds == {"long": 2.0, "short": 0.5}
     assert order[:6] == [long, short] * 3
     assert [order.count(call) - 1 for call in (long, short)] == [4, 7]  # 2 s a turn, and two of half a second a turn
 
 
-def test_the_programs_for_the_processor_can_be_imported(load):
-    assert load("cpu").MODELS[0] == "vmamba_tiny_s1l8"
+@pytest.mark.timeout(120)
+def test_cpu_benchmark_from_end_to_end(load, monkeypatch, tmp_path, capsys):
+    cpu = load("cpu")
+    if cpu.available_backends()["native"]:
+        pytest.skip("the native backend is absent")
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(cpu, "fresh", lambda *arguments: 100.0 + (arguments[1] == "Swin-T"))
+    cpu.main(["--tiny", "--output", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"cpu.json", "cpu.md", "cpu.png"}
+    results = json.loads((tmp_path / "cpu.json").read_text())
+    assert results["skipped"] == {}
+    assert set(results["tables"]) == {"resolution", "inference", "training", "scans", "profile", "kernels"}
+    assert not [row for rows in results["tables"].values() for row in rows if "error" in row]
+    figures = {figure["name"]: figure["value"] for figure in results["figures"]}
+    assert figures["peak memory, ours / Swin-T, 64²"] == 100 / 101
+    assert len(figures) == 9
+    assert all(value > 0 for value in figures.values())
+    kernels = {row["kernel"] for row in results["tables"]["kernels"]}
+    assert "_call_scan" in kernels  # which torch's profiler does not see by itself
+    assert "not met" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(180)
+def test_cpu_benchmark_compares_two_trees(load, tmp_path, capsys):
+    """With a copy of the package whose forward pass takes a tenth of a second longer."""
+    cpu = load("cpu")
+    if cpu.available_backends()["native"]:
+        pytest.skip("the native backend is absent")
+    slow = tmp_path / "src" / "vmamba"
+    shutil.copytree(PACKAGE, slow)
+    with (slow / "models" / "vmamba.py").open("a") as file:
+        file.write(
+            "\nimport time\n_forward = VMamba.forward\n"
+            "VMamba.forward = lambda self, x: (time.sleep(0.1), _forward(self, x))[1]\n"
+        )
+    library = os.environ.get("VMAMBA_NATIVE_LIBRARY")
+    library = library or importlib.util.find_spec("vmamba.ops.backends._native").origin
+    (tmp_path / "_native.so").symlink_to(Path(library).resolve())
+    cpu.main(["--tiny", "--threads", "1", "--rounds", "1", "--against", str(tmp_path / "src")])
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line
+    ]
+    ratios = {row[0]: float(row[3]) for row in rows[2:]}
+    assert ratios["resolution, 64, seconds"] < 0.5
+    assert ratios["inference, 64, seconds"] < 0.5
+    assert 0.5 < ratios["resolution, 64, peak_mb"] < 2
+    assert "scans, first scan, seconds" in ratios
 
 
 @pytest.fixture
@@ -109,7 +175,7 @@ def test_gpu_benchmark_from_end_to_end(gpu_run, capsys):
         assert (figure["value"] is None) == ("mamba-ssm" in name or "memory" in name), name
     page = (folder / "gpu.md").read_text()
     assert all(name in page for name in figures)
-    assert "| VMamba-T, torch chain |" in page
+    assert "| VMamba-T, torch chain " in page
     assert "VMamba-T, compiled" in capsys.readouterr().out
 
 
@@ -128,7 +194,7 @@ def test_gpu_benchmark_keeps_to_its_budget(gpu_run):
 
 
 def test_gpu_benchmark_survives_what_fails(gpu_run, load, monkeypatch):
-    models, build = load("gpu_parts.models"), load("measuring").build
+    models, build = load("models"), load("models").build
 
     def fail(name: str, size: int, **options: object) -> torch.nn.Module:
         if "swin" in name:
@@ -149,7 +215,7 @@ def test_gpu_benchmark_does_not_time_what_is_wrong(gpu_run, load, monkeypatch, t
     def scan(*arguments: torch.Tensor, **options: str) -> torch.Tensor:
         return ss2d_scan(*arguments, **options) * (1 if options else 1.002)
 
-    monkeypatch.setattr(load("gpu_parts.scans"), "ss2d_scan", scan)
+    monkeypatch.setattr(load("scans"), "ss2d_scan", scan)
     with pytest.raises(SystemExit, match=r"nothing was timed, since our scan fails its check: its .* is wrong, off by"):
         gpu_run(folder=tmp_path)
     assert set(json.loads((tmp_path / "gpu.json").read_text())["tables"]) == {"checks"}
@@ -163,7 +229,7 @@ def test_gpu_benchmark_needs_a_gpu(load, monkeypatch, capsys):
 
 
 def test_gpu_figures_are_ratios_of_the_better_modes(load):
-    report = load("gpu_parts.report")
+    gpu = load("gpu")
 
     def row(model: str, mode: str, seconds: float, size: int = 224, **others: object) -> dict:
         return {"model": model, "mode": mode, "size": size, "batch": 4, "seconds": seconds, **others}
@@ -185,11 +251,14 @@ def test_gpu_figures_are_ratios_of_the_better_modes(load):
             for batch, share in ((1, 0.1), (128, 0.5))
         ],
     }  # fmt: skip
-    found = {figure.name: figure for figure in report.figures(tables, 224, 4, (896,))}
-    values = {name: (figure.value and round(figure.value, 6), figure.note) for name, figure in found.items()}
+    settings = gpu.replace(gpu.FULL, size=224, batch=4, compiled_sizes=(896,))
+    found = {figure["name"]: figure for figure in gpu.figures(tables, settings)}
+    values = {
+        name: (figure["value"] and round(figure["value"], 6), figure.get("note")) for name, figure in found.items()
+    }
     assert values == {
         "inference, 224², batch 4: images/s, ours / mamba-ssm's scan": (None, "not measured: no run has measured it"),
-        "inference, 224², batch 4: images/s, ours / Swin-T": (1.5, "compiled; Swin-T eager"),
+        "inference, 224², batch 4: images/s, ours / Swin-T": (1.5, "Swin-T eager; VMamba-T compiled"),
         "inference, 224², batch 4: images/s, ours / ConvNeXt-T": (None, "not measured: out of it"),
         "training step, 224², batch 4: images/s, ours / mamba-ssm's scan": (
             None,
@@ -198,19 +267,19 @@ def test_gpu_figures_are_ratios_of_the_better_modes(load):
         "training step, 224², batch 4: images/s, ours / Swin-T": (1.5, "eager"),
         "training step, 224², batch 4: images/s, ours / ConvNeXt-T": (None, "not measured: no run has measured it"),
         "inference, 896²: images/s, ours / Swin-T": (None, "not measured: no run has measured it"),
-        "inference, 896²: images/s, ours / DeiT-S": (5.0, "compiled; DeiT-S eager"),
+        "inference, 896²: images/s, ours / DeiT-S": (5.0, "DeiT-S eager; VMamba-T compiled"),
         "time a pixel, ours, 896² / 224²": (1.25, "compiled"),
         "scan, stage 1: bytes of u, projections and y a second / copy rate": (0.5, "56² × 96, batch 128, graph"),
         "peak training memory, 224², batch 4: ours / Swin-T": (0.5, "eager"),
         "latency, batch 1, 224²: ours / Swin-T, same mode": (0.75, "graph"),
     }
-    assert [name for name, figure in found.items() if figure.is_met] == [
+    assert [name for name, figure in found.items() if figure["met"]] == [
         name for name in found if ("Swin-T" in name and "896" not in name) or "DeiT" in name or "scan, stage" in name
     ]
 
 
 def test_the_released_operator_is_ours_step_by_step(load):
-    yardsticks, scans = load("gpu_parts.yardsticks"), load("gpu_parts.scans")
+    yardsticks, scans = load("scans"), load("scans")
     inputs = scans.scan_inputs(2, 4, 5, 32, "cpu", torch.float64)
     expected = inputs.run(ss2d_scan, torch.float64)
     found = inputs.run(yardsticks.released_with(yardsticks.plain_scan), torch.float64)
@@ -219,7 +288,7 @@ def test_the_released_operator_is_ours_step_by_step(load):
 
 
 def test_a_replaced_scan_is_used_in_the_block_only(load):
-    yardsticks, calls = load("gpu_parts.yardsticks"), []
+    yardsticks, calls = load("scans"), []
 
     def scan(*arguments: object, **options: object) -> torch.Tensor:
         calls.append(options)
@@ -236,7 +305,7 @@ def test_a_replaced_scan_is_used_in_the_block_only(load):
 
 
 def test_compiled_code_for_a_replaced_scan_is_kept(load):
-    yardsticks = load("gpu_parts.yardsticks")
+    yardsticks = load("scans")
     layer, x = SS2D(32).eval(), torch.randn(1, 4, 3, 32)
     compilations = []
 
@@ -254,15 +323,20 @@ def test_compiled_code_for_a_replaced_scan_is_kept(load):
 
 
 def test_least_bytes_count_every_layer_of_a_block(load):
-    profiling = load("gpu_parts.profiling")
-    from vmamba.nn import VSSBlock
+    gpu, models, runner = load("gpu"), load("models"), load("runner")
+    bench = runner.Bench(gpu.SMOKE)
+    bench.copy_rate = 4.0
 
     block, x = VSSBlock(32), torch.randn(2, 4, 4, 32)
     n, projected = x.numel(), 2 * 4 * 4 * 4 * (2 + 2)
     products = 2 * (2 * n + 32 * 32) + 2 * (5 * n + 32 * 128) + n + 32 * 4 * (2 + 2) + projected
     elementwise = 2 * 3 * n + 2 * n + 2 * 4 * n  # two sums, SiLU, GELU of the MLP
-    least = profiling.least_bytes(block, block, x, training=False)
-    assert least == {
+    contender = models.Contender(block, block, None, bench)
+    least = gpu.least_bytes(bench, contender, x, training=False)
+    assert {kind: row["floor_seconds"] * 4 for kind, row in least.items()} == {
+        kind: row["bytes"] for kind, row in least.items()
+    }
+    assert {kind: row["bytes"] for kind, row in least.items()} == {
         "matrix products": 2 * products,
         "elementwise": 2 * elementwise,
         "convolutions": 2 * (2 * n + 32 * 9),
@@ -287,26 +361,25 @@ def test_least_bytes_count_every_layer_of_a_block(load):
     ],
 )
 def test_kernels_are_known_by_their_names(load, kernel, kind):
-    profiling, measuring = load("gpu_parts.profiling"), load("measuring")
-    assert measuring.kind_of(kernel, profiling.KINDS | {"scan": ("vmamba::", "scan_kernel")}) == kind
+    gpu, models = load("gpu"), load("models")
+    assert models.kind_of(kernel, gpu.KINDS | {"scan": ("vmamba::", "scan_kernel")}) == kind
 
 
-def test_tuning_tries_configurations_and_prints_a_table(load, monkeypatch):
-    tuning, bench, report = load("gpu_parts.tuning"), load("gpu_parts.bench"), load("gpu_parts.report")
+def test_tuning_tries_configurations(load, monkeypatch):
+    tuning, runner, gpu = load("tuning"), load("runner"), load("gpu")
     monkeypatch.setattr(tuning, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(1))
     monkeypatch.setattr(tuning, "compile_trial", lambda trial: "too large" if trial.configuration.run == 32 else None)
-    monkeypatch.setattr(tuning, "capture", lambda call: call)
     monkeypatch.setattr(tuning.Trial, "call", lambda trial, batch: lambda: None)
-    run = bench.Bench(bench.replace(bench.FULL, scans=((7, 768, (1, 128)), (14, 384, (1, 128)))))
+    bench = runner.Bench(gpu.replace(gpu.FULL, scans=((7, 768, (1, 128)), (14, 384, (1, 128)))))
     fastest = tuning.Configuration(run=8, runs=4, block=32, warps=4)
     monkeypatch.setattr(
-        bench.Bench,
+        runner.Bench,
         "interleave",
         lambda self, calls: {trial: 1.0 + (trial.configuration != fastest) for trial in calls},
     )
-    rows = [row for _, part in tuning.tuning(run) for row in part]
-    assert {row["pass"] for row in rows} == {"scan", "gradient"}
-    assert any(row.get("error") == "too large" for row in rows)
-    assert report.configuration_table(rows) == [
-        f"({size}, Configurations(scan={fastest}, gradient={fastest}))," for size in (49, 196)
-    ]
+    groups = [part for _, part in tuning.tuning(bench, prepare=lambda call: call)]
+    assert [(rows[0]["pass"], rows[0]["grid"]) for rows in groups] == [
+        ("scan", 7), ("gradient", 7), ("scan", 14), ("gradient", 14)
+    ]  # fmt: skip
+    assert {rows[0]["configuration"] for rows in groups} == {repr(fastest)}
+    assert any(row.get("error") == "too large" for rows in groups for row in rows)

@@ -8,15 +8,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 
 import torch
+from page import Row
+from runner import Bench, Call, NotMeasuredError, Part, brief, failures_in, release
+from scans import scan_inputs
 
-from gpu_parts.bench import Bench, Part, brief, capture, failures_in, release
-from gpu_parts.report import Row
-from gpu_parts.scans import operator_arguments, scan_inputs
-from gpu_parts.yardsticks import NotMeasuredError
 from vmamba.ops.backends.triton import Configuration, Configurations, use_configurations
 
 
@@ -38,13 +36,10 @@ class Trial:
     def configurations(self) -> Configurations:
         return Configurations(scan=self.configuration, gradient=self.configuration)
 
-    def call(self, batch: int) -> Callable[[], object]:
+    def call(self, batch: int) -> Call:
         """What is to be timed, to be called under `use_configurations(self.configurations())`."""
         inputs = scan_inputs(batch, self.grid, self.grid, self.channels, "cuda", torch.bfloat16)
-        arguments = operator_arguments(inputs)
-        if self.kernel == "scan":
-            return partial(torch.ops.vmamba.ss2d_scan, *arguments)
-        return partial(torch.ops.vmamba.ss2d_scan_backward, inputs.gradient, *arguments)
+        return inputs.operators()[self.kernel == "gradient"]
 
 
 COMPILERS = max(1, (os.cpu_count() or 1) - 2)  # processes
@@ -74,9 +69,9 @@ def compile_trial(trial: Trial) -> str | None:
     return None
 
 
-def tuning(bench: Bench) -> Iterator[Part]:
-    """Every sensible shape of the Triton kernels' tiles at the stages of a large batch."""
-    if bench.device != "cuda":
+def tuning(bench: Bench, prepare: Callable[[Call], Call]) -> Iterator[Part]:
+    """Every sensible shape of the kernels' tiles at the stages of a large batch; `prepare` makes a CUDA graph."""
+    if bench.settings.device != "cuda":
         raise NotMeasuredError("the kernels can be tuned on a GPU only")
     with ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn")) as pool:
         for _, group in itertools.groupby(trials(bench.settings.scans[:4]), lambda trial: (trial.grid, trial.kernel)):
@@ -91,7 +86,7 @@ def tuning(bench: Bench) -> Iterator[Part]:
                     if error:
                         raise NotMeasuredError(error)
                     with use_configurations(trial.configurations()):
-                        calls[trial] = capture(call)
+                        calls[trial] = prepare(call)
             for trial, seconds in bench.interleave(calls).items():
                 rows[trial]["seconds"] = seconds
             yield "tuning", sorted(rows.values(), key=lambda row: row.get("seconds", math.inf))
