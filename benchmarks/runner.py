@@ -303,6 +303,7 @@ class Results:
                 self.data["skipped"][name] = trouble["error"]
                 bench.say(f"  {trouble['error']}")
             self.write()
+            self.draw()
             release()
 
     @property
@@ -310,7 +311,7 @@ class Results:
         return page(self.benchmark.title, f"{self.benchmark.name}.py", self.data, self.benchmark.layout)
 
     def write(self) -> None:
-        """Write the results and the page, each at once, and draw."""
+        """Write the results and the page, each at once."""
         self.data["figures"] = self.benchmark.figures(self.data["tables"], self.settings)
         if self.folder is None:
             return
@@ -319,13 +320,16 @@ class Results:
             partial = self.folder / f".{self.benchmark.name}.partial"
             partial.write_text(text)
             os.replace(partial, self.folder / f"{self.benchmark.name}.{ending}")
+
+    def draw(self) -> None:
+        """Draw the picture."""
         panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for row in sorted(self.data["tables"].get(self.benchmark.drawn, []), key=lambda row: row["size"]):
             for label, key in (("seconds an image", "seconds"), ("peak memory an image, MB", "peak_mb")):
                 if row.get(key) and row["mode"] == EAGER:  # as all sizes are measured
                     curve = panels.setdefault(label, {}).setdefault(row["model"], [])
                     curve.append((row["size"], row[key] / row["batch"]))
-        if panels:
+        if self.folder and panels:
             path = self.folder / f"{self.benchmark.name}.png"
             curves(path, "", "side of the image, pixels", panels, sentence(self.data["environment"]))
 
