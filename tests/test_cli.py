@@ -53,7 +53,7 @@ def recipe_of(*arguments):
 def test_predict_as_json_csv_and_table(model, capsys):
     code, out, err = run(capsys, "predict", "a.png", "sub", "--checkpoint", "model.safetensors", "--format", "json")
     assert code == 0
-    assert "classifying with model.safetensors" in err
+    assert "predicting with model.safetensors" in err
     results = json.loads(out)
     assert [result["file"] for result in results] == ["a.png", "sub/c.png"]
     pixels = torch.full((1, 3, 16, 16), 1.0)
@@ -171,7 +171,7 @@ def test_train_validate_and_predict_from_the_command_line(tmp_path, monkeypatch,
     code, out, err = run(capsys, "predict", "images/val/red", "--format", "json")
     assert code == 0
     assert len(json.loads(out)) == 3
-    assert "classifying with runs/latest/model.safetensors" in err
+    assert "predicting with runs/latest/model.safetensors" in err
     code, _, err = run(capsys, "train", "--config", "mine.yaml", "--data.root", "nowhere", "--run", "runs/b")
     assert code == 1
     assert "nowhere: no such folder" in err

@@ -68,19 +68,19 @@ def _child(function: Any, args: tuple[Any, ...], environment: dict[str, str]) ->
     function(*args)
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
 
 
 def train_and_die(config, moment):
     """Train, to be killed in the second epoch."""
-    if moment == "training":
+    if moment in ("training", "asked to end"):
         batch_end = Task.on_train_batch_end
 
         def on_train_batch_end(self, outputs, batch, batch_idx):
             batch_end(self, outputs, batch, batch_idx)
             if self.current_epoch == 1 and batch_idx == 3:
-                die()
+                die(signal.SIGTERM if moment == "asked to end" else signal.SIGKILL)
 
         Task.on_train_batch_end = on_train_batch_end
     if moment == "validating":

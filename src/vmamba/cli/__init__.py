@@ -17,6 +17,7 @@ from vmamba import __version__
 from vmamba.cli import commands
 from vmamba.errors import CheckpointError, DataError, ImageError, NonFiniteError, RecipeError
 from vmamba.files import shown
+from vmamba.tasks import settings_of
 from vmamba.tasks.recipe import InfoConfig, ModelsConfig, PredictConfig, TrainConfig, ValidateConfig
 from vmamba.tasks.runs import report
 
@@ -118,10 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str], name: str) -> int:
-    parser = make_parser(name)
+    settings = settings_of(name, argv) if name in ("train", "validate") else None  # each task has its own
+    parser = make_parser(name, settings)
     given: Namespace = parser.instantiate(parser.parse_args(argv))[name]
     command = COMMANDS[name]
-    config = command.config(**{field.name: given[field.name] for field in fields(command.config)})
+    settings = settings or command.config
+    config = settings(**{field.name: given[field.name] for field in fields(settings)})
     return getattr(commands, name)(config, *(given[argument] for argument in command.arguments))
 
 
@@ -137,8 +140,13 @@ def _flush() -> None:
         sys.exit(1)
 
 
-def make_parser(name: str | None = None) -> ArgumentParser:
-    """The parser of the command line and of YAML files, complete for all commands or for the one of this name."""
+def make_parser(name: str | None = None, settings: type | None = None) -> ArgumentParser:
+    """The parser of the command line and of YAML files, complete for all commands or for the one of this name.
+
+    Args:
+        name: of the command.
+        settings: what its flags are, if not the command's own.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="vmamba",
@@ -154,7 +162,7 @@ def make_parser(name: str | None = None) -> ArgumentParser:
             part.add_argument(
                 "--config", action=_ConfigFile, help="YAML file with settings; may be given several times"
             )
-            part.add_class_arguments(command.config, None)
+            part.add_class_arguments(settings or command.config, None)
         subcommands.add_subcommand(each, part, help=command.help)
     return parser
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from typing import Any
 
 from vmamba.cli.tables import Table, brief, contents, csv_text, flops, write
-from vmamba.errors import CheckpointError, RecipeError
+from vmamba.errors import CheckpointError
 from vmamba.files import shown
-from vmamba.tasks.recipe import InfoConfig, ModelsConfig, PredictConfig, TrainConfig, ValidateConfig
+from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, InfoConfig, ModelsConfig, PredictConfig
 from vmamba.tasks.runs import report
 
 
-def train(config: TrainConfig) -> int:
+def train(config: BaseTrainConfig) -> int:
     """Train, and say where the run is."""
     from vmamba.tasks import training
 
@@ -24,7 +24,7 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def validate(config: ValidateConfig) -> int:
+def validate(config: BaseValidateConfig) -> int:
     """Measure, and print the figures."""
     from vmamba.tasks import training
 
@@ -36,47 +36,33 @@ def validate(config: ValidateConfig) -> int:
 
 
 def predict(config: PredictConfig, paths: Sequence[str]) -> int:
-    """Classify images, and print a line a class."""
+    """Use a model on images, and print what it finds."""
     from rich.console import Console
     from rich.progress import track
 
-    from vmamba.data.config import DataConfig
     from vmamba.data.images import find_images
-    from vmamba.tasks.prediction import Classifier, default_device
+    from vmamba.tasks.prediction import load_predictor
 
     files, problems = find_images(paths)
     for problem in problems:
         report(problem)
     if not files:
         return 1
-    data = DataConfig(img_size=config.img_size)
-    classifier = Classifier.load(config.checkpoint, config.pretrained, config.ema, data)
-    try:
-        classifier.model.to(default_device() if config.device == "auto" else config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"device {config.device!r} cannot be used: {error}") from error
-    report(f"classifying with {classifier.source}")
+    predictor = load_predictor(config)
+    report(f"predicting with {predictor.source}")
     console = Console(stderr=True)
     is_long = console.is_terminal and len(files) > config.batch_size
-    predictions = classifier.predict(files, config.topk, config.batch_size, config.workers)
-    results = list(track(predictions, "classifying", total=len(files), console=console, disable=not is_long))
+    outcomes = predictor.outcomes(files, config)
+    results = list(track(outcomes, "predicting", total=len(files), console=console, disable=not is_long))
     for result in results:
         if result.error:
             report(result.error)
-
-    rows = [
-        (shown(result.file) if rank == 1 or config.format == "csv" else "", rank, *astuple(score))
-        for result in results
-        for rank, score in enumerate(result.classes, start=1)
-    ]
-    header = ("file", "rank", "class", "index", "confidence")
     if config.format == "json":
-        found = [asdict(result) | {"file": shown(result.file)} for result in results]
-        write([{name: value for name, value in each.items() if value} for each in found], config.output)
-    elif config.format == "csv":
-        write(csv_text(header, [(*row[:4], f"{row[4]:.6f}") for row in rows]), config.output)
+        write([result.to_dict() for result in results], config.output)
     else:
-        write(Table(header, [(*row[:4], f"{row[4]:.2%}") for row in rows], right=(1, 3, 4)), config.output)
+        rows = [row for result in results for row in result.rows(exact=config.format == "csv")]
+        header, right = predictor.outcome.columns, predictor.outcome.right
+        write(csv_text(header, rows) if config.format == "csv" else Table(header, rows, right), config.output)
     return 1 if problems or any(result.error for result in results) else 0
 
 
@@ -97,9 +83,7 @@ def models(config: ModelsConfig) -> int:
             params, operations = cost.params, cost.flops / 1e9
         top1, url = (variant.release.top1, variant.release.url) if variant.release else (None, None)
         size = list(variant.img_size)
-        found.append(
-            {"name": name, "params": params, "gflops": operations, "img_size": size, "top1": top1, "url": url}
-        )
+        found.append({"name": name, "params": params, "gflops": operations, "img_size": size, "top1": top1, "url": url})
         accuracy = "–" if top1 is None else f"{top1:.1f} %"
         lines.append((name, f"{params / 1e6:.1f} M", flops(operations * 1e9), f"{size[0]}×{size[1]}", accuracy))
     if config.format == "json":

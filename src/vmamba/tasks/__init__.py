@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
+
+import yaml
 
 from vmamba.errors import RecipeError
 
 
 class Parts(NamedTuple):
-    """Where a task's classes are, as ``module:class``. The settings' modules are quick to import."""
+    """Where a task's classes are, as ``module:class``. The modules of its settings are quick to import."""
 
     train_config: str
     validate_config: str
@@ -40,3 +46,42 @@ def parts_of(task: str) -> Parts:
     if task not in TASKS:
         raise RecipeError(f"there is no task {task!r}; choose one of: {', '.join(TASKS)}")
     return TASKS[task]
+
+
+def settings_of(command: str, arguments: Sequence[str]) -> type:
+    """The settings of the command "train" or "validate" for the task that its arguments are about.
+
+    ``--task`` names it, or else a YAML file, or else, when a model is measured, the model's own file.
+
+    Raises:
+        RecipeError: there is no such task.
+        CheckpointError: the model's file cannot be read.
+    """
+    flags = argparse.ArgumentParser(prog=f"vmamba {command}", add_help=False, allow_abbrev=False)
+    for flag in ("--task", "--checkpoint", "--pretrained"):
+        flags.add_argument(flag)
+    flags.add_argument("--config", action="append", default=[])
+    given, _ = flags.parse_known_args(arguments)
+    task = given.task or next(filter(None, map(_task_in, reversed(given.config))), None)
+    if task is None and command == "validate":
+        task = _task_of_model(given.checkpoint, given.pretrained)
+    return parts_of(task or "classification").load(f"{command}_config")
+
+
+def _task_in(path: str) -> str | None:
+    """The task that a YAML file names, or the one it is based on; a file that cannot be read is refused elsewhere."""
+    settings = yaml.safe_load(Path(path).read_bytes()) if os.path.isfile(path) else None
+    if not isinstance(settings, dict):
+        return None
+    return settings.get("task") or ("base" in settings and _task_in(str(Path(path).parent / settings["base"]))) or None
+
+
+def _task_of_model(checkpoint: str | None, name: str | None) -> str | None:
+    from vmamba.models.checkpoints import identify_checkpoint
+    from vmamba.models.registry import ENTRIES
+    from vmamba.tasks.runs import LATEST, RunFolder
+
+    if checkpoint is None and name is not None:
+        return ENTRIES[name].task if name in ENTRIES else None
+    file = checkpoint or RunFolder(LATEST).model
+    return identify_checkpoint(file).task if os.path.isfile(file) else None

@@ -77,8 +77,6 @@ class ClassificationTask(Task):
         check_same_classes(train, val)
         num_classes = number_of_classes(data, train)
         number_of_classes(data, val)
-        if num_classes < 2:
-            raise DataError(f"{train.where} has one class only: a classifier needs at least two to tell apart")
         if data.check_files and is_first_process():
             for split in (train, val):
                 check_files(split, in_chans=3, workers=data.workers)

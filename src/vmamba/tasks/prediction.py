@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Self
 
 import timm
@@ -14,12 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-import vmamba
 from vmamba.data.images import read_image
 from vmamba.data.transforms import ImageTransform, Preprocessing
 from vmamba.errors import CheckpointError, ImageError, RecipeError
-from vmamba.models.checkpoints import load_checkpoint
-from vmamba.models.registry import load_model
+from vmamba.files import shown
+from vmamba.models.registry import ENTRIES, create_model, load_model
 from vmamba.tasks import parts_of
 from vmamba.tasks.recipe import PredictConfig
 from vmamba.tasks.runs import LATEST, RunFolder
@@ -38,7 +38,7 @@ class Weights(NamedTuple):
     @property
     def task(self) -> str:
         """What the network was trained to do."""
-        return str(self.metadata.get("task", "classification"))
+        return str(self.metadata.get("task") or getattr(self.model, "task", "classification"))
 
 
 def load_weights(checkpoint: str | None = None, name: str | None = None, ema: bool = False) -> Weights:
@@ -51,13 +51,11 @@ def load_weights(checkpoint: str | None = None, name: str | None = None, ema: bo
         ema: of a file that holds both, take the averaged weights.
 
     Raises:
-        CheckpointError: there is no such file or model, or it cannot be read.
+        CheckpointError: there is no such file, or it cannot be read.
+        RecipeError: there is no such model.
     """
     if checkpoint is None and name is not None:
-        vmamba.list_models()  # registers the variants with timm
-        if not timm.is_model(name):
-            raise CheckpointError(f"there is no model {name!r}; `vmamba models` lists the variants")
-        return Weights(timm.create_model(name, pretrained=True).eval(), {}, f"{name}, published weights")
+        return Weights(builder(name)(pretrained=True).eval(), {}, f"{name}, published weights")
     if checkpoint is None:
         checkpoint = str(RunFolder(LATEST).model)
         if not os.path.exists(checkpoint):
@@ -65,10 +63,18 @@ def load_weights(checkpoint: str | None = None, name: str | None = None, ema: bo
                 f"no checkpoint was named and {checkpoint} does not exist: train a model first, name a file with "
                 f"--checkpoint, or take published weights with --pretrained NAME"
             )
-    model, metadata = load_model(checkpoint)
-    if ema:
-        load_checkpoint(model, checkpoint, ema=True)
-    return Weights(model.eval(), metadata, checkpoint)
+    return Weights(*load_model(checkpoint, ema), checkpoint)
+
+
+def builder(name: str) -> Callable[..., nn.Module]:
+    """The constructor of one of our models or timm's.
+
+    Raises:
+        RecipeError: there is no model of this name.
+    """
+    if not (ours := name in ENTRIES) and not timm.is_model(name):
+        raise RecipeError(f"there is no model {name!r}; `vmamba models` lists the variants")
+    return partial(create_model if ours else timm.create_model, name)
 
 
 class Outcome:
@@ -90,12 +96,18 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON is to hold."""
-        return {name: value for name, value in asdict(self).items() if value}  # type: ignore[call-overload]
+        values: dict[str, Any] = asdict(self) | {"file": shown(self.file)}  # type: ignore[call-overload]
+        return {name: value for name, value in values.items() if value}
 
 
 class Predictor:
-    """A trained network with what it takes to use it on image files."""
+    """A trained network with what it takes to use it on image files.
 
+    Attributes:
+        outcome: the class of what becomes of a file.
+    """
+
+    outcome: ClassVar[type[Outcome]]
     model: nn.Module
     source: str
 
@@ -204,7 +216,7 @@ class Prediction(Outcome):
     @override
     def rows(self, exact: bool) -> list[tuple[Any, ...]]:
         return [
-            (self.file if exact or rank == 1 else "", rank, score.name, score.index,
+            (shown(self.file) if exact or rank == 1 else "", rank, score.name, score.index,
              f"{score.confidence:.6f}" if exact else f"{score.confidence:.2%}")
             for rank, score in enumerate(self.classes, start=1)
         ]  # fmt: skip
@@ -250,6 +262,8 @@ class Classifier(Predictor):
         class_names: one a class.
         source: where the weights came from, for messages.
     """
+
+    outcome = Prediction
 
     model: nn.Module
     pre: Preprocessing

@@ -20,8 +20,8 @@ LATEST = Path("runs/latest")
 
 
 def report(message: str) -> None:
-    """Tell the person at the terminal, leaving stdout to results."""
-    print(message, file=sys.stderr, flush=True)
+    """Tell the person at the terminal, leaving stdout to results. Bytes of file names that no text has are escaped."""
+    print(os.fsencode(message).decode(errors="backslashreplace"), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import lightning as L
-import timm
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -21,12 +20,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from typing_extensions import override
 
-import vmamba
 from vmamba.data.loading import EpochLoader
 from vmamba.data.seeding import derive_seed, seed_step
 from vmamba.errors import DataError, NonFiniteError, RecipeError
 from vmamba.models.checkpoints import load_checkpoint
-from vmamba.tasks.prediction import Weights
+from vmamba.tasks.prediction import Weights, builder
 from vmamba.tasks.recipe import BaseTrainConfig, ModelConfig
 
 
@@ -336,14 +334,12 @@ def build_model(config: ModelConfig, seed: int = 0, **arguments: Any) -> nn.Modu
     Raises:
         RecipeError: there is no such model, or it does not take the arguments.
     """
-    vmamba.list_models()  # registers the variants with timm
-    if not timm.is_model(config.name):
-        raise RecipeError(f"there is no model {config.name!r}; `vmamba models` lists the variants")
+    build = builder(config.name)
     if config.drop_path_rate is not None:
         arguments["drop_path_rate"] = config.drop_path_rate
     torch.manual_seed(seed)
     try:
-        model: Any = timm.create_model(config.name, pretrained=config.pretrained, **arguments, **config.kwargs)
+        model: Any = build(pretrained=config.pretrained, **arguments, **config.kwargs)
     except TypeError as error:
         raise RecipeError(f"{config.name} cannot be built as configured under model: {error}") from error
     if config.checkpoint:

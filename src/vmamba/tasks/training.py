@@ -52,7 +52,8 @@ def train(config: BaseTrainConfig) -> Path:
         DataError: images or what is to be learned of them are missing or do not fit together.
         ImageError: a file turned out to be unusable in mid-training; the message names it.
         NonFiniteError: the loss or gradient is not finite; the last good checkpoint is kept.
-        SystemExit: the process was sent SIGTERM; with status 143, after saying so. The last checkpoint is kept.
+        SystemExit: the process was told to end, by SIGTERM (status 143) or from the keyboard (130); it has said so, and
+            the last checkpoint is kept.
     """
     task_type: type[Task] = _part(config, "train_config", "task")
     config.check()
@@ -192,6 +193,8 @@ def make_trainer(config: TrainerConfig, **arguments: Any) -> L.Trainer:
 # ---------------------------------------------------------------------------------------------------------------------
 # The beginning and an early end
 
+_ENDS = (signal.SIGTERM, signal.SIGINT)
+
 
 class _Start(L.Callback):
     """Makes the run's folder ready once loaders and devices exist, so that nothing old is lost in vain."""
@@ -210,23 +213,27 @@ class _Start(L.Callback):
 
 
 class _Stop(BaseException):
-    """Raised wherever the main thread is when the process is sent SIGTERM, to leave by way of every clean-up.
+    """Raised wherever the main thread is when the process is told to end, to leave by way of every clean-up.
 
-    Lightning's own handler would start a collective operation in the middle of whatever goes on.
+    Lightning's own handler of SIGTERM would start a collective operation in the middle of whatever goes on.
     """
 
-    asked = False
+    by: signal.Signals | None = None
     launcher: Any = None
 
     def listen(self, launcher: Any = None) -> None:
-        """Wait for the signal, to be handed on to the processes that the launcher has started."""
-        self.launcher = launcher
-        signal.signal(signal.SIGTERM, self.stop)
+        """Wait for the signals, to be handed on to the processes that the launcher has started."""
+        self.launcher, self.process = launcher, os.getpid()
+        for number in _ENDS:
+            signal.signal(number, self.stop)
 
-    def stop(self, *_: Any) -> None:
-        """Handle the signal."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-        self.asked = True
+    def stop(self, number: int, frame: Any) -> None:
+        """Handle a signal."""
+        if os.getpid() != self.process:  # a loader's worker, which has inherited this handler
+            raise KeyboardInterrupt
+        if self.by is not None:  # once is enough
+            return
+        self.by = signal.Signals(number)
         if self.launcher is not None:
             self.launcher.kill(signal.SIGTERM)
         raise self
@@ -234,23 +241,22 @@ class _Stop(BaseException):
 
 @contextmanager
 def _stopping(run: RunFolder) -> Iterator[_Stop]:
-    """A block that SIGTERM ends in order: a line about what is kept, and the exit status 143."""
+    """A block that SIGTERM and the keyboard's interrupt end in order: with a line about what is kept."""
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():  # which alone hears signals
         yield stop
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(number) for number in _ENDS]
     stop.listen()
     try:
         yield stop
     except BaseException:  # also what another process's end or a worker's has raised meanwhile
-        if not stop.asked:
+        if stop.by is None:
             raise
         if is_first_process():
-            kept = (
-                "go on from its last epoch with --resume true" if run.checkpoint.exists() else "no epoch was finished"
-            )
-            report(f"{run.path}: stopped by SIGTERM; {kept}")
-        sys.exit(128 + signal.SIGTERM)
+            kept = "go on from its last epoch with --resume true" if run.checkpoint.exists() else "no epoch had ended"
+            report(f"{run.path}: stopped by {stop.by.name}; {kept}")
+        sys.exit(128 + stop.by)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(_ENDS, before, strict=True):
+            signal.signal(number, handler)
