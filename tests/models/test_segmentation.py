@@ -21,7 +21,7 @@ from models.dense import (
 from torch import nn
 
 import vmamba
-from vmamba.models.segmentation import UPerNet, resized
+from vmamba.models.segmentation import FusionBlock, UPerNet, resized
 
 Restored = Callable[[str], UPerNet]
 
@@ -164,3 +164,23 @@ def test_without_an_auxiliary_head_and_with_synchronised_norms() -> None:
     assert model(torch.zeros(2, 3, 160, 224), torch.zeros(2, 160, 224, dtype=torch.int64)).keys() == {"decode"}
     names = model.state_dict().keys()
     assert nn.SyncBatchNorm.convert_sync_batchnorm(model).state_dict().keys() == names
+
+
+@pytest.mark.parametrize("sizes", [((16, 20), (8, 10), (4, 5)), ((25, 36), (13, 18), (7, 9)), ((9, 9), (9, 9), (5, 3))])
+def test_enlarging_after_the_convolution_changes_nothing(sizes: tuple[tuple[int, int], ...]) -> None:
+    block = FusionBlock(3 * 8, 16).eval()
+    maps = [draw(f"map{i}", (2, 8, *size)) for i, size in enumerate(sizes)]
+    with torch.inference_mode():
+        fast = block(maps)
+        plain = block.relu(block.bn(block.conv(torch.cat([resized(x, sizes[0]) for x in maps], 1))))
+        assert_close(fast, plain, atol=2e-5)
+        assert fast.std() > 0.1
+        # A hooked or replaced convolution is asked.
+        handle = block.conv.register_forward_hook(lambda module, inputs, output: output * 0)
+        assert not block(maps).any()
+        handle.remove()
+        assert torch.equal(block(maps), fast)
+    with torch.no_grad():
+        assert torch.equal(block(maps), fast)
+    # What training computes is the definition.
+    assert_close(block(maps), plain, atol=0.0)

@@ -16,6 +16,7 @@ from torchvision.ops import roi_align  # type: ignore[import-untyped]
 
 from vmamba.models import boxes as bx
 from vmamba.models.feature_maps import DenseModel, FeatureMaps, check_images, conv_block
+from vmamba.nn import Linear
 
 Size = Sequence[int]  # height, width
 Losses = dict[str, Tensor]
@@ -69,9 +70,9 @@ class BoxHead(nn.Module):
     def __init__(self, num_classes: int, channels: int = 256, hidden: int = 1024, side: int = 7) -> None:
         super().__init__()
         sides = (channels * side**2, hidden, hidden)
-        self.shared_fcs = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(sides))
-        self.fc_cls = nn.Linear(hidden, num_classes + 1)
-        self.fc_reg = nn.Linear(hidden, num_classes * 4)
+        self.shared_fcs = nn.ModuleList(Linear(*pair) for pair in itertools.pairwise(sides))
+        self.fc_cls = Linear(hidden, num_classes + 1)
+        self.fc_reg = Linear(hidden, num_classes * 4)
         for fc in self.shared_fcs.modules():
             if isinstance(fc, nn.Linear):
                 nn.init.xavier_uniform_(fc.weight)

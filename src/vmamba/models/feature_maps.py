@@ -12,6 +12,8 @@ import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
+from vmamba.nn import LayerNorm
+
 
 class FeatureMaps(nn.Module):
     """A backbone's feature extractor with a LayerNorm on every map.
@@ -48,7 +50,7 @@ class FeatureMaps(nn.Module):
         self.normalised = norm
         if norm:
             for i, channels in enumerate(self.channels):
-                setattr(self, f"outnorm{i}", nn.LayerNorm(channels))
+                setattr(self, f"outnorm{i}", LayerNorm(channels))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) to one (B, C, H / stride, W / stride) for each stage."""
@@ -63,6 +65,7 @@ class FeatureMaps(nn.Module):
 def conv_block(in_chans: int, out_chans: int, kernel: int, *, norm: bool = False, relu: bool = False) -> nn.Sequential:
     """Convolution of the same output size, with a bias or BatchNorm, and ReLU; weights drawn as OpenMMLab's are."""
     conv = nn.Conv2d(in_chans, out_chans, kernel, padding=kernel // 2, bias=not norm)
+    conv.to(memory_format=torch.channels_last)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

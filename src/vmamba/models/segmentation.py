@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmamba.models.feature_maps import DenseModel, FeatureMaps, check_images, conv_block
+from vmamba.nn import cpu
+from vmamba.ops.layers import applies, is_compiled, product, product_dtype, records
 
+cpu.known(nn.Conv2d)
 IGNORED = 255  # the label of pixels that belong to no class
 
 
@@ -45,7 +49,7 @@ class UPerHead(nn.Module):
         self.bottleneck = _block(coarsest + len(pool_scales) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(_block(chans, channels, 1) for chans in finer)
         self.fpn_convs = nn.ModuleList(_block(channels, channels, 3) for _ in finer)
-        self.fpn_bottleneck = _block(len(in_chans) * channels, channels, 3)
+        self.fpn_bottleneck = FusionBlock(len(in_chans) * channels, channels)
         self.dropout = nn.Dropout2d(drop_rate)
         self.conv_seg = _classifier(channels, num_classes)
 
@@ -59,9 +63,57 @@ class UPerHead(nn.Module):
             x = lateral(x_finer) + resized(x, x_finer.shape[2:])
             pyramid.insert(0, x)
         outputs = [conv(x) for conv, x in zip(self.fpn_convs, pyramid, strict=False)] + pyramid[-1:]
-        size = outputs[0].shape[2:]
-        x = self.fpn_bottleneck(torch.cat([outputs[0], *(resized(x, size) for x in outputs[1:])], 1))
-        return self.conv_seg(self.dropout(x))
+        return self.conv_seg(self.dropout(self.fpn_bottleneck(outputs)))
+
+
+class FusionBlock(nn.Module):
+    """Convolution, BatchNorm and ReLU on maps that are enlarged to the first one's size and put side by side.
+
+    The convolution mixes channels and enlarging mixes pixels, so they can change places: a coarse map goes through the
+    convolution's taps at its own size, and what comes out is enlarged and shifted, both at once, by products with
+    interpolation matrices. In inference on the CPU that is done, since it takes a third of the multiplications.
+    """
+
+    def __init__(self, in_chans: int, out_chans: int) -> None:
+        super().__init__()
+        parts: Any = _block(in_chans, out_chans, 3)
+        self.conv: nn.Conv2d
+        self.conv, self.bn, self.relu = parts
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps (B, C, H, W), the finest first, to (B, out_chans, H, W) of the finest."""
+        finest, *coarser = maps
+        if self._may_enlarge_later(maps):
+            x = F.conv2d(finest, self.conv.weight[:, : finest.shape[1]], padding=1)
+            x = x.contiguous(memory_format=torch.channels_last)
+            weights = self.conv.weight[:, finest.shape[1] :].split([y.shape[1] for y in coarser], 1)
+            for y, weight in zip(coarser, weights, strict=True):
+                _add_enlarged_convolution(x, y, weight)
+        else:
+            x = self.conv(torch.cat([finest, *(resized(y, finest.shape[2:]) for y in coarser)], 1))
+        return self.relu(self.bn(x))
+
+    def _may_enlarge_later(self, maps: Sequence[Tensor]) -> bool:
+        plain = all(applies(x, self.conv.weight) and product_dtype(x) == x.dtype == torch.float32 for x in maps)
+        return plain and not is_compiled() and not records(*maps, self.conv.weight) and cpu.as_built(self.conv)
+
+
+def _add_enlarged_convolution(x: Tensor, y: Tensor, weight: Tensor) -> None:
+    """Add to x (B, O, H, W) the 3×3 convolution with `weight` (O, C, 3, 3) of y (B, C, h, w) enlarged to (H, W)."""
+    (height, width), (rows, columns) = x.shape[2:], y.shape[2:]
+    taps = weight.permute(2, 3, 0, 1).flatten(1, 2)  # (3 vertical, 3 horizontal · O, C)
+    across = _enlarging(columns, width).transpose(1, 2).flatten(1)
+    down = _enlarging(rows, height).flatten(1)
+    for result, image in zip(x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1), strict=True):
+        pixels = image.flatten(0, 1)
+        wide = torch.stack([across @ product(pixels, tap).view(rows, 3 * columns, -1) for tap in taps])
+        result.view(height, -1).addmm_(down, wide.view(3 * rows, -1))
+
+
+def _enlarging(old: int, new: int) -> Tensor:
+    """(new, 3, old): enlarges a line of `old` pixels linearly and shifts it by -1, 0 or 1, with zeros coming in."""
+    matrix = F.interpolate(torch.eye(old)[None], new, mode="linear", align_corners=False)[0].t()
+    return F.pad(matrix, (0, 0, 1, 1)).unfold(0, 3, 1).transpose(1, 2)
 
 
 class FCNHead(nn.Module):
