@@ -225,16 +225,17 @@ class Checkpoint:
         prefix, _ = next(iter(networks.values()))
         kind = _format(self.metadata, prefix, self.tensors) if self.container == "torch" else self.container
         parts = {part for name in self.tensors for part in name.split(".")} & _DENSE_HEADS.keys()
-        task = self.metadata.get("task") if self.container == "vmamba" else None
+        stored = self.metadata if self.container == "vmamba" else {}
+        task = str(stored.get("task") or next((_DENSE_HEADS[part] for part in parts), "classification"))
         return CheckpointInfo(
             path=self.path,
             format=kind,
             variant=variant,
-            num_classes=classes,
+            num_classes=stored.get("num_classes") if classes is None and task != "classification" else classes,
             in_chans=channels,
             weights=tuple(networks),
             metadata=self.metadata,
-            task=str(task or next((_DENSE_HEADS[part] for part in parts), "classification")),
+            task=task,
         )
 
     def load(
@@ -494,7 +495,7 @@ def _check_fit(info: CheckpointInfo, model: nn.Module, given: State, targets: St
             f" model with num_classes={info.num_classes}, or pass reset_head=True to leave the file's classifier out."
         )
     first = {f"{conv}.weight" for conv in _layers(model, "first_conv", _FIRST_CONV)}
-    if misshapen.keys() & first and info.variant == own:
+    if misshapen.keys() & first and (info.variant == own or inside is None):
         lines.append(
             f"The file is for images of {info.in_chans} channels: create the model with in_chans={info.in_chans}, or"
             " pass adapt_input=True to adapt the first convolution's weights."

@@ -30,8 +30,8 @@ def save_folder(model: nn.Module, folder: StrPath, metadata: Mapping[str, Any] |
     Args:
         model: one that `create_model`, `load_model` or `timm.create_model` made.
         folder: where to; made if need be.
-        metadata: as `load_model` returns it: "class_names", and "mean", "std", "interpolation", "crop_pct" and "img_size"
-            in place of what the model's configuration says.
+        metadata: as `load_model` returns it: "class_names", and "mean", "std", "interpolation", "crop_pct" and
+            "img_size" in place of what the model's configuration says.
     """
     known: Any = dict(metadata or {})
     network: Any = model

@@ -8,13 +8,13 @@ instance, at the end of segmentation.py:
         register(Entry(f"upernet_{backbone}", "segmentation", build, (512, 512), backbone, release.url,
                        params=release.params, flops=release.flops, published={"mIoU": release.miou}))
 
-The builder takes `num_classes` and whatever else `create_model` is given, and makes the model without weights. The
-model has the attributes `task`, `variant` (its name), `num_classes`, `in_chans`, `img_size` and `pretrained_cfg`: a
-dictionary with timm's keys "mean", "std" and, above all, "classifier" and "first_conv", the layers that another number
-of classes or channels replaces. Its VMamba and its heads lie side by side. When a file is loaded, the backbone's
-tensors get the model's names for them; those beside it keep the names that mmsegmentation and mmdetection give them
-("decode_head.…", "backbone.outnorm0.…"), unless the class has a static method `from_released`, which is given them all
-in one dictionary and returns it with other names.
+The builder takes `num_classes`, `in_chans`, `img_size`, `pretrained_cfg_overlay` and whatever else `create_model` is
+given, and makes the model without weights. The model has the attributes `task`, `variant` (its name), `num_classes`,
+`in_chans`, `img_size` and `pretrained_cfg`: a dictionary with timm's keys "mean", "std" and, above all, "classifier"
+and "first_conv", the layers that another number of classes or channels replaces. Its VMamba and its heads lie side by
+side. When a file is loaded, the backbone's tensors get the model's names for them; those beside it keep the names that
+mmsegmentation and mmdetection give them ("decode_head.…", "backbone.outnorm0.…"), unless the class has a static method
+`from_released`, which is given them all in one dictionary and returns it with other names.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def load_model(path: str | PathLike[str], ema: bool = False) -> tuple[nn.Module,
     try:
         build = functools.partial(create_model if name in ENTRIES else timm.create_model, name)
         build = functools.partial(build, **_options(checkpoint, stored, ours=name in ENTRIES))
-        with _at_most(2 * len(checkpoint.tensors) + 4096), torch.device("meta"):
+        with _at_most(2 * len(checkpoint.tensors) + 1024), torch.device("meta"):
             sketch = build()
     except Exception as error:  # the arguments come from the file, and may fail anywhere
         raise CheckpointError(f"{path} describes a model that cannot be built: {error}") from error
@@ -191,7 +191,9 @@ def _options(checkpoint: Checkpoint, stored: Mapping[str, Any], ours: bool) -> d
         raise ValueError(f"model_kwargs has {listed(refused)}")
     if not sum(abs(number) for number in found if not isinstance(number, str)) <= _LARGEST:
         raise ValueError(f"the numbers in its model_kwargs are beyond {_LARGEST:,}")
-    options |= {"num_classes": checkpoint.info.num_classes or 0, "in_chans": checkpoint.info.in_chans}
+    info = checkpoint.info
+    classes = 0 if info.num_classes is None and info.task == "classification" else info.num_classes
+    options |= {"num_classes": classes, "in_chans": info.in_chans}
     cfg = {name: stored[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in stored}
     return options | {"pretrained_cfg_overlay": cfg}
 
