@@ -79,7 +79,7 @@ def profile(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> 
     parts = [
         (f"{name}.{inner}" if inner else name, part)
         for name, child in model.named_children()
-        for inner, part in (child.named_children() if isinstance(child, nn.Sequential) else [("", child)])
+        for inner, part in (child.named_children() if _is_folder(child) else [("", child)])
         if next(part.parameters(), None) is not None or part is getattr(model, "head", None)
     ]
 
@@ -94,6 +94,8 @@ def profile(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> 
 
     for name, _ in parts:
         ghost.get_submodule(name).register_forward_hook(note(name))
+    # What has no fixed shape, such as a choice among boxes, costs next to nothing: the network says what to count.
+    ghost.forward = getattr(ghost, "forward_fixed", ghost.forward)
     formulas = {torch.ops.vmamba.ss2d_scan: _count_scan}
     counter = FlopCounterMode(display=False, depth=2, custom_mapping=formulas)
     with counter, torch.no_grad(), use_backend("eager"):
@@ -107,6 +109,11 @@ def profile(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> 
         flops=counts["Global"],
         parts=tuple(Part(n, shapes.get(n, ()), _params(part), counts.get(f"{root}.{n}", 0)) for n, part in parts),
     )
+
+
+def _is_folder(module: nn.Module) -> bool:
+    """Whether a module is but the list of its children."""
+    return isinstance(module, nn.Sequential) or type(module).forward is nn.Module.forward
 
 
 def _params(module: nn.Module) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import roi_align  # type: ignore[import-untyped]
+from torchvision.ops import roi_align
 
 from vmamba.models import boxes as bx
 from vmamba.models.feature_maps import DenseModel, FeatureMaps, check_images, conv_block
@@ -215,6 +215,22 @@ class MaskRCNN(DenseModel):
         inside = [self._inside(maps, size).to(images.device) for size in sizes]
         losses = rpn_losses(torch.cat(scores, 1), torch.cat(deltas, 1), torch.cat(anchors), inside, targets)
         return losses | self._roi_losses(maps, proposals, targets)
+
+    def forward_fixed(self, images: Tensor, regions: int = 1000, masks: int = 100) -> None:
+        """Run every layer on fixed numbers of proposals and detections in all, which is what published costs count.
+
+        Args:
+            images: (B, 3, H, W); on the meta device as well.
+            regions: how many the box head sees.
+            masks: how many the mask head sees.
+        """
+        maps = self.neck(self.backbone(images))
+        for x in maps:
+            self.rpn_head(x)
+        channels = maps[0].shape[1]
+        self.roi_head.bbox_head(maps[0].new_empty(regions, channels, 7, 7))
+        if self.roi_head.mask_head is not None:
+            self.roi_head.mask_head(maps[0].new_empty(masks, channels, 14, 14))
 
     def _inside(self, maps: Sequence[Tensor], size: Size) -> Tensor:
         """Which anchors of all maps lie in a picture, padded to a multiple of the coarsest stage's stride."""
