@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 
 import vmamba
@@ -41,3 +42,19 @@ def test_flops_are_linear_in_pixels_and_the_model_is_left_alone():
     assert large.flops / small.flops == pytest.approx(8, rel=1e-3)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "flops"),
+    [
+        ("resnet18", 11_689_512, 1.814e9),
+        ("swin_tiny_patch4_window7_224", 28_288_354, 4.49e9),
+        ("vit_tiny_patch16_224", 5_717_416, 1.254e9),
+    ],
+)
+def test_others_of_timms_models(name, params, flops):
+    found = profile(timm.create_model(name))
+    assert (found.img_size, found.params) == ((224, 224), params)
+    assert found.flops == pytest.approx(flops, rel=1e-3)
+    assert sum(part.flops for part in found.parts) == found.flops
+    assert found.parts[-1].output_shape == (1000,)

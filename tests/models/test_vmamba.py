@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import re
+
 import pytest
 import timm
 import torch
-from timm.models import create_feature_extractor
+from timm.models import create_feature_extractor, get_model_args, get_model_input_config
 from timm.models._features import FeatureInfo
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.utils import freeze, unfreeze
+from torchvision.models._utils import IntermediateLayerGetter
 
 import vmamba
 from vmamba.models.variants import VARIANTS
@@ -306,6 +312,187 @@ def test_autocast_trains_without_nan(name):
         optimizer.step()
         assert torch.isfinite(loss)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+# --- Changed as other models of timm's are ---------------------------------------------------------------------------
+
+# Beside ours, those that set the example: each test holds for them as well.
+SMALL_OTHERS = {
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 64, "window_size": 2, "depths": (1, 1, 1, 1), "embed_dim": 24, "strict_img_size": False,
+    },
+    "convnext_tiny": {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)},
+}  # fmt: skip
+alike = pytest.mark.parametrize("name", [*SMALL, *SMALL_OTHERS])
+
+
+def any_of(name, **kwargs):
+    return timm.create_model(name, **{**(SMALL | SMALL_OTHERS)[name], **kwargs}).eval()
+
+
+@alike
+def test_head_taken_away_or_replaced(name):
+    model, x = any_of(name), torch.randn(2, 3, 64, 64)
+    features = model.forward_features(x)
+    model.head = torch.nn.Identity()
+    torch.testing.assert_close(model(x), features)
+    model.head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(features[0].numel(), 3))
+    assert model(x).shape == (2, 3)
+
+
+@alike
+def test_children_in_order_are_the_model(name):
+    model, x = any_of(name), torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(torch.nn.Sequential(*model.children())(x), model(x))
+    trunk = torch.nn.Sequential(*list(model.children())[:-1])
+    torch.testing.assert_close(trunk(x), model.forward_features(x))
+    (_, first), (stages, second) = list(model.named_children())[:2]
+    torch.testing.assert_close(IntermediateLayerGetter(model, {stages: "features"})(x)["features"], second(first(x)))
+
+
+@alike
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "fx", "getter"])
+def test_every_kind_of_feature_extractor(name, feature_cls):
+    indices = (0, -1)
+    extractor = any_of(name, features_only=True, feature_cls=feature_cls, out_indices=indices)
+    model, x = any_of(name), torch.randn(2, 3, 64, 64)
+    if feature_cls == "fx":
+        extractor.graph_module.load_state_dict(model.state_dict(), strict=False)
+    else:
+        weights = {
+            re.sub("^(stem|stages|layers)_", r"\1.", re.sub("^(model|body)[.]", "", key)): value
+            for key, value in extractor.state_dict().items()
+        }
+        assert not model.load_state_dict(weights, strict=False).unexpected_keys
+    found = extractor(x)
+    found = list(found.values()) if isinstance(found, dict) else found
+    expected = model.forward_intermediates(x, indices=list(indices), intermediates_only=True)
+    assert extractor.feature_info.reduction() == [model.feature_info[i]["reduction"] for i in indices]
+    for actual, wanted in zip(found, expected, strict=True):
+        if str(getattr(extractor, "output_fmt", "NCHW")).endswith("NHWC"):
+            actual = actual.permute(0, 3, 1, 2)
+        torch.testing.assert_close(actual, wanted)
+
+
+@alike
+def test_pooled_width_follows_the_head(name):
+    if name == "convnext_tiny":
+        pytest.skip("its head does not pool twice")
+    x = torch.randn(2, 3, 64, 64)
+    model = any_of(name, global_pool="catavgmax", num_classes=0)
+    assert model(x).shape == (2, model.head_hidden_size) == (2, 2 * model.num_features)
+    model.reset_classifier(3, "max")
+    assert model.head_hidden_size == model.num_features
+    model.reset_classifier(0, "catavgmax")
+    assert model.head_hidden_size == model.forward_head(model.forward_features(x), pre_logits=True).shape[1]
+    assert model.head_hidden_size == 2 * model.num_features
+
+
+@alike
+def test_input_size_is_told_to_timm(name):
+    model = any_of(name)
+    if not hasattr(model, "set_input_size"):
+        pytest.skip("has no input size")
+    before = get_model_input_config(model)
+    model.set_input_size()
+    assert get_model_input_config(model) == before
+    model.set_input_size((96, 128))
+    assert get_model_input_config(model)["input_size"] == (3, 96, 128)
+    assert get_model_args(model)["img_size"] == (96, 128)
+    assert model(torch.randn(1, 3, 96, 128)).shape == (1, 1000)
+
+
+@small
+def test_another_first_convolution(name):
+    model = create(name)
+    stem = model.stem
+    key = "conv1" if hasattr(stem, "conv1") else "conv"
+    old = getattr(stem, key)
+    setattr(stem, key, type(old)(5, old.out_channels, old.kernel_size, old.stride, old.padding))
+    assert model.in_chans == 5
+    assert model(torch.randn(1, 5, 64, 64)).shape == (1, 1000)
+    with pytest.raises(ValueError, match=r"expected images of shape \(B, 5, H, W\)"):
+        model(torch.randn(1, 3, 64, 64))
+
+
+@small
+def test_weights_drawn_again_are_those_of_a_new_model(name):
+    torch.manual_seed(0)
+    new = create(name, num_classes=6)
+    model = create(name, num_classes=6, device="meta").to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    model.init_weights()
+    for (key, actual), expected in zip(model.state_dict().items(), new.state_dict().values(), strict=True):
+        if expected.unique().numel() == 1 or key.endswith("A_log"):
+            assert torch.equal(actual, expected), key
+        else:
+            assert 0.3 < actual.abs().max() / expected.abs().max() < 3, key
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_output_stride_keeps_the_grid_and_the_weights(stride):
+    model, plain = create("vmamba_tiny_s1l8", output_stride=stride), create("vmamba_tiny_s1l8")
+    model.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 64, 96)
+    reductions = [min(reduction, stride) for reduction in (4, 8, 16, 32)]
+    assert [info["reduction"] for info in model.feature_info] == reductions
+    features = model.forward_intermediates(x, intermediates_only=True)
+    for feature, before, reduction in zip(
+        features, plain.forward_intermediates(x, intermediates_only=True), reductions, strict=True
+    ):
+        assert feature.shape[2:] == (64 // reduction, 96 // reduction)
+        if feature.shape == before.shape:
+            torch.testing.assert_close(feature, before)
+    assert model(x).shape == (1, 1000)
+    with pytest.raises(ValueError, match=r"output_stride is 16, but patch merging cannot keep a grid's size"):
+        create("vanilla_vmamba_tiny", output_stride=16)
+    with pytest.raises(ValueError, match=r"output_stride is 4; expected 8, 16 or 32"):
+        create("vmamba_tiny_s1l8", output_stride=4)
+    assert vmamba.VMamba(img_size=64, depths=[1] * 5, dims=[8] * 5).feature_info[-1]["reduction"] == 64
+
+
+@pytest.mark.parametrize("decoder", ["Unet", "FPN", "UPerNet", "DeepLabV3", "DeepLabV3Plus", "PAN"])
+def test_decoders_of_segmentation_models_pytorch(decoder):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    network = getattr(smp, decoder)("tu-vmamba_nano", encoder_weights=None, classes=5)
+    with torch.no_grad():
+        assert network.eval()(torch.randn(1, 3, 128, 128)).shape == (1, 5, 128, 128)
+
+
+@small
+def test_torchscript(name):
+    model = create(name, num_classes=4)
+    with pytest.raises(RuntimeError, match=r"use torch\.export\.export, torch\.compile or torch\.jit\.trace"):
+        torch.jit.script(torch.nn.Sequential(model))
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(torch.jit.trace(model, x)(2 * x), model(2 * x), rtol=1e-4, atol=1e-5)
+
+
+@alike
+def test_copies_and_pickles(name):
+    model, x = any_of(name), torch.randn(1, 3, 64, 64)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again(x), model(x))
+        assert again.state_dict().keys() == model.state_dict().keys()
+
+
+@small
+def test_made_where_and_as_what_is_asked(name):
+    model = create(name, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    model.reset_classifier(3)
+    assert (model.head.fc.weight.device.type, model.head.fc.weight.dtype) == ("meta", torch.bfloat16)
+
+
+@small
+def test_parts_are_frozen_by_name(name):
+    model = create(name)
+    freeze(model, ["stem", "stages.0"])
+    frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {key for key in model.state_dict() if key.startswith(("stem.", "stages.0."))}
+    unfreeze(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_clear_errors():
