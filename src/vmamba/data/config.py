@@ -90,3 +90,40 @@ class AugmentConfig:
     """Where both are on: probability that a batch gets cutmix rather than mixup."""
     label_smoothing: float = 0.1
     """Share of the target spread evenly over the classes."""
+
+
+@dataclass
+class SegmentationAugmentConfig:
+    """How training pictures are varied for semantic segmentation. The defaults are those published for ADE20K."""
+
+    scale: tuple[int, int] = (2048, 512)
+    """Pictures are resized so that the long and the short side fit into these, in pixels ..."""
+    ratio: tuple[float, float] = (0.5, 2.0)
+    """... times a random factor, from and to."""
+    crop: tuple[int, int] = (512, 512)
+    """Height and width of the random crop; smaller pictures are filled up."""
+    most_of_one_class: float = 0.75
+    """Crops of which one class takes a larger share are drawn again, up to ten times."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    photometric: bool = True
+    """Vary brightness, contrast, saturation and hue."""
+
+
+@dataclass
+class DetectionAugmentConfig:
+    """How training pictures are varied for detection. The defaults are those of the published 1x schedule."""
+
+    short_sides: tuple[int, ...] = (800,)
+    """Sides to which the short side is resized, one of them at random: several (480, 512, ... 800) for 3x."""
+    longest: int = 1333
+    """What the long side may then be at most."""
+    jitter: tuple[float, float] | None = None
+    """Large-scale jitter instead: factors from and to, (0.1, 2.0), by which a picture that fits into the square of
+    jitter_size is resized before it is cropped to that square."""
+    jitter_size: int = 1024
+    """Side of that square."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    photometric: bool = False
+    """Vary brightness, contrast, saturation and hue."""

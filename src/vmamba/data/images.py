@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
-import io
 import os
-import re
 import stat
 import struct
 import time
@@ -63,6 +61,29 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, in_chans: int = 3, nam
         DataError: ``in_chans`` is neither 1 nor 3.
     """
     check_channels(in_chans)
+    with _decoded(source, name) as image:
+        return standard_image(image, in_chans)
+
+
+def read_index_mask(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> np.ndarray:
+    """Read a picture whose pixels are numbers of classes: grey of up to 16 bits, or palette indices.
+
+    Returns:
+        (H, W), uint8 or int32.
+
+    Raises:
+        ImageError: as `read_image`; or the picture has colours, whose meaning nobody knows.
+    """
+    with _decoded(source, name) as image:
+        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+            raise ValueError(f"an index mask has one number a pixel; this picture has mode {image.mode}")
+        pixels = np.asarray(image)
+        return pixels.astype(np.int32 if image.mode.startswith("I") else np.uint8)
+
+
+@contextmanager
+def _decoded(source: str | os.PathLike[str] | BinaryIO, name: str | None) -> Iterator[Image.Image]:
+    """An image file opened and decoded; what goes wrong then or in the block becomes an `ImageError`."""
     name = shown(name or str(getattr(source, "name", source)))
     try:
         with _opened(source) as file, warnings.catch_warnings():
@@ -74,7 +95,7 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, in_chans: int = 3, nam
                 image.load()
                 if image.format == "PNG" and "transparency" in image.info:
                     _widen_key(image, stored, file)
-                return standard_image(image, in_chans)
+                yield image
     # Decoders meet damaged files with almost any exception: OSError, SyntaxError, struct.error, EOFError ...
     except Exception as error:
         raise ImageError(f"{name}: {_reason(error)}") from error
@@ -98,8 +119,10 @@ def _opened(source: str | os.PathLike[str] | BinaryIO) -> Iterator[BinaryIO]:
     if not head:
         raise ValueError("the file is empty (0 bytes)")
     source.seek(0)
-    if head[:2] in (b"P1", b"P2", b"P3"):  # each comment of a plain PNM costs Pillow a copy of the megabyte around it
-        source = io.BytesIO(re.sub(rb"#[^\r\n]*", b"", source.read()))
+    if head[:2] in (b"P1", b"P2", b"P3"):
+        if source.read().count(b"#") > 1000:  # each costs Pillow a copy of the megabyte around it
+            raise ValueError("a plain PNM of more than 1000 comments")
+        source.seek(0)
     elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         _check_strips(source, head)
         source.seek(0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import functools
 import gzip
 import io
 import os
 import posixpath
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def open_split(config: DataConfig, training: bool, class_names: Sequence[str] | 
     if not config.dataset:
         root = _split_root(config, root, split)
         where = shown(root)
-        source: Any = _open_files(root, where, {split, *_synonyms(split)}, class_names)
+        source: Any = _open_files(root, where, {split, *split_names(split)}, class_names)
     else:
         where = " ".join(filter(None, (config.dataset, f"({split})", f"in {shown(root)}" if root else "")))
         source = _open_named(config, root, split, training, seed, where)
@@ -161,7 +162,8 @@ def open_split(config: DataConfig, training: bool, class_names: Sequence[str] | 
     return Split(source, names, where)
 
 
-def _synonyms(split: str) -> tuple[str, ...]:
+def split_names(split: str) -> tuple[str, ...]:
+    """The names that a split of this name may have."""
     return next((names for names in _SPLITS.values() if split in names), (split,))
 
 
@@ -169,7 +171,7 @@ def _split_root(config: DataConfig, root: str | None, split: str) -> str:
     """The folder or .tar file that holds one split."""
     if root is None:
         raise DataError("data.root is not set: name a folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
-    where, names = shown(root), _synonyms(split)
+    where, names = shown(root), split_names(split)
     if not os.path.exists(root):
         raise DataError(f"{where}: no such folder or .tar file")
     if config.val_root is not None:
@@ -375,19 +377,42 @@ def check_same_classes(train: Split, val: Split) -> None:
     )
 
 
+def refuse(problems: Sequence[str], number: int, kind: str, where: str, most: int = 50) -> None:
+    """End with a list of what is wrong with some of ``number`` things, if anything is.
+
+    Raises:
+        DataError: there are problems; the first ``most`` of them are listed.
+    """
+    if problems:
+        listed = [*problems[:most], *([f"and {len(problems) - most} more"] if len(problems) > most else [])]
+        lines = "\n  ".join(listed)
+        raise DataError(f"{len(problems)} of {number} {kind} in {where} cannot be used:\n  {lines}")
+
+
 class _Check(Dataset[str]):
-    def __init__(self, split: Split, in_chans: int) -> None:
-        self.split, self.in_chans = split, in_chans
+    def __init__(self, length: int, read: Callable[[int], Any]) -> None:
+        self.length, self.read = length, read
 
     def __len__(self) -> int:
-        return len(self.split)
+        return self.length
 
     def __getitem__(self, index: int) -> str:
         try:
-            self.split.read(index, self.in_chans)
-        except ImageError as error:
+            self.read(index)
+        except (ImageError, DataError) as error:
             return str(error)
         return ""
+
+
+def check_all(length: int, read: Callable[[int], Any], where: str, workers: int = 0) -> None:
+    """Read every sample, by ``read`` of its index, with a progress bar on stderr.
+
+    Raises:
+        DataError: listing every file that cannot be used.
+    """
+    loader: DataLoader[str] = DataLoader(_Check(length, read), batch_size=32, num_workers=workers, collate_fn=list)
+    problems = [message for batch in tracked(loader, f"checking {where}") for message in batch if message]
+    refuse(problems, length, "images", where, most=len(problems))
 
 
 def tracked(work: Any, description: str) -> Any:
@@ -407,7 +432,4 @@ def check_files(split: Split, in_chans: int, workers: int = 0) -> None:
     """
     if split.is_stream:
         raise DataError(f"data.check_files needs images that can be read one by one; {split.where} is a stream")
-    loader: DataLoader[str] = DataLoader(_Check(split, in_chans), batch_size=32, num_workers=workers, collate_fn=list)
-    if bad := [message for batch in tracked(loader, f"checking {split.where}") for message in batch if message]:
-        lines = "\n  ".join(bad)
-        raise DataError(f"{len(bad)} of {len(split)} images in {split.where} cannot be used:\n  {lines}")
+    check_all(len(split), functools.partial(split.read, in_chans=in_chans), split.where, workers)

@@ -8,7 +8,7 @@ quarter of the memory traffic of float images and, for small ones, no loader tim
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,9 +19,13 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import transforms_imagenet_eval, transforms_imagenet_train
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
-from vmamba.data.config import AugmentConfig
+from vmamba.data.config import AugmentConfig, DetectionAugmentConfig, SegmentationAugmentConfig
 from vmamba.data.images import check_channels
+
+IGNORED = -1  # the label of pixels that neither loss nor metrics count
 
 ImageTransform = Callable[[Image.Image], Tensor]
 
@@ -150,3 +154,129 @@ def crop_and_flip(images: Tensor, padding: int, hflip: float) -> Tensor:
     padded = F.pad(images, (padding,) * 4)
     picked = padded[torch.arange(batch, device=device)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return picked.permute(0, 3, 1, 2)  # the two index tensors put C last: (B, H, W, C)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures with masks or boxes
+
+
+def resize_bilinear_uint8(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize as the published dense models were trained and tested: OpenCV's INTER_LINEAR on uint8, bit for bit.
+
+    No antialiasing; weights of 11 bits, in integers.
+
+    Args:
+        image: uint8 (..., H, W).
+        size: the new height and width.
+
+    Returns:
+        uint8 (..., *size).
+    """
+    top, bottom, (w0, w1) = _taps(size[0], image.shape[-2], image.device)
+    left, right, (v0, v1) = _taps(size[1], image.shape[-1], image.device)
+    wide = image.int()
+    wide = (wide[..., left] * v0 + wide[..., right] * v1) >> 4
+    parts = (wide[..., top, :] * w0[:, None] >> 16) + (wide[..., bottom, :] * w1[:, None] >> 16)
+    return ((parts + 2) >> 2).to(torch.uint8)
+
+
+def _taps(new: int, old: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each new place the two old ones that it lies between, and their weights, int32 (2, new), of 2048."""
+    at = ((torch.arange(new, dtype=torch.float64, device=device) + 0.5) * (old / new) - 0.5).float()
+    first = at.floor()
+    share = at - first
+    weights = (torch.stack((1 - share, share)) * 2048).round().int()
+    index = first.long()
+    return index.clamp(0, old - 1), (index + 1).clamp(0, old - 1), weights
+
+
+def fitted_size(height: int, width: int, longest: float, shortest: float) -> tuple[int, int]:
+    """The largest height and width of the same shape whose long and short side are no longer than these."""
+    factor = min(longest / max(height, width), shortest / min(height, width))
+    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
+
+
+class FitSides(v2.Transform):
+    """Resize to `fitted_size` for one of several pairs (longest, shortest), drawn at random, times a random factor."""
+
+    def __init__(self, sides: Sequence[tuple[float, float]], ratio: tuple[float, float] = (1.0, 1.0)) -> None:
+        super().__init__()
+        self.sides, self.ratio = list(sides), ratio
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the size."""
+        longest, shortest = self.sides[int(torch.randint(len(self.sides), ()))]
+        factor = float(torch.empty(()).uniform_(*self.ratio))
+        height, width = v2.query_size(flat_inputs)
+        return {"size": fitted_size(height, width, longest * factor, shortest * factor)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Pictures bilinearly and without antialiasing, masks by the nearest pixel."""
+        if isinstance(inpt, tv_tensors.Image):
+            return tv_tensors.wrap(resize_bilinear_uint8(inpt.as_subclass(Tensor), params["size"]), like=inpt)
+        return self._call_kernel(v2.functional.resize, inpt, list(params["size"]))
+
+
+class CropOrPad(v2.Transform):
+    """A random crop of one size, filled up at the right and bottom where the picture is smaller.
+
+    Where a semantic mask comes along, crops of which one class takes more than a share are drawn again.
+    """
+
+    def __init__(self, size: tuple[int, int], fill: Sequence[float], most_of_one_class: float = 1.0) -> None:
+        super().__init__()
+        self.size, self.most = size, most_of_one_class
+        self.fill = {tv_tensors.Image: list(fill), tv_tensors.Mask: 0}
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the corner."""
+        rows, columns = v2.query_size(flat_inputs)
+        height, width = min(self.size[0], rows), min(self.size[1], columns)
+        mask = next((x for x in flat_inputs if isinstance(x, tv_tensors.Mask) and x.ndim == 2), None)
+        for _ in range(10):
+            top = int(torch.randint(rows - height + 1, ()))
+            left = int(torch.randint(columns - width + 1, ()))
+            if mask is None or self.most >= 1:
+                break
+            part = mask[top : top + height, left : left + width]
+            counts = part[part >= 0].unique(return_counts=True)[1]
+            if len(counts) > 1 and counts.max() < self.most * counts.sum():
+                break
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Cut, then fill up."""
+        inpt = self._call_kernel(v2.functional.crop, inpt, **params)
+        missing = [0, 0, self.size[1] - params["width"], self.size[0] - params["height"]]
+        semantic = isinstance(inpt, tv_tensors.Mask) and inpt.ndim == 2
+        fill = IGNORED if semantic else self.fill.get(type(inpt), 0)
+        return self._call_kernel(v2.functional.pad, inpt, missing, fill=fill) if any(missing) else inpt
+
+
+def segmentation_transform(config: SegmentationAugmentConfig, pre: Preprocessing) -> v2.Transform:
+    """(picture, uint8 (3, H, W), and mask of labels (H, W)) to the same, varied, of the crop's size."""
+    return v2.Compose([
+        FitSides([config.scale], config.ratio),
+        CropOrPad(config.crop, [round(255 * m) for m in pre.mean], config.most_of_one_class),
+        v2.RandomHorizontalFlip(config.hflip),
+        *([v2.RandomPhotometricDistort(p=0.5)] if config.photometric else []),
+    ])  # fmt: skip
+
+
+def detection_transform(config: DetectionAugmentConfig, pre: Preprocessing) -> v2.Transform:
+    """(picture, uint8 (3, H, W), and dictionary of boxes, labels and masks) to the same, varied.
+
+    Objects of which less than a pixel is left are dropped.
+    """
+    if config.jitter is None:
+        steps: list[v2.Transform] = [FitSides([(config.longest, side) for side in config.short_sides])]
+    else:
+        square = (config.jitter_size, config.jitter_size)
+        steps = [FitSides([square], config.jitter), CropOrPad(square, [round(255 * m) for m in pre.mean])]
+    return v2.Compose([
+        *steps,
+        v2.RandomHorizontalFlip(config.hflip),
+        *([v2.RandomPhotometricDistort(p=0.5)] if config.photometric else []),
+        v2.ClampBoundingBoxes(),
+        v2.SanitizeBoundingBoxes(min_size=1),
+    ])  # fmt: skip
