@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from vmamba.tasks.task import Task
 from vmamba.tasks.training import train
 
 CLASSES = ("blue", "green", "red")
+PLAIN = AugmentConfig(
+    scale=(1, 1), ratio=(1, 1), hflip=0, rand_augment=None, color_jitter=0, random_erasing=0, mixup=0, cutmix=0
+)
 
 
 def make_images(root: Path, train: int = 8, val: int = 3) -> Path:
@@ -53,6 +57,10 @@ def checkpoint(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True)
 
 
+def history(run: Path) -> list[dict[str, float]]:
+    return checkpoint(run)["callbacks"]["Recorder"]["history"]
+
+
 def spawn(function: Any, *args: Any, environment: dict[str, str] | None = None) -> multiprocessing.process.BaseProcess:
     """Start a function in a process of its own that has the package imported already."""
     context = multiprocessing.get_context("forkserver")
@@ -66,6 +74,24 @@ def _child(function: Any, args: tuple[Any, ...], environment: dict[str, str]) ->
     os.environ.update(environment)
     torch.set_num_threads(1)
     function(*args)
+
+
+def distributed(function, *arguments, processes=2, exitcode=0):
+    """Run a function in as many processes as torchrun would start for it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+    ranks = [
+        spawn(function, *arguments, environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [exitcode] * processes
 
 
 def die(number: int = signal.SIGKILL) -> None:

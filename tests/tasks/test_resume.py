@@ -2,26 +2,28 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 from tasks.small import checkpoint, make_images, recipe, spawn, train_and_die
+from tasks.toy import toy_recipe
 
 from vmamba.models.checkpoints import read_metadata
 from vmamba.tasks.training import train
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The images, and the run that nothing interrupts."""
+@pytest.fixture(scope="module", params=["classification", "toy"])
+def whole(request, tmp_path_factory):
+    """The recipe of a task, and the run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
     os.chdir(folder)
-    images = make_images(folder / "images")
-    process = spawn(train, recipe(images, folder / "run"))
+    config = toy_recipe("") if request.param == "toy" else recipe(make_images(folder / "images"), "")
+    process = spawn(train, replace(config, run=str(folder / "run")))
     process.join()
     assert process.exitcode == 0
-    return images, folder / "run"
+    return config, folder / "run"
 
 
 def equal(a, b):
@@ -33,20 +35,21 @@ def equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("moment", ["training", "validating", "writing", "renaming"])
+@pytest.mark.parametrize("moment", ["training", "asked to end", "validating", "writing", "renaming"])
 def test_killed_and_resumed_is_never_stopped(whole, tmp_path, monkeypatch, moment):
     monkeypatch.chdir(tmp_path)
-    images, reference = whole
-    config = recipe(images, tmp_path / "run")
+    config, reference = whole
+    config = replace(config, run=str(tmp_path / "run"))
     process = spawn(train_and_die, config, moment)
     process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode == (128 + signal.SIGTERM if moment == "asked to end" else -signal.SIGKILL)
     assert checkpoint(tmp_path / "run")["epoch"] == 0
     leftovers = list((tmp_path / "run/checkpoints").glob(".*.partial"))
     assert bool(leftovers) == (moment in ("writing", "renaming"))
 
     config.resume = True
-    config.data.workers = 1
+    if config.task == "classification":
+        config.data = replace(config.data, workers=1)
     process = spawn(train, config)
     process.join()
     assert process.exitcode == 0

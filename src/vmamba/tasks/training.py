@@ -90,12 +90,11 @@ def validate(config: BaseValidateConfig) -> dict[str, Any]:
         ImageError: a file cannot be used; the message names it.
         RecipeError: the settings are for another task than the model.
     """
-    config = replace(config, data=_data_of_run(config))
     weights = load_weights(config.checkpoint, config.pretrained, config.ema)
     if weights.task != config.task:
         raise RecipeError(f"{weights.source} is a model for {weights.task}: set task to {weights.task}")
     task_type: type[Task] = _part(config, "validate_config", "task")
-    task = task_type.from_weights(config, weights)
+    task = task_type.from_weights(replace(config, data=_data_of_run(config)), weights)
     task.detailed = True
     trainer = make_trainer(config.trainer, callbacks=[ValidationProgress()] if config.trainer.progress else [])
     trainer.validate(task, verbose=False)
