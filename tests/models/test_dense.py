@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from models.dense import layouts
-from models.released import theirs
+from models.dense import layouts, write_openmmlab
+from models.loading import assert_equal, assert_refused_unchanged
+from models.released import as_later, older, prefixed, theirs
 
 import vmamba
+from vmamba.models import registry
+from vmamba.models.checkpoints import save_checkpoint
 from vmamba.models.class_names import ADE20K, COCO, COCO_CATEGORY_IDS
 from vmamba.models.complexity import profile
-from vmamba.models.registry import ENTRIES
+from vmamba.models.registry import ENTRIES, load_model
 
 MODELS = layouts()["models"]
 
@@ -68,3 +75,83 @@ def test_class_names() -> None:
     assert numbers["maskrcnn"]["category_ids"] == list(COCO_CATEGORY_IDS)
     assert on_meta("maskrcnn_vmamba_femto").class_names == COCO
     assert vmamba.create_model("maskrcnn_vmamba_femto", num_classes=3, channels=8, hidden=8).class_names is None
+
+
+def small(family: str, **options: Any) -> torch.nn.Module:
+    narrow = {"channels": 8, "hidden": 16} if family == "maskrcnn" else {"channels": 8, "auxiliary_channels": 4}
+    return vmamba.create_model(f"{family}_vmamba_femto_s2", **narrow, **options)
+
+
+@pytest.mark.parametrize("family", ["upernet", "maskrcnn"])
+def test_files_of_mmsegmentation_and_mmdetection_are_known(family: str, tmp_path: Path) -> None:
+    model = small(family, num_classes=5)
+    inside = "backbone.extractor.model."
+    backbone = {k.removeprefix(inside): t for k, t in model.state_dict().items() if k.startswith(inside)}
+    heads = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}
+    for i, rename in enumerate((theirs, older, lambda state: as_later(theirs(state)))):
+        path = write_openmmlab(tmp_path / f"{i}.pth", heads | prefixed("backbone.", rename(backbone)))
+        info = vmamba.identify_checkpoint(path)
+        assert (info.task, info.variant, info.num_classes) == (model.task, "vmamba_femto_s2", 5)
+        assert info.format == {"upernet": "mmsegmentation", "maskrcnn": "mmdetection"}[family]
+        other = small(family, num_classes=5)
+        vmamba.load_checkpoint(other, path)
+        assert_equal(other, model.state_dict())
+
+    words = "The file is for 5 classes, the model for 4", "num_classes=5", "reset_head=True"
+    assert_refused_unchanged(small(family, num_classes=4), path, *words)
+    other = small(family, num_classes=4)
+    vmamba.load_checkpoint(other, path, reset_head=True)
+    assert torch.equal(other.backbone.outnorm1.weight, model.backbone.outnorm1.weight)
+    assert_refused_unchanged(vmamba.create_model(f"{family}_vmamba_femto"), path, "another variant, vmamba_femto_s2")
+    missing = {key: tensor for key, tensor in heads.items() if key != "backbone.outnorm1.bias"}
+    path = write_openmmlab(tmp_path / "missing.pth", missing | prefixed("backbone.", theirs(backbone)))
+    assert_refused_unchanged(small(family, num_classes=5), path, "missing: backbone.outnorm1.bias (96,)")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("upernet_vmamba_femto_s2", {"channels": 8, "auxiliary_channels": 4, "num_classes": 3, "in_chans": 1}),
+        ("upernet_vmamba_femto_s2", {"channels": 8, "auxiliary_channels": 0}),
+        ("maskrcnn_vmamba_femto_s2", {"channels": 8, "hidden": 16, "num_classes": 3, "img_size": 64}),
+        ("maskrcnn_vmamba_femto_s2", {"channels": 8, "hidden": 16, "masks": False}),
+        ("upernet", {"backbone": "resnet18", "channels": 8, "out_norm": False, "num_classes": 6}),
+        ("maskrcnn", {"backbone": "vmamba_femto", "channels": 8, "hidden": 16, "drop_path_rate": 0.1}),
+    ],
+)
+def test_a_file_rebuilds_the_model(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = vmamba.create_model(name, **options).eval()
+    names = [f"class {i}" for i in range(model.num_classes)]
+    save_checkpoint(model, path := tmp_path / "model.safetensors", {"class_names": names})
+    rebuilt, metadata = load_model(path)
+    assert_equal(rebuilt, model.state_dict())
+    assert metadata["class_names"] == names
+    assert (rebuilt.variant, rebuilt.num_classes, rebuilt.img_size) == (name, model.num_classes, model.img_size)
+    assert vmamba.identify_checkpoint(path).task == model.task
+    images = torch.randn(1, model.in_chans, 48, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(rebuilt(images), model(images), atol=0.0, rtol=0.0)
+
+
+def test_published_files_serve_other_classes_and_fewer_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = small("maskrcnn")
+    path = write_openmmlab(tmp_path / "published.pth", published.state_dict())
+    monkeypatch.setattr(registry, "download", lambda url: path)
+    name = "maskrcnn_vmamba_femto_s2"
+    monkeypatch.setitem(ENTRIES, name, dataclasses.replace(ENTRIES[name], url="https://example.org/file.pth"))
+    assert_equal(small("maskrcnn", pretrained=True), published.state_dict())
+    model = small("maskrcnn", pretrained=True, num_classes=3, masks=False, in_chans=1)
+    assert model.roi_head.bbox_head.fc_cls.weight.shape == (4, 16)
+    assert torch.equal(model.neck.fpn_convs[0].conv.weight, published.neck.fpn_convs[0].conv.weight)
+    first = "backbone.extractor.model.stem.conv1.weight"
+    summed = published.get_parameter(first).sum(1, keepdim=True)
+    torch.testing.assert_close(model.get_parameter(first), summed)
+
+
+def test_decay_and_checkpointing_reach_the_backbone() -> None:
+    model = small("upernet", num_classes=3)
+    without = model.no_weight_decay()
+    assert "backbone.extractor.model.stages.0.blocks.0.ss2d.A_log" in without
+    assert without <= {name for name, _ in model.named_parameters()}
+    model.set_grad_checkpointing()
+    assert all(stage.grad_checkpointing for stage in model.backbone.extractor.model.stages)

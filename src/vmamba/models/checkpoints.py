@@ -53,6 +53,8 @@ _DENSE_HEADS = {
     "roi_head": "detection",
     "bbox_head": "detection",
 }
+# Their classifiers, and how many of the rows are no class: detectors have one for the background.
+_DENSE_CLASSIFIERS = {"decode_head.conv_seg.weight": 0, "roi_head.bbox_head.fc_cls.weight": 1}
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class CheckpointInfo:
     @property
     def backbone_only(self) -> bool:
         """Whether the classifier is missing, as it is in segmentation and detection files."""
-        return self.num_classes is None
+        return self.num_classes is None or self.task != "classification"
 
 
 def identify_checkpoint(path: StrPath) -> CheckpointInfo:
@@ -211,7 +213,8 @@ class Checkpoint:
             CheckpointError: it holds no VMamba, nor another model of timm's that says which one it is.
         """
         name = self.metadata.get("variant") if self.container == "vmamba" else None
-        if isinstance(name, str) and name not in VARIANTS and timm.is_model(name):
+        is_dense = self.metadata.get("task") in _DENSE_HEADS.values() and _vmamba_in(self.tensors) is None
+        if isinstance(name, str) and name not in VARIANTS and (timm.is_model(name) or is_dense):
             classes, channels = (self.metadata.get(key) for key in ("num_classes", "in_chans"))
             return self._info({"model": ("", self.tensors)}, name, classes or None, channels)
         _, state = next(iter(self.networks.values()))
@@ -227,11 +230,19 @@ class Checkpoint:
         parts = {part for name in self.tensors for part in name.split(".")} & _DENSE_HEADS.keys()
         stored = self.metadata if self.container == "vmamba" else {}
         task = str(stored.get("task") or next((_DENSE_HEADS[part] for part in parts), "classification"))
+        if task != "classification":
+            rows = (
+                len(tensor) - others
+                for name, tensor in self.tensors.items()
+                for classifier, others in _DENSE_CLASSIFIERS.items()
+                if name.endswith(classifier) and tensor.ndim > 1
+            )
+            classes = next(rows, stored.get("num_classes"))
         return CheckpointInfo(
             path=self.path,
             format=kind,
             variant=variant,
-            num_classes=stored.get("num_classes") if classes is None and task != "classification" else classes,
+            num_classes=classes,
             in_chans=channels,
             weights=tuple(networks),
             metadata=self.metadata,
@@ -484,15 +495,16 @@ def _check_fit(info: CheckpointInfo, model: nn.Module, given: State, targets: St
             f"The file is of another variant, {info.variant}: create that one, for instance with"
             f" vmamba.create_model({info.variant!r}, checkpoint={path!r}, num_classes={info.num_classes or 0})."
         )
-    elif info.backbone_only:
+    elif info.backbone_only and not inside:
         lines.append(
             "The file holds a backbone without classifier: pass reset_head=True to start with a new one, or create the"
             " model with features_only=True."
         )
     elif f"{head}.weight" in misshapen:
         lines.append(
-            f"The file is for {info.num_classes} classes, the model for {len(targets[f'{head}.weight'])}: create the"
-            f" model with num_classes={info.num_classes}, or pass reset_head=True to leave the file's classifier out."
+            f"The file is for {info.num_classes} classes, the model for {default_metadata(model).get('num_classes')}:"
+            f" create the model with num_classes={info.num_classes}, or pass reset_head=True to leave the file's"
+            " classifier out."
         )
     first = {f"{conv}.weight" for conv in _layers(model, "first_conv", _FIRST_CONV)}
     if misshapen.keys() & first and (info.variant == own or inside is None):

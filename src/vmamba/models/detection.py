@@ -138,7 +138,7 @@ class MaskRCNN(DenseModel):
         ValueError: the backbone's maps do not halve from one to the next.
     """
 
-    task = "detection"
+    task, optional = "detection", ("roi_head.mask_head",)
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -82,6 +83,7 @@ class DenseModel(nn.Module):
 
     Attributes:
         task: what they are for.
+        optional: names of the heads that may be None.
         backbone: the feature maps.
         num_classes: number of classes.
         class_names: their names, if known.
@@ -89,6 +91,7 @@ class DenseModel(nn.Module):
     """
 
     task: str
+    optional: tuple[str, ...] = ()
     backbone: FeatureMaps
     num_classes: int
     class_names: tuple[str, ...] | None = None
@@ -97,10 +100,19 @@ class DenseModel(nn.Module):
     img_size: tuple[int, int] | None = None
     pretrained_cfg: Mapping[str, Any] = MappingProxyType({})
 
+    def from_released(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors without those of a head that this model was made without."""
+        absent = tuple(f"{name}." for name in self.optional if attrgetter(name)(self) is None)
+        return {name: tensor for name, tensor in state.items() if not name.startswith(absent)}
+
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's blocks in the backward pass instead of keeping their activations."""
-        self.backbone.extractor.set_grad_checkpointing(enable)  # type: ignore[operator]
+        able = (module for module in self.backbone.modules() if hasattr(module, "set_grad_checkpointing"))
+        backbone: Any = next(able, None)
+        if backbone is None:
+            raise ValueError(f"{type(self.backbone.extractor).__name__} cannot recompute its blocks")
+        backbone.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

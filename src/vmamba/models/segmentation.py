@@ -149,7 +149,7 @@ class UPerNet(DenseModel):
         auxiliary_weight: weight of the auxiliary head's loss, 0.4 in the published recipe.
     """
 
-    task = "segmentation"
+    task, optional = "segmentation", ("auxiliary_head",)
 
     def __init__(
         self,
