@@ -77,11 +77,13 @@ def _task_in(path: str) -> str | None:
 
 
 def _task_of_model(checkpoint: str | None, name: str | None) -> str | None:
-    from vmamba.models.checkpoints import identify_checkpoint
-    from vmamba.models.registry import ENTRIES
     from vmamba.tasks.runs import LATEST, RunFolder
 
-    if checkpoint is None and name is not None:
-        return ENTRIES[name].task if name in ENTRIES else None
-    file = checkpoint or RunFolder(LATEST).model
-    return identify_checkpoint(file).task if os.path.isfile(file) else None
+    file = checkpoint or (None if name else RunFolder(LATEST).model)
+    if file and not os.path.isfile(file):  # as where help is asked for, which is to be quick
+        return None
+    from vmamba.models import checkpoints, registry
+
+    if file:
+        return checkpoints.identify_checkpoint(file).task
+    return registry.ENTRIES[name].task if name in registry.ENTRIES else None
