@@ -164,28 +164,40 @@ def test_a_command_whose_processes_are_told_to_end_does_so_in_order(images, tmp_
     assert not list((tmp_path / "run").glob("**/.*.partial"))
 
 
-def test_rates_follow_schedule_and_global_batch_and_gradients_are_clipped(images, tmp_path):
-    rates, norms = [], []
+@pytest.fixture
+def updates(monkeypatch):
+    """Learning rate and gradient norm of each update."""
+    found = []
+    step = torch.optim.AdamW.step
+
+    def recording_step(self, *args, **kwargs):
+        kwargs["closure"]()  # Lightning's closure: forward, backward, clipping
+        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        found.append((self.param_groups[0]["lr"], float(torch.cat(gradients).norm())))
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording_step)
+    return found
+
+
+def test_rates_follow_schedule_and_global_batch_and_gradients_are_clipped(images, tmp_path, updates):
     config = recipe(
         images, tmp_path / "run", epochs=4, warmup_epochs=1, lr=0.4, min_lr=0.04, warmup_lr=0.0, lr_batch=16
     )
     config.optim.clip_grad = 0.01
-    step = torch.optim.AdamW.step
-
-    def recording_step(self, *args, **kwargs):
-        rates.append(self.param_groups[0]["lr"])
-        kwargs["closure"]()  # Lightning's closure: forward, backward, clipping
-        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
-        norms.append(float(torch.cat(gradients).norm()))
-        return step(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", recording_step)
-        train(config)
+    train(config)
+    rates, norms = zip(*updates, strict=True)
     # 24 images, batches of 4, two steps an update: 3 updates an epoch at a batch of 8, half of lr_batch.
     cosine = [0.02 + 0.18 * (1 + math.cos(math.pi * t / 9)) / 2 for t in range(9)]
-    assert rates == pytest.approx([0.0, 0.2 / 3, 0.4 / 3, *cosine])
+    assert rates == pytest.approx((0.0, 0.2 / 3, 0.4 / 3, *cosine))
     assert norms == pytest.approx([0.01] * 12, rel=1e-3)
+
+
+def test_rates_fall_at_milestones(tmp_path, monkeypatch, updates):
+    monkeypatch.chdir(tmp_path)
+    train(toy_recipe("runs/toy", epochs=4, warmup_epochs=1, warmup_lr=0.0, schedule="multistep", milestones=(2, 3)))
+    warm = [0.0, 0.05 / 3, 0.1 / 3]  # 3 updates an epoch
+    assert [rate for rate, _ in updates] == pytest.approx([*warm, *[0.05] * 3, *[0.005] * 3, *[0.0005] * 3])
 
 
 def test_no_decay_for_biases_norms_and_state_parameters_and_slower_lower_layers(images, tmp_path):
@@ -306,6 +318,8 @@ def test_settings_that_do_not_go_together_are_refused(images, tmp_path):
     refused(r"give one of them", model__pretrained=True, model__checkpoint="x")
     refused(r"ask for one of them", resume=True, overwrite=True)
     refused(r"optim.epochs is 0", optim__epochs=0)
+    refused(r"milestones \[\] do not go with optim.schedule multistep", optim__schedule="multistep")
+    refused(r"milestones \[2\] do not go with optim.schedule cosine", optim__milestones=(2,))
     refused(r"does not divide", trainer__validate_every=2)
     refused(r"held in memory", augment__crop_padding=2)
     refused(r"augment.rand_augment to None", data__in_memory=True)

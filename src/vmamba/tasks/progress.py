@@ -101,24 +101,26 @@ class Progress(L.Callback):
 class ValidationProgress(L.Callback):
     """A bar over the validation images, on a terminal only."""
 
-    def __init__(self) -> None:
-        self.bar = Bar(console=Console(stderr=True))
+    bar: Bar | None = None
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero and self.bar.console.is_terminal:
-            self.task = self.bar.add_task("validating", total=len(pl_module.val_loader))
+        console = Console(stderr=True)
+        if trainer.is_global_zero and console.is_terminal:
+            self.bar = Bar(console=console)
+            self.bar.add_task("validating", total=len(pl_module.val_loader))
             self.bar.start()
 
     @override
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        if self.bar.tasks:
-            self.bar.advance(self.task)
+        if self.bar:
+            self.bar.advance(self.bar.task_ids[0])
 
     @override
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.bar.stop()
+    def on_validation_end(self, *_: Any) -> None:
+        if self.bar:
+            self.bar.stop()
 
     @override
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self.bar.stop()
+    def on_exception(self, *_: Any) -> None:
+        self.on_validation_end()

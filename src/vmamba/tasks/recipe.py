@@ -58,8 +58,10 @@ class OptimConfig:
     """Epochs over which the learning rate climbs from warmup_lr to lr."""
     warmup_lr: float = 1e-6
     """Learning rate at the first step."""
-    schedule: Literal["cosine", "poly", "tanh", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    schedule: Literal["cosine", "poly", "tanh", "constant", "multistep"] = "cosine"
+    """How the learning rate falls after the warm-up; multistep: to a tenth at each of the milestones."""
+    milestones: tuple[float, ...] = ()
+    """For multistep: the epochs, counted from the start, after which the learning rate falls."""
     weight_decay: float = 0.05
     """Weight decay; biases, norms and what the model lists in no_weight_decay() have none."""
     betas: tuple[float, float] | None = (0.9, 0.999)
@@ -149,6 +151,8 @@ class BaseTrainConfig:
             raise RecipeError("resume continues the run in the folder and overwrite deletes it: ask for one of them")
         if o.warmup_epochs >= o.epochs:
             raise RecipeError(f"optim.warmup_epochs {o.warmup_epochs} leaves nothing of optim.epochs {o.epochs}")
+        if bool(o.milestones) != (o.schedule == "multistep"):
+            raise RecipeError(f"optim.milestones {plain(o.milestones)} do not go with optim.schedule {o.schedule}")
         if not 0 <= o.ema_decay < 1:
             raise RecipeError(f"optim.ema_decay is {o.ema_decay}; expected 0 (none) or a value below 1, such as 0.9999")
         if o.epochs % t.validate_every:

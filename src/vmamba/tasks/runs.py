@@ -6,7 +6,6 @@ import csv
 import io
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +23,24 @@ def report(message: str) -> None:
     print(os.fsencode(message).decode(errors="backslashreplace"), file=sys.stderr, flush=True)
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Names inside a run's folder."""
+    """Names inside a run's folder.
 
-    path: Path
+    Attributes:
+        config: every setting of the run, as YAML that ``vmamba train --config`` reads.
+        checkpoint: everything training goes on from, as of the end of the last epoch.
+        model: the trained weights, with all that `vmamba predict` needs beside them.
+        metrics: the numbers of each epoch.
+        curve: the same as a picture.
+    """
 
-    @property
-    def config(self) -> Path:
-        """Every setting of the run, as YAML that ``vmamba train --config`` reads."""
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoint(self) -> Path:
-        """Everything training goes on from, as of the end of the last epoch."""
-        return self.path / "checkpoints" / "last.ckpt"
-
-    @property
-    def model(self) -> Path:
-        """The trained weights, with class names and preprocessing: what `vmamba predict` uses."""
-        return self.path / "model.safetensors"
-
-    @property
-    def metrics(self) -> Path:
-        """The numbers of each epoch."""
-        return self.path / "metrics.csv"
-
-    @property
-    def curve(self) -> Path:
-        """The same as a picture."""
-        return self.path / "learning_curve.png"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoint = path / "checkpoints" / "last.ckpt"
+        self.model = path / "model.safetensors"
+        self.metrics = path / "metrics.csv"
+        self.curve = path / "learning_curve.png"
 
     def decide(self, settings: dict[str, Any], resume: bool, overwrite: bool) -> Path | None:
         """The checkpoint to go on from, or None to start afresh. Changes nothing, so every process can ask.

@@ -308,6 +308,8 @@ class Task(L.LightningModule):
             optimizer, o.schedule, num_epochs=o.epochs * updates - warmup, min_lr=o.min_lr * scale,
             warmup_epochs=warmup, warmup_lr=o.warmup_lr * scale, warmup_prefix=True,
             step_on_epochs=False, updates_per_epoch=1,
+            # timm counts them from the end of the warm-up, and is early by one.
+            decay_milestones=[round(epoch * updates) - warmup + 1 for epoch in o.milestones],
         )  # fmt: skip
         return optimizer
 

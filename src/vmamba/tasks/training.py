@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,36 +139,28 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-@dataclass(frozen=True)
-class _Machines:
-    """How many devices and machines take part: as configured, or as torchrun or SLURM started processes."""
-
-    devices: int | str
-    nodes: int
-
-    @classmethod
-    def find(cls, config: TrainerConfig) -> _Machines:
-        local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
-        devices: int | str = config.devices
-        nodes = config.num_nodes
-        if local and world:  # torchrun
-            devices = int(local) if devices == "auto" else devices
-            nodes = int(world) // int(local) if nodes == "auto" else nodes
-        elif SLURMEnvironment.detect():
-            tasks = os.environ.get("SLURM_NTASKS_PER_NODE")
-            devices = int(tasks) if devices == "auto" and tasks else devices
-            nodes = int(os.environ.get("SLURM_NNODES", 1)) if nodes == "auto" else nodes
-        if devices == "auto" and config.strategy == "fsdp":
-            devices = max(torch.cuda.device_count(), 1)
-        return cls(devices, 1 if nodes == "auto" else nodes)
+def _machines(config: TrainerConfig) -> tuple[int | str, int]:
+    """Devices on each machine, and machines: as configured, or as torchrun or SLURM started processes."""
+    devices, nodes = config.devices, config.num_nodes
+    local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+    if local and world:  # torchrun
+        devices = int(local) if devices == "auto" else devices
+        nodes = int(world) // int(local) if nodes == "auto" else nodes
+    elif SLURMEnvironment.detect():
+        tasks = os.environ.get("SLURM_NTASKS_PER_NODE")
+        devices = int(tasks) if devices == "auto" and tasks else devices
+        nodes = int(os.environ.get("SLURM_NNODES", 1)) if nodes == "auto" else nodes
+    if devices == "auto" and config.strategy == "fsdp":
+        devices = max(torch.cuda.device_count(), 1)
+    return devices, 1 if nodes == "auto" else nodes
 
 
 def make_trainer(config: TrainerConfig, **arguments: Any) -> L.Trainer:
     """Lightning's trainer for the configured devices, without the features that this package brings itself."""
-    machines = _Machines.find(config)
+    devices, nodes = _machines(config)
     strategy: str | Strategy = config.strategy
     if config.strategy == "fsdp":
-        strategy = ModelParallelStrategy(int(machines.devices) * machines.nodes, 1, save_distributed_checkpoint=False)
+        strategy = ModelParallelStrategy(int(devices) * nodes, 1, save_distributed_checkpoint=False)
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():  # its own requeueing would save, and later prefer, checkpoints in mid-epoch
         plugins.append(SLURMEnvironment(auto_requeue=False))
@@ -180,7 +172,7 @@ def make_trainer(config: TrainerConfig, **arguments: Any) -> L.Trainer:
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # of torch, about Lightning
     try:
         return L.Trainer(
-            accelerator=config.accelerator, devices=machines.devices, num_nodes=machines.nodes, strategy=strategy,
+            accelerator=config.accelerator, devices=devices, num_nodes=nodes, strategy=strategy,
             precision=config.precision, plugins=plugins, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
             num_sanity_val_steps=0, deterministic=config.deterministic or None, **arguments,
