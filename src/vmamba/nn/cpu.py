@@ -30,9 +30,8 @@ _LARGE_FILTER = 2**20
 # --- modules as they were built --------------------------------------------------------------------------------------
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
-_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
-    kind: kind.forward for kind in (nn.Dropout, nn.Identity, DropPath)
-}
+# For each class the `forward`s, its own and those it inherits, as they were written.
+_FORWARDS: dict[type[nn.Module], list[tuple[type, Any]]] = {}
 
 
 def known(kind: Kind) -> Kind:
@@ -40,22 +39,31 @@ def known(kind: Kind) -> Kind:
 
     A class with `PARTS`, the class or classes of each of its children, is so only with these children and no others.
     """
-    _FORWARDS[kind] = kind.forward
+    _FORWARDS[kind] = [(base, vars(base)["forward"]) for base in kind.__mro__ if "forward" in vars(base)]
     return kind
+
+
+for _kind in (nn.Dropout, nn.Identity, DropPath):
+    known(_kind)
+
+
+def is_unpatched(kind: type[nn.Module]) -> bool:
+    """Whether the class is known, and nobody has since replaced its `forward` or that of a class it inherits from."""
+    return kind in _FORWARDS and all(vars(base).get("forward") is forward for base, forward in _FORWARDS[kind])
 
 
 def as_built(module: nn.Module) -> bool:
     """Whether a module and all in it do what their classes were written to do, deterministically, and nothing else.
 
-    It is false where anything is hooked, replaced by a module of another class, parametrised or patched, where
-    `forward` was patched on a class, and where dropout or drop path is active.
+    It is false where anything is hooked, replaced by a module of another class, parametrised or patched, also on its
+    class, and where dropout or drop path is active.
     """
     return not _has_any_global_hook() and _is_as_built(module)
 
 
 def _is_as_built(module: nn.Module) -> bool:
     kind = type(module)
-    if kind.forward is not _FORWARDS.get(kind) or "forward" in module.__dict__ or module._compiled_call_impl:
+    if not is_unpatched(kind) or "forward" in module.__dict__ or module._compiled_call_impl:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False

@@ -16,6 +16,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
+        if not cpu.is_unpatched(Linear):
+            return super().forward(x)
         return linear(x, self.weight, self.bias)
 
 
@@ -28,7 +30,7 @@ class LayerNorm(nn.LayerNorm):
         parameters = self.weight, self.bias
         if is_compiled() or not applies(x, *parameters) or not can_fuse(x) or records(x, *parameters):
             return super().forward(x)
-        if self.normalized_shape != x.shape[-1:]:
+        if self.normalized_shape != x.shape[-1:] or not cpu.is_unpatched(LayerNorm):
             return super().forward(x)
         return native.layer_norm(x, *parameters, self.eps)
 
@@ -39,7 +41,7 @@ class GELU(nn.GELU):
 
     def forward(self, x: Tensor) -> Tensor:
         """x·Φ(x) of any shape, with Φ the normal distribution, or its approximation by tanh."""
-        if is_compiled() or self.approximate != "none" or not applies(x) or records(x):
+        if is_compiled() or self.approximate != "none" or not applies(x) or records(x) or not cpu.is_unpatched(GELU):
             return super().forward(x)
         return gelu(x)
 
@@ -51,7 +53,8 @@ class GridConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, H, W, C) to (B, H', W', C')."""
         parameters = self.weight, self.bias
-        if applies(x, *parameters) and cpu.is_large_filter(self) and not records(x, *parameters):
+        is_usual = applies(x, *parameters) and cpu.is_unpatched(GridConv2d)
+        if is_usual and cpu.is_large_filter(self) and not records(x, *parameters):
             return cpu.convolution(x, self)
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
@@ -62,6 +65,7 @@ class ConvSiLU(GridConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """SiLU of the convolution of (B, H, W, C)."""
-        if applies(x, self.weight, self.bias) and can_fuse(x) and cpu.is_depthwise_silu(self, x):
+        is_usual = applies(x, self.weight, self.bias) and cpu.is_unpatched(ConvSiLU)
+        if is_usual and can_fuse(x) and cpu.is_depthwise_silu(self, x):
             return depthwise_silu(x, self.weight, self.bias)
         return F.silu(super().forward(x))

@@ -59,7 +59,9 @@ class _FrugalMlp(torch.autograd.Function):
     """Rows (M, C) through Linear, GELU, Linear; on the way back the GELU is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None
+    ) -> Tensor:
         hidden, y = [], torch.empty_like(x)
         for part, result in zip(cpu.stretches(x, len(weight1)), cpu.stretches(y, len(weight1)), strict=True):
             hidden.append(F.linear(part, weight1, bias1))  # oneDNN is slower where the result is the wider side
@@ -78,10 +80,9 @@ class _FrugalMlp(torch.autograd.Function):
                 grad,
             )
 
-        needs_x, needs_weight1, _, needs_weight2, _ = ctx.needs_input_grad
-        grad_x = torch.empty_like(x)
-        grad_weight1, grad_weight2 = torch.empty_like(weight1), torch.empty_like(weight2)
-        grad_bias1 = torch.zeros_like(bias1)
+        needs_x, needs_weight1, needs_bias1, needs_weight2, needs_bias2 = ctx.needs_input_grad
+        grad_x, grad_weight1, grad_weight2 = (torch.empty_like(value) for value in (x, weight1, weight2))
+        grad_bias1 = grad.new_zeros(len(weight1))
         parts = (cpu.stretches(value, len(weight1)) for value in (x, grad, grad_x))
         for i, (h, x_part, grad_part, grad_x_part) in enumerate(zip(hidden, *parts, strict=True)):
             activated, grad_h = gelu_backward(product(grad_part, weight2.t()), h)
@@ -89,8 +90,9 @@ class _FrugalMlp(torch.autograd.Function):
                 grad_weight2.addmm_(grad_part.t(), activated, beta=int(i > 0))
             if needs_weight1:
                 grad_weight1.addmm_(grad_h.t(), x_part, beta=int(i > 0))
-            grad_bias1 += grad_h.sum(0)
+            if needs_bias1:
+                grad_bias1 += grad_h.sum(0)
             if needs_x:
                 grad_x_part.copy_(product(grad_h, weight1.t()))
-        grads = (grad_x, grad_weight1, grad_bias1, grad_weight2, grad.sum(0))
+        grads = (grad_x, grad_weight1, grad_bias1, grad_weight2, grad.sum(0) if needs_bias2 else None)
         return tuple(value if needed else None for value, needed in zip(grads, ctx.needs_input_grad, strict=True))

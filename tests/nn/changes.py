@@ -1,0 +1,108 @@
+"""What users do to a model, and the plain path to hold the fast one against."""
+
+from __future__ import annotations
+
+import contextlib
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from vmamba.ops import use_backend
+
+_PLACES = ("vmamba.ops.layers", "vmamba.nn.layers", "vmamba.nn.mlp", "vmamba.nn.block")
+
+
+@contextlib.contextmanager
+def plainly():
+    """Every layer is torch's own, every block and MLP a chain of calls."""
+    with contextlib.ExitStack() as stack:
+        for place in _PLACES:
+            stack.enter_context(mock.patch(f"{place}.applies", return_value=False))
+        stack.enter_context(use_backend("eager"))
+        yield
+
+
+def results(model, x):
+    """What a model gives without and with gradients; and the gradients."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        y = model(x)
+    return [y, *trained(model, x)]
+
+
+def trained(model, x):
+    """What a model gives while autograd records it, and the gradients of the parameters in use."""
+    torch.manual_seed(1)
+    y = model(x)
+    wanted = [value for value in model.parameters() if value.requires_grad]
+    loss = (y.double() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
+    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [y.detach(), *(g for g in grads if g is not None)]
+
+
+class Scale(nn.Module):
+    def forward(self, x):
+        return _scaled(x)
+
+
+def _scaled(value):
+    """Not by one number, which a norm would take out again."""
+    if isinstance(value, tuple):
+        return tuple(map(_scaled, value))
+    return value if value is None else value * torch.linspace(0.5, 1.5, value.shape[-1], dtype=value.dtype)
+
+
+def forward_hook(module):
+    module.register_forward_hook(lambda module, inputs, output: _scaled(output))
+
+
+def forward_hook_with_kwargs(module):
+    module.register_forward_hook(lambda module, args, kwargs, output: _scaled(output), with_kwargs=True)
+
+
+def forward_pre_hook(module):
+    module.register_forward_pre_hook(lambda module, inputs: _scaled(inputs))
+
+
+def backward_hook(module):
+    module.register_full_backward_hook(lambda module, grad_input, grad_output: _scaled(grad_input))
+
+
+def backward_pre_hook(module):
+    module.register_full_backward_pre_hook(lambda module, grad_output: _scaled(grad_output))
+
+
+def patched_instance(module):
+    original = module.forward
+    module.forward = lambda *args: _scaled(original(*args))
+
+
+def subclass(module):
+    kind = type(module)
+    module.__class__ = type("Mine", (kind,), {"forward": lambda self, *args: _scaled(kind.forward(self, *args))})
+
+
+def compiled_call(module):
+    module._compiled_call_impl = lambda *args: _scaled(type(module).forward(module, *args))
+
+
+TO_ANY_MODULE = (
+    forward_hook, forward_hook_with_kwargs, forward_pre_hook, backward_hook, backward_pre_hook, patched_instance,
+    subclass, compiled_call,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def patched_class(kind):
+    original = kind.forward
+    with mock.patch.object(kind, "forward", lambda self, *args: _scaled(original(self, *args))):
+        yield
+
+
+@contextlib.contextmanager
+def global_hook(kind):
+    handle = register_module_forward_hook(lambda module, inputs, y: _scaled(y) if type(module) is kind else None)
+    yield
+    handle.remove()

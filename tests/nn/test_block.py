@@ -1,0 +1,114 @@
+"""Blocks by stretches of pixels and in place: what they compute, and what they leave alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vmamba
+from vmamba.nn import VSSBlock, cpu
+from vmamba.ops import use_backend
+
+BLOCKS = {
+    "MLP": {},
+    "wide": {"ssm_ratio": 2.0},
+    "gate, no MLP": {"mlp_ratio": 0.0, "gated": True, "ssm_ratio": 2.0, "d_state": 2, "conv_bias": True},
+}
+
+
+@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("backend", ["native", "eager", "reference"])
+@pytest.mark.parametrize("stretch", [64, 2**21])
+def test_blocks_infer_what_they_compute(options, backend, stretch, monkeypatch):
+    """In stretches and in place, from inputs of any strides, which are left as they were."""
+    monkeypatch.setattr(cpu, "_STRETCH", stretch)
+    torch.manual_seed(0)
+    block = VSSBlock(8, **options).eval()
+    contiguous = torch.randn(2, 5, 7, 8)
+    for x in (contiguous, contiguous.permute(0, 2, 1, 3), contiguous[:, ::2], contiguous[:0]):
+        before = x.clone()
+        with use_backend(backend):
+            expected = block(x).detach()
+            with torch.no_grad():
+                y = block(x)
+        torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(x, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
+def test_blocks_infer_under_autocast(options):
+    torch.manual_seed(0)
+    block, x = VSSBlock(8, **options).eval(), torch.randn(2, 5, 7, 8)
+    exact = block(x)
+    for image in (x, x.bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = block(image)
+        assert y.dtype == image.dtype
+        torch.testing.assert_close(y.float(), exact, atol=0.1, rtol=0.05)
+
+
+@torch.no_grad()
+def test_hooks_see_what_they_saw():
+    """A hook's tensor is not overwritten later, and every module is called once."""
+    torch.manual_seed(0)
+    model, x = vmamba.create_model("vmamba_femto").eval(), torch.randn(1, 3, 40, 40)
+    seen = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, inputs, output, name=name: seen.setdefault(name, []).append(output))
+    expected = model(x)
+    kept = {name: [output.clone() for output in outputs] for name, outputs in seen.items()}
+    assert all(len(outputs) == 1 for outputs in seen.values())
+    assert {"stem.act", "stages.0.blocks.0.ss2d.out_proj", "stages.0.blocks.0.mlp.act"} <= seen.keys()
+    model(x)
+    assert all(torch.equal(seen[name][0], kept[name][0]) for name in kept)
+    for module in model.modules():
+        module._forward_hooks.clear()
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_large_images_are_worked_on_in_stretches(monkeypatch):
+    """No tensor of a block is much larger than a stretch, except those of the whole image and its width."""
+    sizes = []
+    monkeypatch.setattr(cpu, "_STRETCH", 64 * 32)
+    block, x = VSSBlock(8).eval(), torch.randn(1, 40, 50, 8)
+    original = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda self, *size, **kw: sizes.append(size) or original(self, *size, **kw)
+    )
+    parts = cpu.stretches(x.flatten(0, -2), 32)
+    assert len(parts) == 32
+    assert max(len(part) for part in parts) * 32 <= 64 * 32
+    block(x)
+    assert sizes
+
+
+def test_compiled_models_give_the_same():
+    torch.manual_seed(0)
+    model, x = vmamba.create_model("vmamba_femto_s2", depths=(1, 1, 1), num_classes=5).eval(), torch.randn(2, 3, 32, 40)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+        names = _operators(model, x)
+    assert {"vmamba.linear", "vmamba.depthwise_silu", "vmamba.ss2d_scan"} <= names
+
+    grads = []
+    for network in (model, compiled):
+        loss = (network(x) * torch.linspace(-1, 1, 5)).sum()
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-5, rtol=1e-3)
+
+
+def _operators(model, x):
+    """Names of what a graph of the model calls."""
+    names = set()
+
+    def backend(graph, inputs):
+        names.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend)(x)
+    return names
