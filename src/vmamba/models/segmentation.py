@@ -14,7 +14,7 @@ from vmamba.nn import cpu
 from vmamba.ops.layers import applies, is_compiled, product, product_dtype, records
 
 cpu.known(nn.Conv2d)
-IGNORED = 255  # the label of pixels that belong to no class
+IGNORED = -1  # the label of pixels that belong to no class
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -175,7 +175,7 @@ class UPerNet(DenseModel):
 
         Args:
             images: (B, 3, H, W), normalised, of any size; not padded, for padding changes the result.
-            targets: (B, H, W), int64, the class of each pixel from 0; 255 where there is none.
+            targets: (B, H, W), of any integer dtype, the class of each pixel from 0; -1 where there is none.
 
         Returns:
             Without targets the logits, (B, num_classes, H, W). With them scalars to be added up: "decode", the cross
@@ -200,7 +200,7 @@ class UPerNet(DenseModel):
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     full = resized(logits.float(), targets.shape[1:])
-    return F.cross_entropy(full, targets, ignore_index=IGNORED, reduction="sum") / targets.numel()
+    return F.cross_entropy(full, targets.long(), ignore_index=IGNORED, reduction="sum") / targets.numel()
 
 
 def _block(in_chans: int, out_chans: int, kernel: int) -> nn.Sequential:

@@ -1,0 +1,82 @@
+"""Whole pictures through dense models, prepared as for the published results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vmamba.data.transforms import Preprocessing, fitted_size, resize_bilinear_uint8
+from vmamba.models.detection import Detections, MaskRCNN
+from vmamba.models.segmentation import UPerNet, resized
+
+SEVERAL = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # the ratios of the published multi-scale results
+
+
+def segment(
+    model: UPerNet,
+    picture: Tensor,
+    scale: tuple[int, int] = (2048, 512),
+    ratios: Sequence[float] = (),
+    flip: bool = False,
+) -> Tensor:
+    """Scores of every class at every pixel of a picture; the class is that of the highest.
+
+    The logits are resized twice, to what the network saw and then to the picture. Nothing is padded.
+
+    Args:
+        model: in evaluation mode.
+        picture: uint8 (3, H, W), RGB.
+        scale: what the network sees has at most this long and this short side.
+        ratios: if given, the network sees the picture at each of these ratios of its own size instead, `SEVERAL` for
+            the published multi-scale results; the scores are then the mean of the probabilities.
+        flip: whether the network sees each of them mirrored as well; the scores are then the mean of the probabilities.
+
+    Returns:
+        float32 (num_classes, H, W): logits, or probabilities where several are averaged.
+    """
+    height, width = picture.shape[1:]
+    sizes = [(int(height * ratio + 0.5), int(width * ratio + 0.5)) for ratio in ratios]
+    sizes = sizes or [fitted_size(height, width, max(scale), min(scale))]
+    scores = torch.zeros(model.num_classes, height, width, device=picture.device)
+    for size in sizes:
+        images = _prepared(model, picture, size)[None]
+        for x in (images, images.flip(3)) if flip else (images,):
+            logits = model(x)
+            logits = resized((logits if x is images else logits.flip(3)).float(), (height, width))[0]
+            if len(sizes) == 1 and not flip:
+                return logits
+            scores += logits.softmax(0)
+    return scores / (len(sizes) * (1 + flip))
+
+
+def detect(
+    model: MaskRCNN, pictures: Sequence[Tensor], scale: tuple[int, int] = (1333, 800), multiple: int = 32
+) -> list[Detections]:
+    """Objects in pictures of any sizes, in pixels of the pictures.
+
+    Args:
+        model: in evaluation mode.
+        pictures: uint8 (3, H, W), RGB; at least one.
+        scale: what the network sees has at most this long and this short side.
+        multiple: it is padded with zeros, after normalisation, to a multiple of this and to the largest picture's size.
+
+    Returns:
+        What `MaskRCNN.forward` gives, for each picture.
+    """
+    file_sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
+    sizes = [fitted_size(height, width, max(scale), min(scale)) for height, width in file_sizes]
+    height, width = (-(-max(sides) // multiple) * multiple for sides in zip(*sizes, strict=True))
+    images = [
+        F.pad(_prepared(model, picture, size), (0, width - size[1], 0, height - size[0]))
+        for picture, size in zip(pictures, sizes, strict=True)
+    ]
+    return model(torch.stack(images), sizes=sizes, file_sizes=file_sizes)
+
+
+def _prepared(model: UPerNet | MaskRCNN, picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """A picture at another size, normalised as the model expects it."""
+    small = picture if tuple(picture.shape[1:]) == size else resize_bilinear_uint8(picture, size)
+    return Preprocessing.from_dict(dict(model.pretrained_cfg)).normalise(small[None])[0]

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from models.dense import DETECTION, MEAN, SEGMENTATION, STD, case_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vmamba
+from vmamba.models.segmentation import resized
+from vmamba.tasks.inference import SEVERAL, detect, segment
+
+
+def picture(height: int, width: int, seed: int) -> Tensor:
+    bgr = np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8)
+    return torch.from_numpy(bgr[:, :, ::-1].copy()).permute(2, 0, 1)
+
+
+class Seen(nn.Module):
+    """A model that notes what it is shown and answers with the numbers given."""
+
+    num_classes = 3
+    pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[Tensor] = []
+        self.sizes: dict[str, object] = {}
+
+    def forward(self, images: Tensor, **sizes: object) -> Tensor:
+        self.images.append(images)
+        self.sizes = sizes
+        return images * torch.tensor([1.0, -2.0, 0.5])[:, None, None]
+
+
+@pytest.mark.parametrize("path", [path for path in [*SEGMENTATION, *DETECTION] if "picture" in path.stem])
+def test_the_network_sees_the_golden_input(path: object) -> None:
+    name, images, (height, width), expected = case_of(path)
+    seed, model = int(path.stem.rpartition("seed")[2]), Seen()
+    if name.startswith("upernet"):
+        segment(model, picture(height, width, seed), scale=(width, height))
+    else:
+        detect(model, [picture(height, width, seed)], scale=(width, height))
+        assert model.sizes == {"sizes": [(height, width)], "file_sizes": [(height, width)]}
+    (seen,) = model.images
+    torch.testing.assert_close(seen, images, atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(seen.mean((2, 3)), expected["input_mean"], atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(seen[:, :, :4, :4], expected["input_corner"], atol=1e-5, rtol=0.0)
+
+
+def test_segmentation_resizes_logits_twice() -> None:
+    model, shown = Seen(), picture(40, 60, 1)
+    logits = segment(model, shown, scale=(80, 30))
+    (seen,) = model.images
+    assert seen.shape == (1, 3, 30, 45)
+    assert torch.equal(logits, resized(seen * torch.tensor([1.0, -2.0, 0.5])[:, None, None], (40, 60))[0])
+
+
+def test_segmentation_at_several_scales_and_mirrored() -> None:
+    model, shown = Seen(), picture(41, 61, 2)
+    scores = segment(model, shown, ratios=SEVERAL, flip=True)
+    assert [tuple(x.shape[2:]) for x in model.images[::2]] == [
+        (21, 31), (31, 46), (41, 61), (51, 76), (62, 92), (72, 107),
+    ]  # fmt: skip
+    assert all(torch.equal(a, b.flip(3)) for a, b in zip(model.images[::2], model.images[1::2], strict=True))
+    torch.testing.assert_close(model.images[4][0], (shown.float() - MEAN[:, None, None]) / STD[:, None, None])
+    expected = [
+        resized(x * torch.tensor([1.0, -2.0, 0.5])[:, None, None], (41, 61))[0].softmax(0) for x in model.images[::2]
+    ]
+    torch.testing.assert_close(scores, torch.stack(expected).mean(0), atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(scores.sum(0), torch.ones(41, 61))
+
+
+def test_detection_pads_pictures_after_normalising_and_answers_in_their_own_pixels() -> None:
+    model, pictures = Seen(), [picture(480, 640, 3), picture(100, 50, 4)]
+    detect(model, pictures)
+    (seen,) = model.images
+    assert model.sizes == {"sizes": [(800, 1067), (1333, 667)], "file_sizes": [(480, 640), (100, 50)]}
+    assert seen.shape == (2, 3, 1344, 1088)
+    assert not seen[0, :, 800:].any()
+    assert not seen[0, :, :, 1067:].any()
+    assert not seen[1, :, 1333:].any()
+    alone = Seen()
+    detect(alone, pictures[:1])
+    torch.testing.assert_close(F.pad(alone.images[0], (0, 0, 0, 544)), seen[:1])
+
+    torch.manual_seed(0)
+    network = vmamba.create_model("maskrcnn_vmamba_femto", num_classes=3, channels=8, hidden=16, score_thr=0.0).eval()
+    with torch.inference_mode():
+        found = detect(network, [picture(60, 90, 5), picture(90, 40, 6)], scale=(64, 48))
+    assert [tuple(one["masks"].shape) for one in found] == [(100, 60, 90), (100, 90, 40)]
+    for one, size in zip(found, ([90, 60], [40, 90]), strict=True):
+        assert (one["boxes"] <= torch.tensor(size * 2) + 1e-3).all()
