@@ -1,11 +1,13 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -244,3 +246,85 @@ def test_only_training_needs_lightning():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert 'pip install "vmamba[train]"' in result.stderr
+
+
+# --- terminals, pipes, disks and names as they are -------------------------------------------------------------------
+
+
+def shell(line, folder, **environment):
+    """Run a line in which `vmamba` is our command."""
+    text = f'vmamba() {{ "$PYTHON" -m vmamba.cli "$@"; }}; {line}'
+    environment = os.environ | {"PYTHON": sys.executable} | environment
+    return subprocess.run(
+        ["bash", "-c", text], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(model, tmp_path):
+    for command in (
+        "vmamba info model.safetensors --layers true",
+        "vmamba predict a.png --checkpoint model.safetensors",
+    ):
+        done = shell(f"{command} 2> errors | true; echo ${{PIPESTATUS[0]}}", tmp_path)
+        assert done.stdout == "141\n"
+        assert "Traceback" not in (errors := Path("errors").read_text())
+        assert "BrokenPipe" not in errors
+        assert "Exception" not in errors
+
+
+def test_output_that_cannot_be_written_is_told_in_a_line(model, tmp_path):
+    predict = "vmamba predict a.png --checkpoint model.safetensors"
+    for unbuffered in ("", "1"):
+        done = shell(f"{predict} > /dev/full", tmp_path, PYTHONUNBUFFERED=unbuffered)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[1:] == ["vmamba predict: [Errno 28] No space left on device"]
+    done = shell(f"{predict} --output no/such/folder/table.txt", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[1].startswith("vmamba predict: no/such/folder/")
+    assert done.stderr.endswith(": No such file or directory\n")
+    done = shell(f"{predict} >&- 2>&-", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_names_that_are_not_utf8_and_terminals_that_are_not(model, tmp_path, capsys):
+    name = os.fsdecode(b"caf\xe9.png")
+    Path("a.png").rename(name)
+    code, out, _ = run(capsys, "predict", name, "--checkpoint", "model.safetensors", "--format", "json")
+    assert code == 0
+    assert json.loads(out)[0]["file"] == "caf\\xe9.png"
+    for form in ("csv", "table"):
+        assert "caf\\xe9.png" in run(capsys, "predict", name, "--checkpoint", "model.safetensors", "--format", form)[1]
+    code, _, err = run(capsys, "info", name)
+    assert code == 1
+    assert "caf\\xe9.png" in err
+    assert run(capsys, "info", os.fsdecode(b"nothing\xe9"))[2].startswith("vmamba info: nothing\\xe9")
+    done = shell("vmamba info model.safetensors", tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert "2\\xd72\\xd716" in done.stdout  # ×
+
+
+def test_an_interrupt_is_told_in_a_line(monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vmamba.cli.commands.models", interrupted)
+    assert run(capsys, "models") == (130, "", "vmamba models: stopped\n")
+
+
+def test_info_of_a_model_of_timms(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    network = timm.create_model("resnet10t", num_classes=3)
+    save_checkpoint(network, "resnet.safetensors", {"variant": "resnet10t", "class_names": ["a", "b", "c"]})
+    code, out, err = run(capsys, "info", "resnet.safetensors", "--format", "json")
+    assert (code, err) == (0, "")
+    info = json.loads(out)
+    assert info["params"] == sum(p.numel() for p in network.parameters())
+    assert info["flops"] > 1e8
+    assert "resnet10t" in run(capsys, "info", "resnet.safetensors")[1]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"vmamba {vmamba.__version__}\n"

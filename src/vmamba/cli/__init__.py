@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(f"vmamba {name}: stopped")
         return 130
     finally:
-        _flush()
+        _flush(name)
 
 
 def _run(argv: Sequence[str], name: str) -> int:
@@ -128,7 +128,7 @@ def _run(argv: Sequence[str], name: str) -> int:
     return getattr(commands, name)(config, *(given[argument] for argument in command.arguments))
 
 
-def _flush() -> None:
+def _flush(name: str) -> None:
     """Exit if stdout cannot take what was printed; Python would find out too late, and show a traceback."""
     try:
         sys.stdout.flush()
@@ -136,7 +136,7 @@ def _flush() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(141)
-        report(f"vmamba: {error}")
+        report(f"vmamba {name}: {error}")
         sys.exit(1)
 
 
