@@ -61,9 +61,9 @@ def test_predictions_mark_right_and_wrong(drawn, tmp_path):
 
 
 def test_any_class_name_can_be_drawn(tmp_path):
-    names = ["caf\udce9", "$x^$", "price: 5$", "n" * 60]
+    names = ["caf\udce9\ud800", "$x^$", "price: 5$", "n" * 60]
     labels = [label for name in names for label in [pictures._named(name, 24)]]
-    assert labels == [r"caf\xe9", r"\$x^\$", r"price: 5\$", "n" * 23 + "…"]
+    assert labels == [r"caf\xe9\ud800", r"\$x^\$", r"price: 5\$", "n" * 23 + "…"]
     pictures.confusion_matrix(np.eye(4, dtype=np.int64), names, tmp_path / "a.png")
     sample = pictures.Sample(np.zeros((4, 4, 3), dtype=np.uint8), names[0], names[1], 0.5)
     pictures.predictions([sample], [sample], tmp_path / "b.png")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,15 @@ def test_a_run_copes_with_names_that_are_not_utf8(images, tmp_path):
     assert (Path(folder) / "predictions.png").exists()
     config.resume = True
     train(config)
+
+
+def test_training_in_a_thread_and_what_it_leaves_of_the_handlers_of_signals(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, toy_recipe("runs/a", epochs=2)).result() == Path("runs/a")
+    train(toy_recipe("runs/b", epochs=2))
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 def test_two_processes_told_to_end_say_so_and_can_be_resumed(images, tmp_path, capfd):

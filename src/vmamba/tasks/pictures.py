@@ -193,7 +193,7 @@ def _show(axes: Axes, sample: Sample) -> None:
 
 def _named(name: str, width: int) -> str:
     """A class name as a picture can show it: any bytes, no longer than ``width``, and no formula."""
-    name = shown(name)
+    name = shown(name).encode(errors="backslashreplace").decode()
     return (name if len(name) <= width else name[: width - 1] + "…").replace("$", r"\$")
 
 

@@ -271,11 +271,9 @@ class Classifier(Predictor):
     source: str
 
     @classmethod
-    def load(
-        cls, checkpoint: str | None = None, name: str | None = None, ema: bool = False, settings: Any = None
-    ) -> Self:
+    def load(cls, checkpoint: str | None = None, name: str | None = None, ema: bool = False, data: Any = None) -> Self:
         """From a file, from published weights, or from the newest run: see `load_weights` and `from_weights`."""
-        return cls.from_weights(load_weights(checkpoint, name, ema), settings)
+        return cls.from_weights(load_weights(checkpoint, name, ema), data)
 
     @classmethod
     @override

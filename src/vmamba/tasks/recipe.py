@@ -102,7 +102,8 @@ class TrainerConfig:
 
 @dataclass
 class BaseTrainConfig:
-    """What the recipe of every task holds; a task's own names its data and augmentation."""
+    """What the recipe of every task holds. A task's own has its dataclass of data settings, with a ``batch_size``,
+    and one of augmentation if it likes."""
 
     task: str = ""
     """What the model learns; it decides which settings there are."""

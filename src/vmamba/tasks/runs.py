@@ -12,15 +12,15 @@ from typing import Any
 import yaml
 
 from vmamba.errors import RecipeError
-from vmamba.files import atomic_write
+from vmamba.files import atomic_write, shown
 from vmamba.tasks.recipe import differences, load_recipe
 
 LATEST = Path("runs/latest")
 
 
 def report(message: str) -> None:
-    """Tell the person at the terminal, leaving stdout to results. Bytes of file names that no text has are escaped."""
-    print(os.fsencode(message).decode(errors="backslashreplace"), file=sys.stderr, flush=True)
+    """Tell the person at the terminal, leaving stdout to results."""
+    print("\n".join(map(shown, message.splitlines())), file=sys.stderr, flush=True)
 
 
 class RunFolder:

@@ -64,9 +64,10 @@ class Means:
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add ``count`` values whose sum is ``total``."""
-        pair = self.sums.setdefault(name, torch.zeros(2, device=self.device))
-        pair[0] += total
-        pair[1] += count
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(2, device=self.device)
+        self.sums[name][0] += total
+        self.sums[name][1] += count
 
     def local(self, name: str) -> float:
         """The average on this device alone."""

@@ -215,8 +215,9 @@ class _Stop(BaseException):
     def listen(self, launcher: Any = None) -> None:
         """Wait for the signals, to be handed on to the processes that the launcher has started."""
         self.launcher, self.process = launcher, os.getpid()
-        for number in _ENDS:
-            signal.signal(number, self.stop)
+        if threading.current_thread() is threading.main_thread():  # which alone hears signals
+            for number in _ENDS:
+                signal.signal(number, self.stop)
 
     def stop(self, number: int, frame: Any) -> None:
         """Handle a signal."""
@@ -233,11 +234,7 @@ class _Stop(BaseException):
 @contextmanager
 def _stopping(run: RunFolder) -> Iterator[_Stop]:
     """A block that SIGTERM and the keyboard's interrupt end in order: with a line about what is kept."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
-        yield stop
-        return
-    before = [signal.getsignal(number) for number in _ENDS]
+    stop, before = _Stop(), [signal.getsignal(number) for number in _ENDS]
     stop.listen()
     try:
         yield stop
@@ -250,4 +247,5 @@ def _stopping(run: RunFolder) -> Iterator[_Stop]:
         sys.exit(128 + stop.by)
     finally:
         for number, handler in zip(_ENDS, before, strict=True):
-            signal.signal(number, handler)
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
