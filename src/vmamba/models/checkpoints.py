@@ -43,8 +43,8 @@ State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
 METADATA_FORMAT = 1  # of the files that save_checkpoint writes; raised when an old reader would misread a new file
-_FIRST_CONV = ("stem.conv1", "stem.conv")
-_HEAD = ("head.fc",)
+_FIRST_CONV = ("stem.conv1.", "stem.conv.")
+_HEAD = ("head.fc.",)
 _NETWORK = re.compile(r"^((?:.*?\.)?)(?:stem|patch_embed)\.")  # what precedes the stem is how the network was wrapped
 _EMA = re.compile(r"(?:^|[._])ema[._]")
 _DENSE_HEADS = {
@@ -260,17 +260,16 @@ class Checkpoint:
                 f"cannot load {self.path} into a model on the meta device: call to_empty() on the model first"
             )
         heads = _layers(model, "classifier", _HEAD)
-        of_heads = tuple(f"{head}." for head in heads)
         if reset_head is None:
             reset_head = any(
-                name.startswith(of_heads) and (name not in given or given[name].shape != target.shape)
+                name.startswith(heads) and (name not in given or given[name].shape != target.shape)
                 for name, target in targets.items()
             )
         if reset_head:
-            given = {name: tensor for name, tensor in given.items() if not name.startswith(of_heads)}
-        reset = [n for n in targets if reset_head and n not in given and n.startswith((*of_heads, "norm."))]
+            given = {name: tensor for name, tensor in given.items() if not name.startswith(heads)}
+        reset = [n for n in targets if reset_head and n not in given and n.startswith((*heads, "norm."))]
         if adapt_input:
-            for name in {f"{conv}.weight" for conv in _layers(model, "first_conv", _FIRST_CONV)}:
+            for name in {f"{conv}weight" for conv in _layers(model, "first_conv", _FIRST_CONV)}:
                 if name in given and name in targets:
                     given[name] = _adapted(given[name], targets[name].shape[1])
         _check_fit(info, model, given, {name: tensor for name, tensor in targets.items() if name not in reset})
@@ -316,9 +315,8 @@ class Checkpoint:
         if info is None:
             variant = self.info.variant if prefix else self.metadata.get("variant")
             info = self._info(networks, variant, *_classes_and_channels(given, heads, convs))
-        if not any(f"{head}.weight" in targets for head in heads):
-            # A feature extractor has no final norm either.
-            left_out = (*(f"{head}." for head in heads), *(() if "norm.weight" in targets else ("norm.",)))
+        if not any(name.startswith(heads) for name in targets):
+            left_out = heads if "norm.weight" in targets else (*heads, "norm.")  # a feature extractor has neither
             given = {name: tensor for name, tensor in given.items() if not name.startswith(left_out)}
         return info, given, targets
 
@@ -384,6 +382,7 @@ def _networks(path: Path, tensors: State) -> dict[str, tuple[str, State]]:
         raise CheckpointError(
             f"{path} holds no VMamba: none of its {len(tensors)} tensors is called stem.* or patch_embed.*"
             + (f", but {first}" if first else "")
+            + ". Weights of another of timm's models are read by vmamba.load_checkpoint(model, path) with that model."
         )
     return dict(sorted(networks.items(), reverse=True))
 
@@ -402,7 +401,7 @@ def _layout(variant: str) -> Shapes:
 def _body(shapes: Shapes) -> Shapes:
     """A layout without what differs among models of one variant: the head, and the channels of the images."""
     body = {name: shape for name, shape in shapes.items() if not name.startswith(("norm.", "head."))}
-    convs = [f"{conv}.weight" for conv in _FIRST_CONV]
+    convs = [f"{conv}weight" for conv in _FIRST_CONV]
     return body | {name: (body[name][0], *body[name][2:]) for name in convs if body.get(name)}
 
 
@@ -416,7 +415,7 @@ def _variant(shapes: Shapes, hint: object = None) -> str | None:
 def _classes_and_channels(state: State, heads: Iterable[str], convs: Iterable[str]) -> tuple[int | None, int | None]:
     """Outputs of a network's classifier and channels of its first convolution, None for what it does not have."""
     head, conv = (
-        next((state[f"{name}.weight"] for name in names if f"{name}.weight" in state), None) for names in (heads, convs)
+        next((state[f"{name}weight"] for name in names if f"{name}weight" in state), None) for names in (heads, convs)
     )
     return None if head is None or not head.ndim else len(head), None if conv is None or conv.ndim != 4 else conv.shape[
         1
@@ -448,9 +447,9 @@ def _unwrapped(model: nn.Module) -> Any:
 
 
 def _layers(model: nn.Module, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
-    """The layers that a model has under a key of timm's configuration: "classifier" or "first_conv"."""
-    names = (getattr(_unwrapped(model), "pretrained_cfg", None) or {}).get(key) or default
-    return (names,) if isinstance(names, str) else tuple(names)
+    """How the names of a model's layers begin that timm's configuration calls "classifier" or "first_conv"."""
+    names = (getattr(_unwrapped(model), "pretrained_cfg", None) or {}).get(key)
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names)) if names else default
 
 
 def _network(model: nn.Module) -> State:
@@ -500,13 +499,13 @@ def _check_fit(info: CheckpointInfo, model: nn.Module, given: State, targets: St
             "The file holds a backbone without classifier: pass reset_head=True to start with a new one, or create the"
             " model with features_only=True."
         )
-    elif f"{head}.weight" in misshapen:
+    elif f"{head}weight" in misshapen:
         lines.append(
             f"The file is for {info.num_classes} classes, the model for {default_metadata(model).get('num_classes')}:"
             f" create the model with num_classes={info.num_classes}, or pass reset_head=True to leave the file's"
             " classifier out."
         )
-    first = {f"{conv}.weight" for conv in _layers(model, "first_conv", _FIRST_CONV)}
+    first = {f"{conv}weight" for conv in _layers(model, "first_conv", _FIRST_CONV)}
     if misshapen.keys() & first and (info.variant == own or inside is None):
         lines.append(
             f"The file is for images of {info.in_chans} channels: create the model with in_chans={info.in_chans}, or"
