@@ -1,8 +1,14 @@
 """Every kind of file that a real folder may hold, read as a person would see it or refused with its reason."""
 
 import io
+import os
+import socket
 import struct
+import subprocess
+import sys
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -225,3 +231,65 @@ def test_what_a_pattern_finds_is_judged_as_in_a_folder(tmp_path):
     expected = [str(tmp_path / "a.png"), str(tmp_path / "sub/b.png")]
     assert find_images([tmp_path / "*"]) == find_images([tmp_path]) == (expected, [])
     assert find_images([tmp_path / "Thumbs.db"])[0] == [str(tmp_path / "Thumbs.db")]
+
+
+def test_hostile_pictures_are_refused_in_time_and_in_little_memory():
+    script = Path(__file__).parents[1] / "hostile_pictures.py"
+    done = subprocess.run([sys.executable, script, "--number", "64"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "64 pictures" in done.stdout
+    assert "; 0 failures" in done.stdout
+
+
+def _scans(number: int) -> bytes:
+    """A progressive JPEG of 25 million pixels whose last scan comes again and again."""
+    buffer = io.BytesIO()
+    Image.new("L", (5000, 5000), 77).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * number + b"\xff\xd9"
+
+
+def test_decoding_ends_and_the_rest_of_the_folder_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("vmamba.data.images._SECONDS", 0.5)
+    (tmp_path / "a.jpg").write_bytes(_scans(3000))
+    for name in ("b.jpg", "c.png"):
+        Image.new("RGB", (4, 4), "red").save(tmp_path / name)
+    files, problems = find_images([tmp_path])
+    assert not problems
+    start = time.process_time()
+    with pytest.raises(ImageError, match=r"a.jpg: decoding it takes more than 0.5 seconds of processor time"):
+        read_image(files[0])
+    assert time.process_time() - start < 3
+    assert [read_image(file).size for file in files[1:]] == [(4, 4), (4, 4)]
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s.png"))
+    for path in (tmp_path / "fifo.png", tmp_path / "s.png", "/dev/zero", "/dev/random", "/dev/null"):
+        with pytest.raises(ImageError, match=f"^{path}: not a file but a FIFO, a socket or a device"):
+            read_image(path)
+    for path in ("/proc/self/mem", "/proc/self/environ", "/proc/kmsg"):
+        with pytest.raises(ImageError, match=f"^{path}: the file is empty"):
+            read_image(path)
+
+
+def test_damaged_metadata_says_nothing(tmp_path, recwarn):
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 500) + struct.pack("<HHII", 256, 5, 1000, 9) * 500
+    _saved(tmp_path, Image.new("RGB", (4, 4), "red"), "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").size == (4, 4)
+    assert not recwarn.list
+
+
+def test_a_tiff_of_a_million_strips_is_refused(tmp_path):
+    entries = [(256, 8), (257, 8), (258, 8), (259, 1), (262, 1), (277, 1), (278, 1), (279, 8)]
+    packed = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    start = 14 + 12 * 9
+    directory = struct.pack("<IH", 8, 9) + packed[:72] + struct.pack("<HHII", 273, 4, 1_000_000, start) + packed[72:]
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + directory + bytes(4) + struct.pack("<I", 8) * 1_000_000)
+    with pytest.raises(ImageError, match=r"a.tif: a TIFF of 1000000 strips or tiles"):
+        read_image(tmp_path / "a.tif")
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + directory[:20])
+    with pytest.raises(ImageError, match=r"a.tif: truncated or damaged"):
+        read_image(tmp_path / "a.tif")

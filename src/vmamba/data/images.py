@@ -84,7 +84,8 @@ def read_index_mask(source: str | os.PathLike[str] | BinaryIO, name: str | None 
 @contextmanager
 def _decoded(source: str | os.PathLike[str] | BinaryIO, name: str | None) -> Iterator[Image.Image]:
     """An image file opened and decoded; what goes wrong then or in the block becomes an `ImageError`."""
-    name = shown(name or str(getattr(source, "name", source)))
+    path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", source)
+    name = shown(name or str(path))
     try:
         with _opened(source) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, which nobody asked for
@@ -231,6 +232,8 @@ def _reason(error: Exception) -> str:
         return f"{error} To read it all the same, raise PIL.Image.MAX_IMAGE_PIXELS"
     if isinstance(error, _TooSlowError):
         return f"decoding it takes more than {_SECONDS} seconds of processor time"
+    if isinstance(error, struct.error):
+        return "truncated or damaged"
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or damaged beyond recognition"
     if isinstance(error, OSError) and error.strerror:
