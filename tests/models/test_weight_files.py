@@ -9,9 +9,12 @@ import os
 import pathlib
 import pickle
 import random
+import socket
 import subprocess
 import tarfile
+import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,16 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from models.fuzz import fuzz, resident
+from models.hostile import KINDS
 from models.loading import State, assert_equal, assert_refused_unchanged, small
 from models.released import foreign_class, theirs, write_released
 from torch import nn
 
 from vmamba import VMamba, identify_checkpoint, load_checkpoint
 from vmamba.errors import CheckpointError
+from vmamba.models.registry import load_model
+from vmamba.models.weight_files import MAX_NOTES, check_sums, container_of, read_weight_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.serialization", "ignore::FutureWarning:torch.jit")
 
@@ -150,6 +157,142 @@ def test_tensors_that_claim_more_than_is_stored_are_refused(tmp_path: Path) -> N
 
     torch.save(state | {"norm.bias": Outside()}, path)
     assert_refused_unchanged(small(), path, "damaged")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        (torch.float4_e2m1fn_x2, "norm.bias (192,) is no plain tensor stored in full (torch.float4_e2m1fn_x2)"),
+        (torch.complex64, "norm.bias (192,) torch.complex64, expected (192,)"),
+        (torch.qint8, "norm.bias (192,) is no plain tensor stored in full (quantized)"),
+    ],
+)
+@pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])
+@pytest.mark.filterwarnings("ignore")
+def test_numbers_that_a_model_cannot_hold_are_named(
+    dtype: torch.dtype, words: str, as_zip: bool, tmp_path: Path
+) -> None:
+    given = torch.ones(192, dtype=torch.uint8).view(dtype) if dtype == torch.float4_e2m1fn_x2 else torch.ones(192)
+    if dtype == torch.qint8:
+        given = torch.quantize_per_tensor(given, 0.1, 0, dtype)
+    elif dtype == torch.complex64:
+        given = given.to(dtype)
+    path = tmp_path / "weights.pth"
+    torch.save(small().state_dict() | {"norm.bias": given}, path, _use_new_zipfile_serialization=as_zip)
+    assert_refused_unchanged(small(), path, words)
+
+
+def test_what_is_kept_beside_the_weights_is_small(tmp_path: Path) -> None:
+    bomb: list[Any] = ["leaf"]
+    for _ in range(15):
+        bomb = [bomb] * 10
+    path = tmp_path / "weights.pth"
+    torch.save({"model": small().state_dict(), "config": {"bomb": bomb, "itself": bomb}, "epoch": 3}, path)
+    start = time.process_time()
+    metadata = identify_checkpoint(path).metadata
+    assert time.process_time() - start < 5
+    assert metadata["epoch"] == 3
+    assert len(repr(metadata)) < 16 * MAX_NOTES
+
+
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "is a pipe": os.mkfifo,
+    "is a socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),
+    "is a folder": os.mkdir,
+    "is a device": lambda path: path.symlink_to("/dev/zero"),
+    "is empty": lambda path: path.symlink_to("/proc/self/mem"),
+    "Too many levels of symbolic links": lambda path: path.symlink_to(path),
+    "is not a weight file": lambda path: path.write_text("x"),
+}
+
+
+@pytest.mark.parametrize("words", NO_FILES)
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_refused_at_once(words: str, tmp_path: Path) -> None:
+    NO_FILES[words](path := tmp_path / "path")
+    for read in (identify_checkpoint, load_model, container_of, check_sums):
+        with pytest.raises(CheckpointError, match=words):
+            read(path)
+
+
+def test_ten_thousand_hostile_files_in_small() -> None:
+    lines, faults = fuzz(first=0, count=20 * len(KINDS))
+    assert not faults
+    assert len(lines) == 20 * len(KINDS)
+    outcomes = Counter(outcome == "read" for line in lines for outcome in line["outcomes"])
+    assert min(outcomes.values()) > len(lines) // 10  # some are harmless after all, and most are refused
+
+
+# --- Files that are as they should be --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_every_way_of_saving_loads(protocol: int, as_zip: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in small().state_dict().items()}
+    weights: dict[str, Any] = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in state.items()}
+    weights["norm.bias"].note = {"an": "attribute"}
+    weights["norm.weight"] = torch.cat([torch.zeros(5, dtype=dtype), state["norm.weight"]])[5:]
+    contents = {"model": weights, "rng": torch.get_rng_state(), "big": 1 << 100, "data": b"bytes", "set": {1}}
+    path = tmp_path / "weights.pth"
+    torch.save(contents, path, pickle_protocol=protocol, _use_new_zipfile_serialization=as_zip)
+    load_checkpoint(model := small(), path)
+    assert_equal(model, {name: tensor.float() for name, tensor in state.items()})
+
+
+def test_shared_and_expanded_weights_load(tmp_path: Path) -> None:
+    state, path = small().state_dict(), tmp_path / "weights.pth"
+    state["norm.weight"] = torch.full((1,), 3.0).expand(192)
+    state["norm.bias"] = torch.arange(192.0)
+    state["stages.1.downsample.norm.bias"] = state["norm.bias"][: len(state["stages.1.downsample.norm.bias"])]
+    torch.save({"model": state, "model_ema": state}, path)
+    load_checkpoint(model := small(), path)
+    assert_equal(model, state)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda state: {"checkpoint": {"model": state}}, lambda state: {"a": {"b": {"c": state}}}]
+)
+def test_weights_in_dictionaries_in_dictionaries_load(wrap: Callable[[State], Any], tmp_path: Path) -> None:
+    torch.save(wrap(state := small().state_dict()), path := tmp_path / "weights.pth")
+    load_checkpoint(model := small(), path)
+    assert_equal(model, state)
+
+
+def test_long_histories_beside_the_weights_do_not_matter(tmp_path: Path) -> None:
+    """mmengine keeps the loss of every iteration in its checkpoints, and they can be larger than the weights."""
+    logs = {f"loss_{i}": np.random.default_rng(i).normal(size=200_000) for i in range(10)}
+    contents = {"state_dict": small().state_dict(), "message_hub": logs, "meta": {"epoch": 12, "cfg": "x = 1\n" * 5000}}
+    torch.save(contents, path := tmp_path / "epoch_12.pth")
+    info = load_checkpoint(model := small(), path)
+    assert_equal(model, contents["state_dict"])
+    assert info.metadata["meta"] == contents["meta"]
+
+
+def test_archives_of_over_4_gb_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(state := small().state_dict(), written := tmp_path / "written.pth")
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)  # sizes and places above are then stored as in such an archive
+    with zipfile.ZipFile(written) as source, zipfile.ZipFile(path := tmp_path / "weights.pth", "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert b"\xff" * 8 in path.read_bytes()[-2000:]
+    load_checkpoint(model := small(), path)
+    assert_equal(model, state)
+    with zipfile.ZipFile(path, "w") as target:
+        target.writestr("a/data.pkl", b"\x80\x02}.")
+        target.writestr("a/byteorder", b"big")
+    assert_refused_unchanged(small(), path, "big-endian")
+
+
+def test_large_tensors_are_mapped_and_not_read(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(32 << 20, dtype=torch.uint8)}, path := tmp_path / "weights.pth")
+    before = resident()
+    tensors = read_weight_file(path).tensors
+    assert resident() - before < 8 << 20
+    assert tensors["x"].sum() == 32 << 20
+    tensors["x"][0] = 7  # changes the copy in memory only
+    assert read_weight_file(path).tensors["x"][0] == 1
 
 
 # --- Files that are something else -----------------------------------------------------------------------------------

@@ -220,6 +220,8 @@ def _tensors(data: mmap.mmap, ranges: _Ranges, described: Mapping[str, Described
         # Strides where there is nothing to step over can be any number, and more than torch can take.
         steps = tuple(step if size > 1 else 1 for size, step in zip(sizes, _counts(strides), strict=True))
         offset, first, count = _counts((offset, storage.first, storage.count))
+        if storage.key not in ranges:
+            raise ValueError(f"the data of {name} are not in it")
         begin, available = ranges[storage.key]
         skipped, stored = first * storage.dtype.itemsize, count * storage.dtype.itemsize
         reach = (offset + 1 + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))) * dtype.itemsize
@@ -326,7 +328,7 @@ def _from_legacy(data: mmap.mmap) -> WeightFile:
 
 def _from_pickle(data: mmap.mmap, ranges: _Ranges, top: object) -> WeightFile:
     if type(top) is not Pairs:
-        kind = "tensor" if isinstance(top, Described) else type(top).__name__
+        kind = type(top).__name__ if type(top) in (list, tuple, str, int, float) else "tensor or another object"
         raise RefusedError(f"holds a {kind}; expected a dictionary of weights.")
     described: dict[str, Described] = {}
     level, left = [("", top)], MAX_OPERATIONS
@@ -366,11 +368,8 @@ def _notes(top: Pairs) -> dict[str, Any]:
         return value if isinstance(value, str | int | float) else None
 
     customary = ("config", "meta", "hyper_parameters")
-    return {
-        key: plain(value)
-        for key, value in top.named().items()
-        if isinstance(value, str | int | float) or key in customary
-    }
+    kept = {k: v for k, v in top.named().items() if isinstance(v, str | int | float) or k in customary}
+    return {key: plain(value) for key, value in sorted(kept.items(), key=lambda item: item[0] in customary)}
 
 
 class _Record(NamedTuple):
