@@ -131,32 +131,17 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_meta_tensor_no_storage": _instead("meta", 1),
     "torch._utils._rebuild_qtensor": _instead("quantized", 2),
     "torch._utils._rebuild_wrapper_subclass": _instead("of a class without data", 2),
-    **dict.fromkeys(  # what published files hold beside tensors: what was in these is lost, and no weight with it
-        (
-            "_codecs.encode",  # bytes
-            "argparse.Namespace",
-            "builtins.bytearray",
-            "builtins.complex",
-            "builtins.frozenset",
-            "builtins.set",
-            "collections.Counter",
-            "jsonargparse._namespace.Namespace",
-            "mmengine.logging.history_buffer.HistoryBuffer",
-            "numpy.core.multiarray._reconstruct",
-            "numpy.core.multiarray.scalar",
-            "numpy._core.multiarray._reconstruct",
-            "numpy._core.multiarray.scalar",
-            "numpy.dtype",
-            "numpy.ndarray",
-            "torch.device",
-            "torch.Tensor",
-            "torch.serialization._get_layout",
-            "torch._utils._rebuild_nested_tensor",
-            *(f"{module}.{system}Path" for module in ("pathlib", "pathlib._local") for system in ("Posix", "Windows")),
-        ),
-        _inert,
-    ),
 }
+# What published files hold beside tensors: what was in these is lost, and no weight with it. _codecs.encode is bytes.
+_HARMLESS = [
+    "_codecs.encode", "argparse.Namespace", "collections.Counter", "jsonargparse._namespace.Namespace",
+    "mmengine.logging.history_buffer.HistoryBuffer", "numpy.dtype", "numpy.ndarray", "torch.device", "torch.Tensor",
+    "torch.serialization._get_layout", "torch._utils._rebuild_nested_tensor",
+    *(f"builtins.{name}" for name in ("bytearray", "complex", "frozenset", "set")),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *(f"{module}.{system}Path" for module in ("pathlib", "pathlib._local") for system in ("Posix", "Windows")),
+]  # fmt: skip
+_BUILDERS |= dict.fromkeys(_HARMLESS, _inert)
 _STORAGES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,

@@ -204,7 +204,8 @@ def _tensors(data: mmap.mmap, ranges: _Ranges, described: Mapping[str, Described
     """The tensors described. The ranges must not overlap, so that copying them takes no more than the file's size."""
     if len(described) > MAX_TENSORS:
         raise RefusedError(f"holds more than {MAX_TENSORS} tensors: save the state dict alone")
-    room, records, tensors = 2 * len(data) + FREE_BYTES, dict[str, Tensor](), dict[str, Tensor]()
+    room, tensors = 2 * len(data) + FREE_BYTES, dict[str, Tensor]()
+    records: dict[tuple[str, bool], Tensor] = {}
     for name, (storage, offset, shape, strides, dtype, instead) in described.items():
         if len(name) > MAX_NAME or not name.isprintable():
             raise RefusedError(f"is damaged: {name[:40]!r} is no name of a tensor")
@@ -217,9 +218,7 @@ def _tensors(data: mmap.mmap, ranges: _Ranges, described: Mapping[str, Described
                 instead = f"with those before it, it claims more than twice the file's {len(data)} bytes"
         if instead:
             raise RefusedError(f"cannot be used: {name} {sizes} is no plain tensor stored in full ({instead})")
-        # Strides where there is nothing to step over can be any number, and more than torch can take.
-        steps = tuple(step if size > 1 else 1 for size, step in zip(sizes, _counts(strides), strict=True))
-        offset, first, count = _counts((offset, storage.first, storage.count))
+        steps, (offset, first, count) = _counts(strides), _counts((offset, storage.first, storage.count))
         if storage.key not in ranges:
             raise ValueError(f"the data of {name} are not in it")
         begin, available = ranges[storage.key]
@@ -230,17 +229,17 @@ def _tensors(data: mmap.mmap, ranges: _Ranges, described: Mapping[str, Described
         elif reach > stored or skipped + stored > available:
             raise ValueError(f"{name} {sizes} reaches beyond its data")
         else:
-            if storage.key not in records:
+            key = storage.key, begin % min(dtype.itemsize, 8) > 0  # whether numbers could not lie where it lies
+            if key not in records:
                 record = torch.frombuffer(data, dtype=torch.uint8, count=available, offset=begin)
-                records[storage.key] = record.clone() if begin % 16 else record  # to where numbers can be
-            numbers = records[storage.key][skipped : skipped + reach].view(dtype)
-            tensors[name] = numbers.as_strided(sizes, steps, offset)
+                records[key] = record.clone() if key[1] else record
+            tensors[name] = records[key][skipped : skipped + reach].view(dtype).as_strided(sizes, steps, offset)
     return tensors
 
 
 def _counts(given: Any) -> tuple[int, ...]:
-    """What must be a short tuple of numbers from 0 on."""
-    if type(given) is tuple and len(given) <= 64 and all(type(count) is int and count >= 0 for count in given):
+    """What must be a short tuple of numbers from 0 on that torch can take."""
+    if type(given) is tuple and len(given) <= 64 and all(type(n) is int and 0 <= n < 1 << 63 for n in given):
         return given
     raise ValueError("a tensor's shape, strides or place are no counts")
 
