@@ -276,3 +276,20 @@ def test_wrong_arguments_are_explained() -> None:
         model(images, targets()[:1])
     with pytest.raises(ValueError, match="3 sizes for 2 images"):
         model(images, sizes=[(160, 224)] * 3)
+
+
+def test_half_precision_finds_the_same() -> None:
+    model = small()
+    model.roi_head.bbox_head.fc_cls.weight.data.mul_(30)
+    images = torch.zeros(2, 3, 160, 224)
+    full = model(images, sizes=SIZES)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model(images, sizes=SIZES)
+        losses = model(images, targets(), sizes=SIZES)
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    model.to(torch.bfloat16).backbone.extractor.maps = [x.bfloat16() for x in model.backbone.extractor.maps]
+    for other in (cast, model(images.bfloat16(), sizes=SIZES)):
+        for one, expected in zip(other, full, strict=True):
+            assert one["boxes"].dtype == one["scores"].dtype == torch.float32
+            overlaps = bx.box_iou(expected["boxes"][:20], one["boxes"]).amax(1)
+            assert overlaps.median() > 0.8

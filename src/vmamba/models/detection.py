@@ -204,6 +204,7 @@ class MaskRCNN(DenseModel):
         predicted = [self.rpn_head(x) for x in maps]
         scores, deltas = zip(*predicted, strict=True)
         anchors = [bx.anchors(x.shape[2:], s, device=x.device) for x, s in zip(maps, self.strides, strict=True)]
+        maps = [x.contiguous() for x in maps]  # as RoIAlign wants them; once for both heads
         keep = 1000 if targets is None else 2000
         with torch.no_grad():
             proposals = [
@@ -277,8 +278,9 @@ class MaskRCNN(DenseModel):
         for level, (x, stride) in enumerate(zip(maps[:-1], self.strides, strict=False)):
             here = (levels == level).nonzero().flatten()
             if len(here):
-                found = roi_align(x, rows[here].to(x.dtype), side, 1 / stride, sampling_ratio=0, aligned=True)
-                pooled = pooled.index_copy(0, here, found)
+                # In float32, for half the digits would not tell one place from the next.
+                found = roi_align(x.float(), rows[here], side, 1 / stride, sampling_ratio=0, aligned=True)
+                pooled = pooled.index_copy(0, here, found.to(pooled.dtype))
         return pooled
 
     def _detect(
