@@ -293,3 +293,14 @@ def test_a_tiff_of_a_million_strips_is_refused(tmp_path):
     (tmp_path / "a.tif").write_bytes(b"II*\0" + directory[:20])
     with pytest.raises(ImageError, match=r"a.tif: truncated or damaged"):
         read_image(tmp_path / "a.tif")
+
+
+def test_a_jpeg_2000_of_countless_tiles_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("L", (64, 64)).save(buffer, "JPEG2000", no_jp2=True)
+    data = buffer.getvalue()
+    place = data.index(b"\xff\x51") + 6
+    sizes = struct.pack(">8I", 65535, 7, 0, 0, 1, 7, 0, 0)
+    (tmp_path / "a.jp2").write_bytes(data[:place] + sizes + data[place + 32 :])
+    with pytest.raises(ImageError, match=r"a.jp2: a JPEG 2000 of 65535 tiles"):
+        read_image(tmp_path / "a.jp2")

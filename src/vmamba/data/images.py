@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import stat
 import struct
 import time
@@ -126,6 +127,13 @@ def _opened(source: str | os.PathLike[str] | BinaryIO) -> Iterator[BinaryIO]:
         source.seek(0)
     elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         _check_strips(source, head)
+        source.seek(0)
+    elif head[:4] == b"\xff\x4f\xff\x51" or head[4:8] == b"jP  ":
+        for size in re.finditer(rb"\xff\x4f\xff\x51.{4}(.{32})", source.read(), re.DOTALL):
+            width, height, _, _, across, down, left, top = struct.unpack(">8I", size[1])
+            tiles = -(-(width - left) // max(across, 1)) * -(-(height - top) // max(down, 1))
+            if tiles > 20_000:  # each costs OpenJPEG ten kilobytes
+                raise ValueError(f"a JPEG 2000 of {tiles} tiles")
         source.seek(0)
     yield source
 

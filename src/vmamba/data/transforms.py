@@ -174,10 +174,11 @@ def resize_bilinear_uint8(image: Tensor, size: tuple[int, int]) -> Tensor:
     """
     top, bottom, (w0, w1) = _taps(size[0], image.shape[-2], image.device)
     left, right, (v0, v1) = _taps(size[1], image.shape[-1], image.device)
-    wide = image.int()
-    wide = (wide[..., left] * v0 + wide[..., right] * v1) >> 4
-    parts = (wide[..., top, :] * w0[:, None] >> 16) + (wide[..., bottom, :] * w1[:, None] >> 16)
-    return ((parts + 2) >> 2).to(torch.uint8)
+    rows = image.contiguous().int()
+    rows = rows.index_select(-1, left) * v0 + rows.index_select(-1, right) * v1 >> 4
+    above = rows.index_select(-2, top).mul_(w0[:, None]).bitwise_right_shift_(16)
+    below = rows.index_select(-2, bottom).mul_(w1[:, None]).bitwise_right_shift_(16)
+    return above.add_(below).add_(2).bitwise_right_shift_(2).to(torch.uint8)
 
 
 def _taps(new: int, old: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
