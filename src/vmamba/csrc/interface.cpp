@@ -7,12 +7,14 @@
 #include <atomic>
 
 #include "layers.h"
+#include "products.h"
 #include "scan.h"
 
 #define DECLARE(isa) \
-    namespace isa { extern const ScanKernels scan; extern const LayerKernels layers; }
+    namespace isa { extern const ScanKernels scan; extern const LayerKernels layers; extern const ProductKernels products; }
 
 #if defined(VMAMBA_X86)
+namespace avx512_bf16 { extern const ProductKernels products; }
 DECLARE(avx512)
 DECLARE(avx2)
 #endif
@@ -31,12 +33,14 @@ struct InstructionSet {
     const char* name;
     const ScanKernels* scan;
     const LayerKernels* layers;
+    const ProductKernels* products;
 };
 
-#define ENTRY(isa) {#isa, &isa::scan, &isa::layers}
+#define ENTRY(isa) {#isa, &isa::scan, &isa::layers, &isa::products}
 
 constexpr InstructionSet ALL[] = {  // the first that a processor has is the fastest
 #if defined(VMAMBA_X86)
+    {"avx512_bf16", &avx512::scan, &avx512::layers, &avx512_bf16::products},
     ENTRY(avx512),
     ENTRY(avx2),
 #endif
@@ -55,10 +59,10 @@ bool runs_here(const char* name) {
     __builtin_cpu_init();
     bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (equal(name, "avx2")) return has_avx2;
-    if (equal(name, "avx512")) {
-        return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    }
+    bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    if (equal(name, "avx512")) return has_avx512;
+    if (equal(name, "avx512_bf16")) return has_avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
     return equal(name, "baseline");
 }
@@ -164,7 +168,7 @@ int32_t run(Layer* layer, void (*task)(const Layer&, int64_t, float*), size_t sc
     EXPORT int32_t name(Structure* p)
 
 // Changes with the structures and the functions below, so that a library left over from another version is recognised.
-EXPORT int32_t vmamba_interface() { return 3; }
+EXPORT int32_t vmamba_interface() { return 4; }
 
 EXPORT const char* vmamba_kernels() { return chosen->name; }
 
@@ -238,3 +242,8 @@ COMPUTE(vmamba_depthwise_silu_backward, Layer) {
 COMPUTE(vmamba_gelu, Layer) { return run(p, chosen->layers->gelu); }
 
 COMPUTE(vmamba_gelu_backward, Layer) { return run(p, chosen->layers->gelu_backward); }
+
+COMPUTE(vmamba_linear, Product) {
+    const ProductKernels& products = *chosen->products;
+    return !share<Product>(*p, products.tasks(*p), products.scratch(*p), products.multiply);
+}

@@ -17,27 +17,6 @@ namespace {
 
 #include "simd.h"
 
-constexpr float LOG2_E = 1.44269504f;
-
-// `valid` values, the other lanes 0.
-template <bool FULL, class T>
-inline Floats load_part(const T* p, int64_t valid) {
-    if (FULL) return load(p);
-    T whole[LANES] = {};
-    memcpy(whole, p, valid * sizeof(T));
-    return load(whole);
-}
-
-template <bool FULL, class T>
-inline void store_part(T* p, Floats v, int64_t valid) {
-    if (FULL) return store(p, v);
-    T whole[LANES];
-    store(whole, v);
-    memcpy(p, whole, valid * sizeof(T));
-}
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // The first of a task's units of work; the next task's first is its end.
 inline int64_t first_of(const Layer& p, int64_t units, int64_t task) { return units * task / p.tasks; }
 
@@ -286,26 +265,6 @@ void depthwise_silu_backward_units(const Layer& p, int64_t task, float* kept) {
 }
 
 // --- GELU ------------------------------------------------------------------------------------------------------------
-
-// The normal distribution's density at x, and the part of it that lies below x to within 1e-7.
-struct Normal {
-    Floats density, below;
-};
-
-// Below -|x| lies e^(-x²/2) times a polynomial in u = c|x| / (1 + c|x|): the form of Abramowitz and Stegun 7.1.26, fitted to
-// 2e-8, and to a few millionths of what is left down to x = -5. It is 1/2 plus something small near 0, hence exact there.
-inline Normal normal(Floats x) {
-    Floats z = exp2(x * x * (-0.5f * LOG2_E));
-    Floats a = at_most(negative_magnitude(x) * -0.274f, 1e10f), u = a / (1.0f + a);
-    Floats p = splat(-0.126521751f);
-    p = p * u + 0.246344104f;
-    p = p * u + 0.219009578f;
-    p = p * u + -1.25917804f;
-    p = p * u + 1.8738662f;
-    p = p * u + -1.45599139f;
-    Floats tail = (p * u + 0.5f) * z;
-    return {z * 0.398942280f, x > Floats{} ? 1.0f - tail : tail};
-}
 
 template <bool FULL, class T>
 inline void gelu_part(const T* x, T* y, int64_t valid) {

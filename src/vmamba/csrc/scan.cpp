@@ -21,7 +21,6 @@ namespace {
 #include "simd.h"
 
 constexpr int CHUNK = 64;
-constexpr float LOG2_E = 1.44269504f;
 
 // Positions per register tile of the dt projection: enough independent sums to hide a multiply-add's latency.
 constexpr int TILE = LANES == 4 ? 2 : 128 / BLOCK / VECTORS;
@@ -80,7 +79,6 @@ inline void round_here(Block& block) {
     }
 }
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 inline int64_t length(const Scan& p) { return p.height * p.width; }

@@ -1,5 +1,5 @@
 // Vectors of the instruction set being compiled for, as GCC and Clang's vector extension has them, and the functions of
-// float that the scan needs. Included inside the instruction set's own namespace: nothing here may be shared between
+// float that the kernels need. Included inside the instruction set's own namespace: nothing here may be shared between
 // object files that were compiled for different processors.
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
@@ -13,6 +13,10 @@ constexpr int LANES = 4;
 // Sixteen channels are a block, whatever the width of a vector.
 constexpr int BLOCK = 16;
 constexpr int VECTORS = BLOCK / LANES;
+
+constexpr float LOG2_E = 1.44269504f;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
@@ -39,6 +43,9 @@ inline void store(float* p, Floats v) { *reinterpret_cast<FloatsInMemory*>(p) = 
 
 // bfloat16, rounded to nearest even; a NaN stays one.
 inline void store(uint16_t* p, Floats v) {
+#if defined(__AVX512BF16__)
+    __m256bh halves = _mm512_cvtneps_pbh((__m512)v);  // gives 0 where v is subnormal
+#else
     Words bits = (Words)v;
     Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     Words kept = v == v ? rounded : (bits >> 16) | 0x40;
@@ -47,7 +54,25 @@ inline void store(uint16_t* p, Floats v) {
 #else
     Halves halves = __builtin_convertvector(kept, Halves);
 #endif
+#endif
     memcpy(p, &halves, sizeof halves);
+}
+
+// `valid` values, the other lanes 0.
+template <bool FULL, class T>
+inline Floats load_part(const T* p, int64_t valid) {
+    if (FULL) return load(p);
+    T whole[LANES] = {};
+    memcpy(whole, p, valid * sizeof(T));
+    return load(whole);
+}
+
+template <bool FULL, class T>
+inline void store_part(T* p, Floats v, int64_t valid) {
+    if (FULL) return store(p, v);
+    T whole[LANES];
+    store(whole, v);
+    memcpy(p, whole, valid * sizeof(T));
 }
 
 inline Floats splat(float x) { return x - Floats{}; }
@@ -74,19 +99,18 @@ inline Floats negative_magnitude(Floats x) { return (Floats)((Words)x | 0x800000
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 inline Floats nearest(Floats x) { return (Floats)_mm512_roundscale_ps((__m512)x, 8); }
 inline Floats scale(Floats mantissa, Floats n) { return (Floats)_mm512_scalef_ps((__m512)mantissa, (__m512)n); }
-constexpr float LOWEST_EXP2 = -160.0f, LOWEST_EXP = -110.0f;
+constexpr float LOWEST_EXP2 = -160.0f, LOWEST_EXP = -110.0f, LOWEST_NORMAL = -14.9f;
 #else
 constexpr float ROUNDING = 12582912.0f;  // 1.5·2^23: adding it leaves the nearest whole number in the low bits
 inline Floats nearest(Floats x) { return (x + ROUNDING) - ROUNDING; }
 inline Floats scale(Floats mantissa, Floats n) {
     return mantissa * (Floats)((((Words)(n + ROUNDING)) << 23) + (127u << 23));
 }
-constexpr float LOWEST_EXP2 = -127.0f, LOWEST_EXP = -88.1f;
+constexpr float LOWEST_EXP2 = -127.0f, LOWEST_EXP = -88.1f, LOWEST_NORMAL = -13.27f;
 #endif
 
-// 2^x; 1 ulp.
-inline Floats exp2(Floats x) {
-    x = at_most(at_least(x, LOWEST_EXP2), 128.0f);
+// 2^x for x from LOWEST_EXP2 to 128; 1 ulp.
+inline Floats exp2_within(Floats x) {
     Floats n = nearest(x), r = x - n;
     Floats p = splat(0.00015353362f);
     p = p * r + 0.00133988739f;
@@ -96,6 +120,9 @@ inline Floats exp2(Floats x) {
     p = p * r + 0.693147182f;
     return scale(p * r + 1.0f, n);
 }
+
+// 2^x; 1 ulp.
+inline Floats exp2(Floats x) { return exp2_within(at_most(at_least(x, LOWEST_EXP2), 128.0f)); }
 
 // e^x for x <= 0; 1 ulp.
 inline Floats exp_negative(Floats x) {
@@ -124,4 +151,24 @@ inline Floats log1p_unit(Floats z) {
     p = p * z + -0.499994934f;
     p = p * z + 1.0f;
     return p * z;
+}
+
+// The normal distribution's density at x, and the part of it that lies below x to within 1e-7.
+struct Normal {
+    Floats density, below;
+};
+
+// Below -|x| lies e^(-x²/2) times a polynomial in u = c|x| / (1 + c|x|): the form of Abramowitz and Stegun 7.1.26, fitted to
+// 2e-8, and to a few millionths of what is left down to x = -5. It is 1/2 plus something small near 0, hence exact there.
+inline Normal normal(Floats x) {
+    Floats m = at_least(negative_magnitude(x), LOWEST_NORMAL), z = exp2_within(m * m * (-0.5f * LOG2_E));
+    Floats a = m * -0.274f, u = a / (1.0f + a);
+    Floats p = splat(-0.126521751f);
+    p = p * u + 0.246344104f;
+    p = p * u + 0.219009578f;
+    p = p * u + -1.25917804f;
+    p = p * u + 1.8738662f;
+    p = p * u + -1.45599139f;
+    Floats tail = (p * u + 0.5f) * z;
+    return {z * 0.398942280f, x > Floats{} ? 1.0f - tail : tail};
 }

@@ -64,11 +64,11 @@ def layer_norm(
         ValueError: a shape that does not fit, or a tensor that is not on the CPU.
         RuntimeError: the library is missing.
     """
-    _require_native("x", x)
+    require_native("x", x)
     if not x.ndim:
         raise ValueError("x has no dimensions; expected (..., C)")
     size = x.shape[-1]
-    scale, offset = _vector("weight", weight, size), _vector("bias", bias, size)
+    scale, offset = vector("weight", weight, size), vector("bias", bias, size)
     x = x.contiguous()
     y = x if overwrite else torch.empty_like(x)
     if count := x.numel():
@@ -152,7 +152,7 @@ def gelu(h: Tensor, overwrite: bool = False) -> Tensor:
         ValueError: a tensor that is not on the CPU.
         RuntimeError: the library is missing.
     """
-    _require_native("h", h)
+    require_native("h", h)
     h = h.contiguous()
     y = h if overwrite else torch.empty_like(h)
     if count := h.numel():
@@ -176,7 +176,7 @@ def gelu_backward(grad: Tensor, h: Tensor, overwrite: bool = False) -> tuple[Ten
         ValueError: a shape that does not fit, or a tensor that is not on the CPU.
         RuntimeError: the library is missing.
     """
-    _require_native("h", h)
+    require_native("h", h)
     grad = _gradient("grad", grad, "h", h)
     h = h.contiguous()
     y, grad_h = torch.empty_like(h), grad if overwrite else torch.empty_like(h)
@@ -204,7 +204,7 @@ def _bands(image: Tensor) -> int:
     return -(-image.shape[1] // _BAND_ROWS)
 
 
-def _require_native(name: str, value: Tensor) -> None:
+def require_native(name: str, value: Tensor) -> None:
     """Raises where a value is neither in float32 nor in bfloat16, or not on the CPU."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
@@ -216,11 +216,11 @@ def _require_native(name: str, value: Tensor) -> None:
 
 def _parameter(name: str, value: Tensor) -> Tensor:
     """In float32, contiguous."""
-    _require_native(name, value)
+    require_native(name, value)
     return value.detach().float().contiguous()
 
 
-def _vector(name: str, value: Tensor | None, size: int) -> Tensor | None:
+def vector(name: str, value: Tensor | None, size: int) -> Tensor | None:
     if value is None:
         return None
     checks.shape(name, value, (size,), "(C,)")
@@ -229,15 +229,15 @@ def _vector(name: str, value: Tensor | None, size: int) -> Tensor | None:
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The parameters of a convolution of x, in float32."""
-    _require_native("x", x)
+    require_native("x", x)
     checks.ndim("x", x, 4, "(B, H, W, C)")
     channels = x.shape[-1]
     checks.shape("weight", weight, (channels, 1, 3, 3), "(C, 1, 3, 3)")
-    return _parameter("weight", weight), _vector("bias", bias, channels)
+    return _parameter("weight", weight), vector("bias", bias, channels)
 
 
 def _gradient(name: str, grad: Tensor, of: str, value: Tensor) -> Tensor:
-    _require_native(name, grad)
+    require_native(name, grad)
     if grad.dtype is not value.dtype:
         raise TypeError(f"{name} has dtype {grad.dtype}; expected that of {of}, {value.dtype}")
     checks.shape(name, grad, value.shape, f"the shape of {of}")

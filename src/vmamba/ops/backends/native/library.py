@@ -24,7 +24,7 @@ import torch
 LIBRARY_VARIABLE = "VMAMBA_NATIVE_LIBRARY"
 KERNELS_VARIABLE = "VMAMBA_NATIVE_KERNELS"
 
-_INTERFACE = 3
+_INTERFACE = 4
 
 
 def _find() -> Path | None:
@@ -112,7 +112,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def kernels() -> str | None:
-    """The instruction set in use ("avx512", "avx2" or "baseline"), or None where the library is missing."""
+    """The instruction set in use ("avx512_bf16", "avx512", "avx2" or "baseline"); None where the library is missing."""
     return None if _LIBRARY is None else _LIBRARY.vmamba_kernels().decode()
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba.ops import checks
-from vmamba.ops.arguments import ScanArguments, SS2DArguments, as_results, owned
+from vmamba.ops.arguments import ScanArguments, SS2DArguments, as_gradients, empty_gradients
 from vmamba.ops.backends import eager
 from vmamba.ops.backends.native.library import compute_function, fields
 from vmamba.ops.precision import state_dtype
@@ -70,7 +70,7 @@ def ss2d_scan(arguments: SS2DArguments) -> Tensor:
     return y.to(u.dtype)
 
 
-def ss2d_scan_backward(grad_y: Tensor, arguments: SS2DArguments) -> list[Tensor]:
+def ss2d_scan_backward(grad_y: Tensor, arguments: SS2DArguments) -> tuple[Tensor, ...]:
     """Gradients of `ss2d_scan` for its six tensors, in order, from the inputs alone.
 
     States are computed again, a stretch of the sequence at a time, and never leave the cache.
@@ -91,7 +91,7 @@ def ss2d_scan_backward(grad_y: Tensor, arguments: SS2DArguments) -> list[Tensor]
     grad_u, grad_projected, weights = _run_backward(scan)
     grad_weight, grad_bias, grad_A, grad_D = _split_weights(scan, weights)
     grads = (grad_u, grad_projected, grad_weight, grad_bias, grad_A, grad_D.expand(arguments.D.shape))
-    return [owned(value) for value in as_results(grads, arguments)]
+    return as_gradients(grads, arguments, own=True)
 
 
 def _grid_scan(arguments: SS2DArguments) -> tuple[_Scan, list[Tensor]]:
@@ -137,8 +137,8 @@ def selective_scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     return y.to(arguments.u.dtype).contiguous(), last
 
 
-def selective_scan_backward(grad_y: Tensor, grad_last: Tensor, arguments: ScanArguments) -> list[Tensor]:
-    """Gradients of `selective_scan` for those of its tensors that are given, in order.
+def selective_scan_backward(grad_y: Tensor, grad_last: Tensor, arguments: ScanArguments) -> tuple[Tensor, ...]:
+    """Gradients of `selective_scan` for its eight tensors, in order; empty for those that are None.
 
     Raises:
         ValueError: a shape that does not fit.
@@ -166,7 +166,7 @@ def selective_scan_backward(grad_y: Tensor, grad_last: Tensor, arguments: ScanAr
         grad_u.view(grad.shape).transpose(1, 2), grad_delta.transpose(1, 2), grad_A, grad_B, grad_C, grad_D, grad_z,
         grad_bias,
     )  # fmt: skip
-    return [owned(value) for value in as_results(grads, arguments)]
+    return as_gradients(grads, arguments, own=True)
 
 
 def _sequence_scan(arguments: ScanArguments) -> tuple[_Scan, list[Tensor]]:
@@ -224,8 +224,8 @@ def _buffer(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
-def _zeros(arguments: ScanArguments | SS2DArguments) -> list[Tensor]:
-    return as_results([None if v is None else torch.zeros_like(v) for v in arguments[:-1]], arguments)
+def _zeros(arguments: ScanArguments | SS2DArguments) -> tuple[Tensor, ...]:
+    return tuple(value.zero_() for value in empty_gradients(arguments))
 
 
 def _complete(scan: _Scan, parameters: Tensor, B_offset: int, C_offset: int) -> None:
