@@ -72,11 +72,13 @@ def spawn(function: Any, *args: Any, environment: dict[str, str] | None = None) 
 
 def _child(function: Any, args: tuple[Any, ...], environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    if "STDERR" in environment:  # else that of whoever started the server first
+        os.dup2(os.open(environment["STDERR"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     torch.set_num_threads(1)
     function(*args)
 
 
-def distributed(function, *arguments, processes=2, exitcode=0):
+def distributed(function, *arguments, processes=2, exitcode=0, stderr=None):
     """Run a function in as many processes as torchrun would start for it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -84,7 +86,7 @@ def distributed(function, *arguments, processes=2, exitcode=0):
     shared = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
-    }  # fmt: skip
+    } | ({"STDERR": str(stderr)} if stderr else {})  # fmt: skip
     ranks = [
         spawn(function, *arguments, environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(processes)

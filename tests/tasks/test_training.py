@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,11 +138,12 @@ def test_training_in_a_thread_and_what_it_leaves_of_the_handlers_of_signals(tmp_
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_two_processes_told_to_end_say_so_and_can_be_resumed(images, tmp_path, capfd):
+def test_two_processes_told_to_end_say_so_and_can_be_resumed(images, tmp_path):
     config = recipe(images, tmp_path / "run")
     config.data.batch_size = 2
-    distributed(train_and_die, config, "asked to end", exitcode=128 + signal.SIGTERM)
-    error = capfd.readouterr().err
+    said = tmp_path / "stderr"
+    distributed(train_and_die, config, "asked to end", exitcode=128 + signal.SIGTERM, stderr=said)
+    error = said.read_text()
     assert error.count("stopped by SIGTERM; go on from its last epoch with --resume true") == 1
     assert "Traceback" not in error
     assert checkpoint(tmp_path / "run")["epoch"] == 0
@@ -366,6 +368,14 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(images, tmp_path, s
         a.pop("seconds"), b.pop("seconds")
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
     assert Classifier.load(str(tmp_path / "two/model.safetensors")).class_names == list(CLASSES)
+
+    measure = ValidateConfig(checkpoint=str(tmp_path / "two/model.safetensors"), trainer=TrainerConfig("cpu"))
+    alone = validate(measure)
+    distributed(validate, replace(measure, output=str(tmp_path / "measured")))
+    together = json.loads((tmp_path / "measured/metrics.json").read_text())
+    assert together["images"] == alone["images"] == 8
+    assert (together["top1"], together["per_class"]) == (alone["top1"], alone["per_class"])
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
     killed = config("three", 4)
     distributed(train_and_die, killed, "validating", exitcode=-signal.SIGKILL)

@@ -183,8 +183,7 @@ class Task(L.LightningModule):
         assert self.recipe is not None
         seed_step(derive_seed(self.recipe.seed, self.current_epoch, batch_idx, self.global_rank), self.device)
         losses = self.loss(batch)
-        parts = losses if isinstance(losses, dict) else {}
-        loss = sum(parts.values(), torch.zeros((), device=self.device)) if isinstance(losses, dict) else losses
+        parts, loss = (losses, torch.stack([*losses.values()]).sum()) if isinstance(losses, dict) else ({}, losses)
         for name, value in {"loss": loss, **parts}.items():
             self.trained.add(name, value.detach(), 1)
         self.pending_loss += loss.detach()

@@ -26,6 +26,7 @@ from vmamba.tasks.runs import LATEST, RunFolder, report
 
 try:
     import lightning as L
+    from lightning.pytorch.callbacks import LambdaCallback
     from lightning.pytorch.plugins.environments import SLURMEnvironment
     from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
     from lightning.pytorch.utilities import rank_zero_only
@@ -62,7 +63,18 @@ def train(config: BaseTrainConfig) -> Path:
     checkpoint = run.decide(settings, config.resume, config.overwrite)
     with _stopping(run) as stop:
         task = task_type.from_recipe(config)
-        callbacks: list[L.Callback] = [recorder := Recorder(run), _Start(run, settings, checkpoint, stop)]
+
+        def prepare(trainer: L.Trainer, *_: Any) -> None:  # when loaders and devices exist: nothing old is lost in vain
+            if trainer.is_global_zero:
+                run.prepare(settings, fresh=checkpoint is None)
+                if checkpoint is not None:
+                    report(f"going on from {checkpoint}")
+
+        def listen(trainer: L.Trainer, *_: Any) -> None:  # again: Lightning's own handler has replaced ours by now
+            stop.listen(trainer.strategy.launcher)
+
+        recorder = Recorder(run)
+        callbacks = [recorder, LambdaCallback(on_fit_start=prepare, on_train_start=listen)]
         callbacks += [Progress(recorder)] if config.trainer.progress else []
         trainer = make_trainer(
             config.trainer, callbacks=callbacks, max_epochs=config.optim.epochs, default_root_dir=run.path,
@@ -182,25 +194,9 @@ def make_trainer(config: TrainerConfig, **arguments: Any) -> L.Trainer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The beginning and an early end
+# An early end
 
 _ENDS = (signal.SIGTERM, signal.SIGINT)
-
-
-class _Start(L.Callback):
-    """Makes the run's folder ready once loaders and devices exist, so that nothing old is lost in vain."""
-
-    def __init__(self, run: RunFolder, settings: dict[str, Any], checkpoint: Path | None, stop: _Stop) -> None:
-        self.run, self.settings, self.checkpoint, self.stop = run, settings, checkpoint, stop
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero:
-            self.run.prepare(self.settings, fresh=self.checkpoint is None)
-            if self.checkpoint is not None:
-                report(f"going on from {self.checkpoint}")
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.stop.listen(trainer.strategy.launcher)  # again: Lightning's own handler has replaced ours by now
 
 
 class _Stop(BaseException):
