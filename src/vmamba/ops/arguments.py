@@ -114,19 +114,26 @@ def in_state_dtype(arguments: Arguments) -> Arguments:
     return type(arguments)._make(v.to(dtype) if isinstance(v, Tensor) else v for v in arguments)
 
 
-def as_results(values: Sequence[Tensor | None], arguments: ScanArguments | SS2DArguments) -> list[Tensor]:
-    """Gradients, one for each tensor of `arguments`, in the shape and dtype of that, dense; None is left out."""
-    pairs = zip(values, arguments[:-1], strict=True)
-    return [
-        value.reshape(like.shape).to(like.dtype).contiguous()
-        for value, like in pairs
-        if value is not None and like is not None
-    ]
+def as_gradients(
+    values: Sequence[Tensor | None], arguments: ScanArguments | SS2DArguments, own: bool = False
+) -> tuple[Tensor, ...]:
+    """One gradient for each tensor of `arguments`, in the shape and dtype of that, dense; of None an empty one.
+
+    With `own` a piece of a larger tensor is copied, since operators must not return such.
+    """
+
+    def gradient(value: Tensor | None, like: Tensor | None) -> Tensor:
+        if value is None or like is None:
+            return arguments.u.new_empty(0)
+        value = value.reshape(like.shape).to(like.dtype).contiguous()
+        return value.clone() if own and value.untyped_storage().nbytes() != value.nbytes else value
+
+    return tuple(map(gradient, values, arguments[:-1]))
 
 
-def owned(value: Tensor) -> Tensor:
-    """A dense tensor that is no piece of a larger one, as operators must return it."""
-    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+def empty_gradients(arguments: ScanArguments | SS2DArguments) -> tuple[Tensor, ...]:
+    """Memory for what `as_gradients` returns."""
+    return tuple(arguments.u.new_empty(0) if v is None else _empty(v) for v in arguments[:-1])
 
 
 def _empty(like: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The two operators, registered with torch as `torch.ops.vmamba.*`: calls, shapes without values, and derivatives.
+"""The two operators, registered with torch as `torch.ops.vmamba.*`, and their derivatives.
 
 A backend writes a forward and a backward; neither keeps anything for the other but the inputs. What is registered here
-joins them: the forward's gradient is the backward operator, and the backward's own gradient (for second and higher
-derivatives) is taken through the eager backend's backward, which is plain torch.
+joins them: the forward's gradient is the backward operator. The backward's own gradient (for second and higher
+derivatives), forward mode and every transform of `torch.func` go through the eager backend, which is plain torch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from vmamba.ops.arguments import ScanArguments, SS2DArguments
+from vmamba.ops.arguments import ScanArguments, SS2DArguments, empty_gradients
 from vmamba.ops.backends import BACKENDS, Backend, eager
 from vmamba.ops.precision import without_autocast
+from vmamba.ops.registration import define
 
 _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool"}
 
@@ -27,10 +28,10 @@ def is_tracing_for_export() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def runs_eagerly(value: Tensor) -> bool:
-    """Whether what is called with `value` is computed at once, and nothing traces, watches or transforms it."""
+def runs_eagerly(*values: Tensor | None) -> bool:
+    """Whether what is called with these is computed at once, and nothing traces, watches or transforms it."""
     return (
-        type(value) in (Tensor, torch.nn.Parameter)
+        all(value is None or type(value) in (Tensor, torch.nn.Parameter) for value in values)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and _get_current_dispatch_mode() is None
@@ -42,7 +43,7 @@ def runs_eagerly(value: Tensor) -> bool:
 def call_operator(name: str, backend: Backend, arguments: ScanArguments | SS2DArguments) -> Any:
     """The operator's results, computed, recorded or traced as the situation needs."""
     # Where nothing watches, the function itself: the dispatcher's detour costs as much as a small model's scan.
-    if backend.traceable or (not torch.is_grad_enabled() and runs_eagerly(arguments.u)):
+    if backend.traceable or (not torch.is_grad_enabled() and runs_eagerly(*arguments[:-1])):
         return getattr(backend.module, name)(arguments)
     if is_tracing_for_export():
         return getattr(eager, f"{name}_for_export")(arguments)
@@ -52,62 +53,51 @@ def call_operator(name: str, backend: Backend, arguments: ScanArguments | SS2DAr
 def _register(name: str, kind: type[ScanArguments] | type[SS2DArguments], outputs: int) -> None:
     """Registers the functions `name` and `name`_backward of the backends.
 
-    As operators they take a backend's name after their arguments; the backward operator takes the gradients of the
-    `outputs` before them, and returns those of the tensors that are not None, in order.
+    Both operators take a backend's name after the arguments. The backward operator takes the gradients of the `outputs`
+    before them.
     """
-    fields = [f"{_SCHEMA[hint]} {field}" for field, hint in get_type_hints(kind).items()]
-    grads = ["Tensor grad_y", "Tensor grad_last"][:outputs]
-    result = "Tensor" if outputs == 1 else "(Tensor, Tensor)"
+    hints = get_type_hints(kind)
+    inputs = ", ".join([*(f"{_SCHEMA[hint]} {field}" for field, hint in hints.items()), "str backend"])
+    grads = "Tensor grad_y" if outputs == 1 else "Tensor grad_y, Tensor grad_last"
+    results, gradients = (f"({', '.join(['Tensor'] * count)})" for count in (outputs, len(hints) - 1))
 
-    def run(function: str, arguments: Any, *grads: Tensor) -> Any:
-        *values, backend = arguments
+    def forward(backend: str, values: Sequence[Any]) -> Any:
         with without_autocast(values[0].device):
-            return getattr(BACKENDS[backend].module, function)(*grads, kind._make(values))
+            return getattr(BACKENDS[backend].module, name)(kind._make(values))
 
-    @torch.library.custom_op(
-        f"vmamba::{name}", mutates_args=(), schema=f"({', '.join([*fields, 'str backend'])}) -> {result}"
-    )
-    def forward(*arguments: Any) -> Any:
-        return run(name, arguments)
+    def backward(backend: str, values: Sequence[Any]) -> tuple[Tensor, ...]:
+        with without_autocast(values[0].device):
+            function = getattr(BACKENDS[backend].module, f"{name}_backward")
+            return function(*values[:outputs], kind._make(values[outputs:]))
 
-    @torch.library.custom_op(
-        f"vmamba::{name}_backward", mutates_args=(),
-        schema=f"({', '.join([*grads, *fields, 'str backend'])}) -> Tensor[]",
-    )  # fmt: skip
-    def backward(*arguments: Any) -> list[Tensor]:
-        return run(f"{name}_backward", arguments[outputs:], *arguments[:outputs])
+    def first_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        operator = getattr(torch.ops.vmamba, f"{name}_backward")
+        return operator(*(g.contiguous() for g in grads), *ctx.saved_tensors, *ctx.options)
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, option, backend = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.options = option, backend
-
-    def spread(gradients: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        remaining = iter(gradients)
-        return [None if tensor is None else next(remaining) for tensor in tensors]
-
-    def forward_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        return (*spread(backward(*(g.contiguous() for g in grads), *tensors, *ctx.options), tensors), None, None)
-
-    def backward_gradient(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    def second_gradient(ctx: Any, *grads: Tensor) -> list[Tensor | None]:
         tensors, option = ctx.saved_tensors, ctx.options[0]
 
-        def function(*given: Tensor) -> list[Tensor]:
-            values = spread(given, tensors)
-            return getattr(eager, f"{name}_backward")(*values[:outputs], kind._make((*values[outputs:], option)))
+        def function(*given: Tensor) -> tuple[Tensor, ...]:
+            remaining = iter(given)
+            return backward("eager", [*(v if v is None else next(remaining) for v in tensors), option])
 
-        pull_back = torch.func.vjp(function, *(t for t in tensors if t is not None))[1]
-        return (*spread(pull_back(list(grads)), tensors), None, None)
+        pulled = iter(torch.func.vjp(function, *(v for v in tensors if v is not None))[1](grads))
+        return [v if v is None else next(pulled) for v in tensors]
 
-    forward.register_fake(lambda *arguments: kind._make(arguments[:-1]).empty_results())
-    backward.register_fake(
-        lambda *arguments: [
-            torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in arguments[outputs:-2] if t is not None
-        ]
+    define(
+        f"{name}({inputs}) -> {results}",
+        lambda *values: forward(values[-1], values[:-1]),
+        plain=lambda *values: forward("eager", values[:-1]),
+        gradient=first_gradient,
+        fake=lambda *values: kind._make(values[:-1]).empty_results(),
     )
-    forward.register_autograd(forward_gradient, setup_context=save)
-    backward.register_autograd(backward_gradient, setup_context=save)
+    define(
+        f"{name}_backward({grads}, {inputs}) -> {gradients}",
+        lambda *values: backward(values[-1], values[:-1]),
+        plain=lambda *values: backward("eager", values[:-1]),
+        gradient=second_gradient,
+        fake=lambda *values: empty_gradients(kind._make(values[outputs:-1])),
+    )
 
 
 _register("selective_scan", ScanArguments, outputs=2)

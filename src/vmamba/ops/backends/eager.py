@@ -18,15 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba.ops.arguments import ScanArguments, SS2DArguments, as_results, in_state_dtype
+from vmamba.ops.arguments import ScanArguments, SS2DArguments, as_gradients, in_state_dtype
 from vmamba.ops.routes import Route, get_routes
 
 _CHUNK = 16
 # A traced graph with an open length cannot stop when the sequence is covered: 2²⁰ positions are a 4096×4096 image at
-# stride 4.
+# stride 4. Beyond them it gives NaN.
 _TRACED_DOUBLINGS = 20
 
 
+# Left alone by torch.export's strict tracer, to which open sizes look like numbers, until sizes are known to be open.
+@torch.compiler.allow_in_graph
 def linear_recurrence(a: Tensor, b: Tensor, backwards: bool = False) -> Tensor:
     """Solve h_t = a_t·h_{t-1} + b_t with h before the first step 0.
 
@@ -66,17 +68,18 @@ def _by_chunks(a: Tensor, b: Tensor, backwards: bool) -> Tensor:
 def _by_doubling(a: Tensor, b: Tensor, backwards: bool) -> Tensor:
     """The same in log₂ L passes, each joining stretches of twice the length; its graph does not depend on L."""
     length = b.shape[1]
-    limit = 2**_TRACED_DOUBLINGS
-    torch._check(length <= limit, lambda: f"a traced scan takes at most {limit} positions")
     positions = torch.arange(length, device=b.device)
     for doubling in range(_TRACED_DOUBLINGS):
         # By index, since a slice by an amount that may exceed an open length would pin it.
         before = positions + 2**doubling if backwards else positions - 2**doubling
-        exists = ((before >= 0) & (before < length))[:, None]
+        # Of a stretch that reaches the start nothing comes before; its factors may have grown beyond all numbers.
+        a = torch.where(((before >= 0) & (before < length))[:, None], a, 0)
         before = before.clamp(0, length - 1)
-        b = torch.addcmul(b, a, torch.where(exists, b[:, before], 0))
+        b = torch.addcmul(b, a, b[:, before])
         a = a * a[:, before]
-    return b
+    # No check, which would close an open length.
+    covered = (positions >= length - 2**_TRACED_DOUBLINGS) if backwards else (positions < 2**_TRACED_DOUBLINGS)
+    return torch.where(covered[:, None], b, torch.nan)
 
 
 def _steps(a: tuple[Tensor, ...], b: tuple[Tensor, ...], state: Tensor | None, backwards: bool) -> list[Tensor]:
@@ -108,7 +111,7 @@ def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, backwards: 
         h = linear_recurrence(torch.exp(delta * A[..., n]), weighted * B[..., n, None], backwards)
         y = torch.addcmul(y, C[..., n, None], h)
         last.append(h[:, 0 if backwards else -1] if h.shape[1] else torch.zeros_like(h.sum(1)))
-    return y, torch.stack(last, dim=-1)
+    return y, _stack(last, A.expand(u.shape[0], *A.shape))
 
 
 def _scan_backward(
@@ -148,10 +151,15 @@ def _scan_backward(
     return _ScanGradients(
         u=grad_weighted * delta,
         delta=torch.addcmul(grad_delta, grad_weighted, u),
-        A=torch.stack(grad_A, dim=-1),
-        B=torch.stack(grad_B, dim=-1),
-        C=torch.stack(grad_C, dim=-1),
+        A=_stack(grad_A, A),
+        B=_stack(grad_B, B),
+        C=_stack(grad_C, C),
     )
+
+
+def _stack(by_state: list[Tensor], like: Tensor) -> Tensor:
+    """What there is for each state, along a last dimension, in the shape of `like`; N may be 0."""
+    return torch.stack(by_state, dim=-1) if by_state else torch.zeros_like(like)
 
 
 # --- one sequence ----------------------------------------------------------------------------------------------------
@@ -204,8 +212,8 @@ def gate_backward(grad: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return grad * silu, grad * y * (gate + silu * (1 - gate))
 
 
-def selective_scan_backward(grad_y: Tensor, grad_last: Tensor, arguments: ScanArguments) -> list[Tensor]:
-    """Gradients of `selective_scan` for those of its tensors that are given, in order."""
+def selective_scan_backward(grad_y: Tensor, grad_last: Tensor, arguments: ScanArguments) -> tuple[Tensor, ...]:
+    """Gradients of `selective_scan` for its eight tensors, in order; empty for those that are None."""
     a = in_state_dtype(arguments)
     s, groups = _time_first(a), a.B.shape[1]
     grad, grad_last, grad_z = grad_y.to(a.u.dtype), grad_last.to(a.u.dtype), None
@@ -223,7 +231,7 @@ def selective_scan_backward(grad_y: Tensor, grad_last: Tensor, arguments: ScanAr
         grad_u, grad_raw.flatten(2).transpose(1, 2), g.A, g.B.permute(0, 2, 3, 1), g.C.permute(0, 2, 3, 1),
         (grad * a.u).sum((0, 2)), grad_z, grad_raw.sum((0, 1)),
     )  # fmt: skip
-    return as_results(grads, arguments)
+    return as_gradients(grads, arguments)
 
 
 # --- four routes over a grid -----------------------------------------------------------------------------------------
@@ -299,7 +307,7 @@ def ss2d_scan_for_export(arguments: SS2DArguments) -> Tensor:
     return torch.stack(grids).sum(0).to(arguments.u.dtype)
 
 
-def ss2d_scan_backward(grad_y: Tensor, arguments: SS2DArguments) -> list[Tensor]:
+def ss2d_scan_backward(grad_y: Tensor, arguments: SS2DArguments) -> tuple[Tensor, ...]:
     """Gradients of `ss2d_scan` for its six tensors, in order. Only the inputs are needed: the states are recomputed."""
     a = in_state_dtype(arguments)
     height, width = a.u.shape[1:3]
@@ -319,4 +327,4 @@ def ss2d_scan_backward(grad_y: Tensor, arguments: SS2DArguments) -> list[Tensor]
         grad_projected.append(_grid(grad_parameters, route.columns, height, width))
         grad_u = grad_u + _grid(g.u.squeeze(2), route.columns, height, width)
     stacked = (torch.stack(grads) for grads in (grad_weight, grad_bias, grad_A))
-    return as_results((grad_u, torch.stack(grad_projected, dim=3), *stacked, grad_D), arguments)
+    return as_gradients((grad_u, torch.stack(grad_projected, dim=3), *stacked, grad_D), arguments)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba.ops import checks
-from vmamba.ops.arguments import ScanArguments, SS2DArguments, as_results, owned
+from vmamba.ops.arguments import ScanArguments, SS2DArguments, as_gradients
 from vmamba.ops.backends import eager
 from vmamba.ops.backends.triton.configurations import Configuration, Configurations, use_configurations
 from vmamba.ops.precision import state_dtype
@@ -77,7 +77,7 @@ def ss2d_scan(arguments: SS2DArguments) -> Tensor:
     return y
 
 
-def ss2d_scan_backward(grad_y: Tensor, arguments: SS2DArguments) -> list[Tensor]:
+def ss2d_scan_backward(grad_y: Tensor, arguments: SS2DArguments) -> tuple[Tensor, ...]:
     """Gradients of `ss2d_scan` for its six tensors, in order.
 
     Raises:
@@ -90,7 +90,7 @@ def ss2d_scan_backward(grad_y: Tensor, arguments: SS2DArguments) -> list[Tensor]
     checks.shape("grad_y", grad_y, tuple(arguments.u.shape), "the shape of u, (B, H, W, D)")
     g = launch.run_backward(_grid_problem(arguments), grad_y.contiguous())
     grads = (g.u, g.parameters, g.dt_weight, g.dt_bias, g.A, g.skip.expand(arguments.D.shape))
-    return [owned(value) for value in as_results(grads, arguments)]
+    return as_gradients(grads, arguments, own=True)
 
 
 def _grid_problem(arguments: SS2DArguments) -> launch.Problem:
@@ -122,8 +122,8 @@ def selective_scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     return y.to(arguments.u.dtype).contiguous(), last
 
 
-def selective_scan_backward(grad_y: Tensor, grad_last: Tensor, arguments: ScanArguments) -> list[Tensor]:
-    """Gradients of `selective_scan` for those of its tensors that are given, in order.
+def selective_scan_backward(grad_y: Tensor, grad_last: Tensor, arguments: ScanArguments) -> tuple[Tensor, ...]:
+    """Gradients of `selective_scan` for its eight tensors, in order; empty for those that are None.
 
     Raises:
         ValueError: a shape that does not fit.
@@ -144,7 +144,7 @@ def selective_scan_backward(grad_y: Tensor, grad_last: Tensor, arguments: ScanAr
     grad_B, grad_C = g.parameters.squeeze(1).unflatten(2, (groups, -1)).permute(0, 2, 3, 1).chunk(2, dim=2)
     grad_u, grad_delta = (value.squeeze(1).transpose(1, 2) for value in (g.u, g.delta))
     grads = (grad_u, grad_delta, g.A, grad_B, grad_C, g.skip, grad_z, g.dt_bias)
-    return [owned(value) for value in as_results(grads, arguments)]
+    return as_gradients(grads, arguments, own=True)
 
 
 def _sequence_problem(arguments: ScanArguments) -> launch.Problem:

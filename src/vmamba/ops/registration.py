@@ -1,0 +1,68 @@
+"""Registering a function with torch as an operator that every transform of torch understands.
+
+An operator computes at once what torch's own functions would, or is a single node of a compiled graph. Where it is
+differentiated forwards or transformed (`torch.func`, `torch.autograd.forward_ad`), inside a compiled graph too, the
+plain function that it stands for is taken instead: that happens in the dispatcher, so that whoever calls the operator
+gets the right result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_LIBRARY = torch.library.Library("vmamba", "FRAGMENT")
+
+
+def define(
+    schema: str,
+    compute: Callable[..., Any],
+    *,
+    plain: Callable[..., Any],
+    gradient: Callable[..., Sequence[Tensor | None]],
+    fake: Callable[..., Any],
+) -> None:
+    """Make `torch.ops.vmamba.*`.
+
+    Args:
+        schema: name, inputs and results. Tensors, optional ones too, come before all other inputs; results are tensors.
+        compute: from values to values; they are not recorded. Results are dense and share no memory.
+        plain: the same in differentiable functions of torch.
+        gradient: as the backward of `torch.autograd.Function`, gradient(ctx, *grads); returns one for each tensor among
+            the inputs. `ctx.saved_tensors` has these and `ctx.options` the other inputs.
+        fake: the same as `compute` for tensors without values.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    operator = getattr(torch.ops.vmamba, name).default
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            tensors = [value for value in inputs if value is None or isinstance(value, Tensor)]
+            ctx.save_for_backward(*tensors)
+            ctx.options = inputs[len(tensors) :]
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            results = zip(ctx.saved_tensors, gradient(ctx, *grads), strict=True)
+            return (*(None if value is None else grad for value, grad in results), *(None for _ in ctx.options))
+
+    def recorded(*inputs: Any) -> Any:
+        is_transformed = torch._C._are_functorch_transforms_active() or _has_tangent(inputs)
+        return (plain if is_transformed else Function.apply)(*inputs)
+
+    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, recorded, "Autograd")
+    _LIBRARY.impl(name, plain, "FuncTorchBatched")
+    torch.library.register_fake(operator, fake, lib=_LIBRARY)
+
+
+def _has_tangent(values: Sequence[Any]) -> bool:
+    return any(forward_ad.unpack_dual(v, level=0).tangent is not None for v in values if isinstance(v, Tensor))
