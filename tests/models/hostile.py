@@ -132,7 +132,7 @@ Field = tuple[str, int]  # of an entry in the table of contents, or of the table
 
 def archive(files: Sequence[tuple[str, bytes]], lies: Iterable[tuple[int, str, int]] = (), wide: bool = True) -> bytes:
     """A zip archive. A lie is the number of an entry (-1: the end of the table), a field and its value."""
-    body, table = b"", b""
+    body, table = bytearray(), bytearray()
     told: dict[int, dict[str, int]] = {}
     for number, field, value in lies:
         told.setdefault(number, {})[field] = value
@@ -156,7 +156,7 @@ def archive(files: Sequence[tuple[str, bytes]], lies: Iterable[tuple[int, str, i
         table += record + struct.pack("<4s4xQI", b"PK\6\7", end["record"], 1)
     count = end["count"] & 0xFFFF
     last = struct.pack("<4s4xHHIIH", b"PK\5\6", count, count, end["bytes"] & 0xFFFFFFFF, end["table"] & 0xFFFFFFFF, 0)
-    return body + table + last
+    return bytes(body + table + last)
 
 
 def number(rng: random.Random) -> Any:
