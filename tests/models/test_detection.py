@@ -217,18 +217,16 @@ def test_a_batch_gives_what_its_pictures_give_alone() -> None:
 
 def test_a_small_model_learns_two_pictures() -> None:
     torch.manual_seed(0)
-    model = MaskRCNN(vmamba.create_model("vmamba_femto_s2", features_only=True), 2, channels=32, hidden=64)
-    images, boxes = torch.zeros(2, 3, 64, 64), torch.tensor([[6.0, 8, 26, 24], [34, 30, 58, 60]])
-    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
-    masks[0, 8:24, 6:26] = True
-    masks[1, 30:60, 34:58] = torch.ones(30, 24).tril().bool()
-    images[:, 0], images[:, 1] = masks[0].float() * 3, masks[1].float() * 3
-    labels = torch.tensor([0, 1])
+    model = MaskRCNN(vmamba.create_model("vmamba_femto", features_only=True), 2, channels=32, hidden=64)
+    images, boxes = torch.zeros(2, 3, 48, 48), torch.tensor([[4.0, 6, 24, 22], [22, 20, 44, 46]])
+    masks, labels = torch.zeros(2, 48, 48, dtype=torch.bool), torch.tensor([0, 1])
+    masks[0, 6:22, 4:24] = True
+    masks[1, 20:46, 22:44] = torch.ones(26, 22).tril().bool()
+    images[0, 0], images[:, 1] = masks[0].float() * 3, masks[1].float() * 3
     batch = [{"boxes": boxes, "labels": labels, "masks": masks}, {"boxes": boxes[1:], "labels": labels[1:]}]
-    images[1, 0] = 0
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     totals = []
-    for _ in range(30):
+    for _ in range(40):
         losses = model(images, batch)
         total = sum(losses.values())
         optimizer.zero_grad()
@@ -236,15 +234,14 @@ def test_a_small_model_learns_two_pictures() -> None:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
         optimizer.step()
         totals.append(total.item())
-    assert totals[-1] < 0.5 * totals[0]
+    assert totals[-1] < 0.2 * totals[0]
     with torch.inference_mode():
         first, second = model.eval()(images)
-    assert first["labels"][:2].sort().values.tolist() == [0, 1]
     for found, label in ((first, 0), (first, 1), (second, 1)):
         best = (found["labels"] == label).nonzero()[0]
-        assert bx.box_iou(found["boxes"][best], boxes[label : label + 1]).item() > 0.5
+        assert bx.box_iou(found["boxes"][best], boxes[label : label + 1]).item() > 0.7
         mask = found["masks"][best]
-        assert (mask & masks[label]).sum() / (mask | masks[label]).sum() > 0.5
+        assert (mask & masks[label]).sum() / (mask | masks[label]).sum() > 0.7
 
 
 @pytest.mark.parametrize(

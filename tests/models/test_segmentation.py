@@ -94,7 +94,7 @@ def test_losses_are_those_of_mmsegmentation() -> None:
 
 def test_a_small_model_learns_two_pictures() -> None:
     torch.manual_seed(0)
-    model = UPerNet(vmamba.create_model("vmamba_femto_s2", features_only=True), 3, 32, auxiliary_channels=16)
+    model = UPerNet(vmamba.create_model("vmamba_femto", features_only=True), 3, 32, auxiliary_channels=16)
     images, labels = torch.randn(2, 3, 48, 64), torch.zeros(2, 48, 64, dtype=torch.int64)
     labels[:, 10:30, 10:40] = 1
     labels[:, 30:, 30:] = 2
