@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vmamba.nn.layers import GELU, GridConv2d, LayerNorm
@@ -22,7 +23,7 @@ class ConvStem(nn.Module):
         super().__init__()
         if stride not in (1, 2, 4):
             raise ValueError(f"stem stride is {stride}; expected 1, 2 or 4")
-        self.conv1 = GridConv2d(in_chans, dim // 2, 3, stride=2 if stride > 1 else 1, padding=1, **dd)
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2 if stride > 1 else 1, padding=1, **dd)
         self.norm1 = LayerNorm(dim // 2, **dd)
         self.act = GELU()
         self.conv2 = GridConv2d(dim // 2, dim, 3, stride=2 if stride > 2 else 1, padding=1, **dd)
@@ -30,7 +31,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) to (B, ⌈H/stride⌉, ⌈W/stride⌉, dim)."""
-        x = self.act(self.norm1(self.conv1(x.permute(0, 2, 3, 1).contiguous())))
+        x = self.act(self.norm1(_to_grid(self.conv1, x)))
         return self.norm2(self.conv2(x))
 
 
@@ -39,9 +40,14 @@ class PatchStem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, stride: int = 4, **dd: Any) -> None:
         super().__init__()
-        self.conv = GridConv2d(in_chans, dim, stride, stride=stride, **dd)
+        self.conv = nn.Conv2d(in_chans, dim, stride, stride=stride, **dd)
         self.norm = LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) to (B, ⌊H/stride⌋, ⌊W/stride⌋, dim)."""
-        return self.norm(self.conv(x.permute(0, 2, 3, 1).contiguous()))
+        return self.norm(_to_grid(self.conv, x))
+
+
+def _to_grid(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of an image (B, C, H, W), as a grid (B, H', W', C')."""
+    return conv(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
