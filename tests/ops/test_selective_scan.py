@@ -164,10 +164,77 @@ def test_non_contiguous_and_empty_inputs(backend):
 
 
 @fast_backends
-def test_operator_is_registered_properly(backend):
-    a = scan_arguments(1, 4, 7, 2, 2, torch.float64)
-    leaves = [v.requires_grad_() for v in a.values()]
-    torch.library.opcheck(torch.ops.vmamba.selective_scan, (*leaves, True, backend))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("constant", ["B", "C"])
+def test_half_precision_gradients_are_added_up_in_float32(backend, dtype, constant):
+    """Of B or C that is the same at every step, and of a step that channels share."""
+    values = {name: value.to(dtype) for name, value in scan_arguments(2, 6, 64, 2, 2).items()}
+    values["delta"] = values["delta"][:, :2]
+    values["delta_bias"] = values["delta_bias"][:2]
+    values[constant] = torch.randn(6, 2).to(dtype)
+    names = list(values)
+
+    def run(which, given):
+        return gradients(
+            lambda *v: selective_scan(**dict(zip(names, v, strict=True)), delta_softplus=True, backend=which), given
+        )[1]
+
+    actual = run(backend, list(values.values()))
+    exact = run("reference", [value.double() for value in values.values()])
+    # The gradients are of a sum weighted with numbers of `dtype`.
+    assert_matches(actual, exact, 8 * torch.finfo(dtype).eps)
+
+
+@fast_backends
+def test_a_step_shared_by_neighbouring_channels(backend):
+    """As VMamba's kernel takes it: delta (batch, S, L) and delta_bias (S,) for D channels."""
+    a = scan_arguments(2, 6, 20, 3, 2, torch.float64)
+    few = a | {"delta": a["delta"][:, :3], "delta_bias": a["delta_bias"][:3]}
+    written_out = a | {
+        name: few[name].repeat_interleave(2, -2 if name == "delta" else 0) for name in ("delta", "delta_bias")
+    }
+    torch.testing.assert_close(
+        selective_scan(**few, delta_softplus=True, backend=backend),
+        selective_scan(**written_out, delta_softplus=True, backend="reference"),
+    )
+
+
+@backends
+def test_without_states_the_skip_is_left(backend):
+    a = scan_arguments(2, 4, 9, 0, 2)
+    leaves = {name: value.requires_grad_() for name, value in a.items()}
+    y, last = selective_scan(**leaves, return_last_state=True, backend=backend)
+    torch.testing.assert_close(y, a["D"][:, None] * a["u"] * torch.nn.functional.silu(a["z"]))
+    assert last.shape == (2, 4, 0)
+    grads = torch.autograd.grad(y.sum(), list(leaves.values()), materialize_grads=True)
+    assert not grads[list(a).index("delta")].any()
+    torch.testing.assert_close(grads[list(a).index("D")], (a["u"] * torch.nn.functional.silu(a["z"])).sum((0, 2)))
+
+
+class _Scan(torch.nn.Module):
+    def forward(self, u, delta, A, B, C, D):
+        return selective_scan(u, delta, A, B, C, D, backend="eager")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_graph_takes_any_length_and_growing_factors(strict):
+    """Without softplus a negative step makes factors above 1, whose products before the start must not matter."""
+    names = ("u", "delta", "A", "B", "C", "D")
+
+    def arguments(length):
+        values = scan_arguments(2, 4, length, 2, 2)
+        values["A"] = values["A"] * (40 / length)
+        return tuple(values[name] for name in names)
+
+    length = torch.export.Dim("length", min=1)
+    dynamic = {name: {2: length} if name in ("u", "delta") else {3: length} if name in "BC" else None for name in names}
+    program = torch.export.export(_Scan(), arguments(40), dynamic_shapes=dynamic, strict=strict)
+    for count in (1, 17, 100, 500):
+        values = arguments(count)
+        assert (values[1] < 0).any()
+        expected = selective_scan(*values, backend="reference")
+        assert expected.isfinite().all()
+        assert_matches([program.module()(*values)], [expected], 1e-4)
 
 
 def test_linear_recurrence_backwards_mirrors_forwards():

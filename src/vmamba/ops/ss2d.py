@@ -8,9 +8,9 @@ from torch import Tensor
 from vmamba.ops import checks
 from vmamba.ops.arguments import SS2DArguments
 from vmamba.ops.backends import choose_backend
+from vmamba.ops.layers import linear
 from vmamba.ops.operators import call_operator
 from vmamba.ops.precision import state_dtype, without_autocast
-from vmamba.ops.layers import linear
 
 
 def ss2d_scan(
