@@ -121,6 +121,10 @@ def test_files_of_mmsegmentation_and_mmdetection_are_known(family: str, tmp_path
 )
 def test_a_file_rebuilds_the_model(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = vmamba.create_model(name, **options).eval()
+    published = {"segmentation": ADE20K, "detection": COCO}[model.task]
+    save_checkpoint(model, path := tmp_path / "model.safetensors")
+    names = load_model(path)[1].get("class_names")
+    assert names == (None if "num_classes" in options else list(published))
     names = [f"class {i}" for i in range(model.num_classes)]
     save_checkpoint(model, path := tmp_path / "model.safetensors", {"class_names": names})
     rebuilt, metadata = load_model(path)

@@ -172,6 +172,7 @@ def default_metadata(model: nn.Module) -> dict[str, Any]:
     known: dict[str, Any] = {
         "variant": getattr(model, "variant", cfg.get("architecture")),
         "task": getattr(model, "task", None),
+        "class_names": getattr(model, "class_names", None),
         **own,
         "model_kwargs": {name: value for name, value in arguments.items() if own.get(name) is None},
         **{name: cfg.get(name) for name in ("mean", "std", "interpolation", "crop_pct")},
