@@ -251,11 +251,13 @@ class MaskRCNN(DenseModel):
         """
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for level, (score, delta, anchor) in enumerate(zip(scores, deltas, anchors, strict=True)):
-            # Ranked by probability, not by logit: where it saturates, that is another order.
-            best, order = score.sigmoid().sort(descending=True)
-            order = order[:keep]
-            boxes = bx.decode(anchor[order], delta[order], size=size)
-            found.append((boxes, best[:keep], torch.full_like(order, level)))
+            # By probability, not by logit: where it saturates, that is another order. And only if some are to go.
+            probability = score.sigmoid()
+            if len(score) > keep:
+                order = probability.sort(descending=True).indices[:keep]
+                probability, delta, anchor = probability[order], delta[order], anchor[order]
+            boxes = bx.decode(anchor, delta, size=size)
+            found.append((boxes, probability, torch.full_like(probability, level, dtype=torch.int64)))
         boxes, probabilities, levels = (torch.cat(parts) for parts in zip(*found, strict=True))
         valid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1).nonzero().flatten()
         boxes, probabilities, levels = boxes[valid], probabilities[valid], levels[valid]
