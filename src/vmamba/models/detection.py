@@ -276,14 +276,14 @@ class MaskRCNN(DenseModel):
         picture = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(regions)])
         rows = torch.cat([picture, boxes], 1)
         levels = bx.region_levels(boxes, len(maps) - 1, finest=14 * self.strides[0])
-        pooled = maps[0].new_zeros(len(boxes), maps[0].shape[1], side, side)
+        found, places = [], []
         for level, (x, stride) in enumerate(zip(maps[:-1], self.strides, strict=False)):
             here = (levels == level).nonzero().flatten()
-            if len(here):
-                # In float32, for half the digits would not tell one place from the next.
-                found = roi_align(x.float(), rows[here], side, 1 / stride, sampling_ratio=0, aligned=True)
-                pooled = pooled.index_copy(0, here, found.to(pooled.dtype))
-        return pooled
+            # In float32, for half the digits would not tell one place from the next.
+            pooled = roi_align(x.float(), rows[here], side, 1 / stride, sampling_ratio=0, aligned=True)
+            found.append(pooled.to(x.dtype))
+            places.append(here)
+        return torch.cat(found).index_select(0, torch.cat(places).argsort())
 
     def _detect(
         self,
