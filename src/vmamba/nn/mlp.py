@@ -13,7 +13,6 @@ from vmamba.nn import cpu
 from vmamba.nn.layers import GELU, Linear
 from vmamba.ops.layers import (
     applies,
-    differentiable_gradients,
     gelu,
     gelu_backward,
     is_compiled,
@@ -21,6 +20,7 @@ from vmamba.ops.layers import (
     product_dtype,
     records,
 )
+from vmamba.ops.registration import pull_back
 
 
 @cpu.known
@@ -73,12 +73,7 @@ class _FrugalMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight1, bias1, weight2, bias2, *hidden = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            return differentiable_gradients(
-                lambda x, weight1, bias1, weight2, bias2: F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2),
-                (x, weight1, bias1, weight2, bias2),
-                ctx.needs_input_grad,
-                grad,
-            )
+            return tuple(pull_back(_plain_mlp, (x, weight1, bias1, weight2, bias2), [grad]))
 
         needs_x, needs_weight1, needs_bias1, needs_weight2, needs_bias2 = ctx.needs_input_grad
         grad_x, grad_weight1, grad_weight2 = (torch.empty_like(value) for value in (x, weight1, weight2))
@@ -96,3 +91,7 @@ class _FrugalMlp(torch.autograd.Function):
                 grad_x_part.copy_(product(grad_h, weight1.t()))
         grads = (grad_x, grad_weight1, grad_bias1, grad_weight2, grad.sum(0) if needs_bias2 else None)
         return tuple(value if needed else None for value, needed in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+def _plain_mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)

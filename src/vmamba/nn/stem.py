@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vmamba.nn.layers import GELU, GridConv2d, LayerNorm
@@ -50,4 +49,4 @@ class PatchStem(nn.Module):
 
 def _to_grid(conv: nn.Module, x: Tensor) -> Tensor:
     """A convolution of an image (B, C, H, W), as a grid (B, H', W', C')."""
-    return conv(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+    return conv(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -9,7 +9,6 @@ torch's own layers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from vmamba.ops.backends.native import layers as native
 from vmamba.ops.operators import runs_eagerly
+from vmamba.ops.registration import define, pull_back
 
 # --- which way -------------------------------------------------------------------------------------------------------
 
@@ -103,23 +103,23 @@ def _product_dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
 
 
-def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _product_gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     (x, weight, _), needed = ctx.saved_tensors, ctx.needs_input_grad
     rows = grad.flatten(0, -2)
-    return (
+    return [
         torch.ops.vmamba.linear(grad, weight.t(), None) if needed[0] else None,
         rows.t() @ x.flatten(0, -2) if needed[1] else None,
         rows.sum(0) if needed[2] else None,
-    )
+    ]
 
 
-def differentiable_gradients(
-    function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...], grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients of function(*inputs) for the inputs that need one, by operations that can be differentiated again."""
-    wanted = [value for value, is_needed in zip(inputs, needed, strict=True) if is_needed and value is not None]
-    grads = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
-    return tuple(next(grads) if is_needed else None for is_needed in needed)
+define(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    product,
+    plain=F.linear,
+    gradient=_product_gradient,
+    fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
 
 
 # --- depthwise convolution -------------------------------------------------------------------------------------------
@@ -142,17 +142,41 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return native.depthwise_silu(x, weight, bias)
 
 
-def _depthwise_silu_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    inputs, needed = ctx.saved_tensors, ctx.needs_input_grad
-    if torch.is_grad_enabled():  # to be differentiated again
-        return differentiable_gradients(_plain_depthwise_silu, inputs, needed, grad)
-    grads = torch.ops.vmamba.depthwise_silu_backward(grad, *inputs)
-    return tuple(value if is_needed else None for value, is_needed in zip(grads, needed, strict=True))
-
-
 def _plain_depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     image, low_bias = x.permute(0, 3, 1, 2), None if bias is None else bias.to(x.dtype)
-    return F.silu(F.conv2d(image, weight.to(x.dtype), low_bias, padding=1, groups=len(weight)).permute(0, 2, 3, 1))
+    y = F.conv2d(image, weight.to(x.dtype), low_bias, padding=1, groups=weight.shape[0])
+    return F.silu(y.permute(0, 2, 3, 1))
+
+
+def _plain_depthwise_silu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = pull_back(
+        _plain_depthwise_silu, (x, weight, weight.new_zeros(len(weight)) if bias is None else bias), [grad]
+    )
+    return tuple(value for value in grads if value is not None)  # type: ignore[return-value]
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+define(
+    "depthwise_silu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    native.depthwise_silu,
+    plain=_plain_depthwise_silu,
+    gradient=lambda ctx, grad: torch.ops.vmamba.depthwise_silu_backward(grad, *ctx.saved_tensors),
+    fake=lambda x, weight, bias: _empty(x),
+)
+define(
+    "depthwise_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
+    native.depthwise_silu_backward,
+    plain=_plain_depthwise_silu_backward,
+    gradient=lambda ctx, *grads: pull_back(_plain_depthwise_silu_backward, ctx.saved_tensors, grads),
+    fake=lambda grad, x, weight, bias: (
+        _empty(x), _empty(weight), (weight if bias is None else bias).new_empty(weight.shape[0])
+    ),
+)  # fmt: skip
 
 
 # --- GELU ------------------------------------------------------------------------------------------------------------
@@ -168,44 +192,3 @@ def gelu_backward(grad: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     if can_fuse(h):
         return native.gelu_backward(grad, h, overwrite=True)
     return F.gelu(h), torch.ops.aten.gelu_backward(grad, h)
-
-
-# --- operators -------------------------------------------------------------------------------------------------------
-
-
-def _empty(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-
-def _register(schema: str, function: Callable[..., Any], fake: Callable[..., Any], gradients: Any = None) -> None:
-    """Makes a function of the CPU the operator `torch.ops.vmamba.*` that the schema names."""
-    name = f"vmamba::{schema.partition('(')[0]}"
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, function, "CPU")
-    torch.library.register_fake(name, fake, lib=_LIBRARY)
-    if gradients is not None:
-
-        def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*inputs)
-
-        torch.library.register_autograd(name, gradients, setup_context=save, lib=_LIBRARY)
-
-
-_LIBRARY = torch.library.Library("vmamba", "FRAGMENT")
-_register(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    product,
-    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
-    _product_gradients,
-)
-_register(
-    "depthwise_silu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    native.depthwise_silu,
-    lambda x, weight, bias: _empty(x),
-    _depthwise_silu_gradients,
-)
-_register(
-    "depthwise_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
-    native.depthwise_silu_backward,
-    lambda grad, x, weight, bias: (_empty(x), _empty(weight), weight.new_empty(weight.shape[0])),
-)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from vmamba.ops.arguments import ScanArguments, SS2DArguments, empty_gradients
 from vmamba.ops.backends import BACKENDS, Backend, eager
 from vmamba.ops.precision import without_autocast
-from vmamba.ops.registration import define
+from vmamba.ops.registration import define, pull_back
 
 _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool"}
 
@@ -75,14 +75,8 @@ def _register(name: str, kind: type[ScanArguments] | type[SS2DArguments], output
         return operator(*(g.contiguous() for g in grads), *ctx.saved_tensors, *ctx.options)
 
     def second_gradient(ctx: Any, *grads: Tensor) -> list[Tensor | None]:
-        tensors, option = ctx.saved_tensors, ctx.options[0]
-
-        def function(*given: Tensor) -> tuple[Tensor, ...]:
-            remaining = iter(given)
-            return backward("eager", [*(v if v is None else next(remaining) for v in tensors), option])
-
-        pulled = iter(torch.func.vjp(function, *(v for v in tensors if v is not None))[1](grads))
-        return [v if v is None else next(pulled) for v in tensors]
+        option = ctx.options[0]
+        return pull_back(lambda *values: backward("eager", [*values, option]), ctx.saved_tensors, grads)
 
     define(
         f"{name}({inputs}) -> {results}",

@@ -64,5 +64,22 @@ def define(
     torch.library.register_fake(operator, fake, lib=_LIBRARY)
 
 
+def pull_back(
+    function: Callable[..., Any], values: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of function(*values), from those of its results, for the values that are tensors.
+
+    They are computed by torch's own functions if `function` is, and can then be differentiated again.
+    """
+
+    def of_tensors(*given: Tensor) -> Any:
+        remaining = iter(given)
+        return function(*(value if value is None else next(remaining) for value in values))
+
+    results, pull = torch.func.vjp(of_tensors, *(value for value in values if value is not None))
+    pulled = iter(pull(tuple(grads) if isinstance(results, tuple) else grads[0]))
+    return [value if value is None else next(pulled) for value in values]
+
+
 def _has_tangent(values: Sequence[Any]) -> bool:
     return any(forward_ad.unpack_dual(v, level=0).tangent is not None for v in values if isinstance(v, Tensor))
