@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
+from tasks.landscapes import landscape_recipe, make_landscapes
 from tasks.small import checkpoint, make_images, recipe, spawn, train_and_die
 from tasks.toy import toy_recipe
 
@@ -14,12 +15,17 @@ from vmamba.models.checkpoints import read_metadata
 from vmamba.tasks.training import train
 
 
-@pytest.fixture(scope="module", params=["classification", "toy"])
+@pytest.fixture(scope="module", params=["classification", "segmentation", "toy"])
 def whole(request, tmp_path_factory):
     """The recipe of a task, and the run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
     os.chdir(folder)
-    config = toy_recipe("") if request.param == "toy" else recipe(make_images(folder / "images"), "")
+    if request.param == "toy":
+        config = toy_recipe("")
+    elif request.param == "segmentation":
+        config = landscape_recipe(make_landscapes(folder / "images"), "")
+    else:
+        config = recipe(make_images(folder / "images"), "")
     process = spawn(train, replace(config, run=str(folder / "run")))
     process.join()
     assert process.exitcode == 0
@@ -48,7 +54,7 @@ def test_killed_and_resumed_is_never_stopped(whole, tmp_path, monkeypatch, momen
     assert bool(leftovers) == (moment in ("writing", "renaming"))
 
     config.resume = True
-    if config.task == "classification":
+    if config.task != "toy":
         config.data = replace(config.data, workers=1)
     process = spawn(train, config)
     process.join()

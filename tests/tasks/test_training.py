@@ -212,6 +212,21 @@ def test_rates_fall_at_milestones(tmp_path, monkeypatch, updates):
     assert [rate for rate, _ in updates] == pytest.approx([*warm, *[0.05] * 3, *[0.005] * 3, *[0.0005] * 3])
 
 
+def test_a_run_of_so_many_steps_takes_the_nearest_number_of_epochs(tmp_path, monkeypatch, updates):
+    monkeypatch.chdir(tmp_path)
+    poly = {"schedule": "poly", "min_lr": 0.0, "warmup_lr": 0.0, "warmup_steps": 2}
+    train(toy_recipe("runs/toy", epochs=1, steps=10, **poly))  # 3 updates an epoch
+    assert [rate for rate, _ in updates] == pytest.approx([0.0, 0.025, *(0.05 * (1 - step / 7) for step in range(7))])
+    config = toy_recipe("runs/even", epochs=1, steps=10, **poly)
+    config.trainer.validate_every = 2
+    train(config)
+    assert len(history(Path("runs/even"))) == 4
+    with pytest.raises(RecipeError, match=r"warm-up of 9 updates leaves nothing of the 9 of the whole run"):
+        train(toy_recipe("runs/warm", steps=10, warmup_steps=9))
+    with pytest.raises(RecipeError, match=r"optim.steps is 0; it must be above 0"):
+        train(toy_recipe("runs/none", steps=0))
+
+
 def test_no_decay_for_biases_norms_and_state_parameters_and_slower_lower_layers(images, tmp_path):
     config = recipe(images, tmp_path / "run", epochs=2, layer_decay=0.5, lr=1.0)
     groups = []

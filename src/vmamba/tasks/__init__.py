@@ -34,6 +34,12 @@ TASKS = {
         "vmamba.tasks.classification:ClassificationTask",
         "vmamba.tasks.prediction:Classifier",
     ),
+    "segmentation": Parts(
+        "vmamba.tasks.segmentation_recipe:SegmentationTrainConfig",
+        "vmamba.tasks.segmentation_recipe:SegmentationValidateConfig",
+        "vmamba.tasks.segmentation:SegmentationTask",
+        "vmamba.tasks.segmenter:Segmenter",
+    ),
 }
 
 

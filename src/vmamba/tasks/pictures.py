@@ -103,13 +103,17 @@ def learning_curve(history: Sequence[dict[str, float]], curves: Sequence[Score],
     _save(figure, path)
 
 
-def confusion_matrix(matrix: NDArray[np.int64], class_names: Sequence[str], path: Path) -> None:
+def confusion_matrix(
+    matrix: NDArray[np.int64], class_names: Sequence[str], path: Path, counted: str = "images"
+) -> None:
     """Share of each true class (row) that was taken for each class (column).
 
     Args:
         matrix: counts, (true, predicted).
         class_names: one a class. Beyond 40 classes the cells are not labelled, and the most frequent mistakes are
             listed beside the picture instead.
+        path: of the PNG.
+        counted: what the counts are of.
     """
     number = len(matrix)
     named = number <= _MOST_CLASSES_NAMED
@@ -119,7 +123,7 @@ def confusion_matrix(matrix: NDArray[np.int64], class_names: Sequence[str], path
     figure = Figure(figsize=(side, side) if named else (side + 4, side), layout="constrained")
     axes: Axes = figure.subplots() if named else figure.subplots(1, 2, width_ratios=(2, 1))[0]
     figure.suptitle(
-        f"{np.trace(matrix) / max(matrix.sum(), 1):.2%} of {matrix.sum():,} images right",
+        f"{np.trace(matrix) / max(matrix.sum(), 1):.2%} of {matrix.sum():,} {counted} right",
         fontsize=13, color=INK, x=0.01, ha="left",
     )  # fmt: skip
     # Small shares are what one looks for here, so the scale is stretched at its lower end.

@@ -26,7 +26,8 @@ class ModelConfig:
     pretrained: bool = False
     """Start from the published weights; the head is new when the number of classes differs."""
     checkpoint: str | None = None
-    """Start from the weights in this file; the head is new when the number of classes differs."""
+    """Start from the weights in this file, with a new classifier; those of a model for classification become the
+    backbone of one for segmentation or detection."""
     ema_weights: bool = False
     """Of the checkpoint, take the averaged weights."""
     drop_path_rate: float | None = None
@@ -45,6 +46,8 @@ class OptimConfig:
 
     epochs: int = 300
     """Passes over the training images, warm-up included."""
+    steps: int | None = None
+    """Instead: updates of the weights; the run takes the whole number of epochs that comes nearest."""
     optimizer: str = "adamw"
     """Any optimiser of timm, by its name."""
     lr: float = 1e-3
@@ -56,10 +59,13 @@ class OptimConfig:
     """Learning rate at the end of the schedule."""
     warmup_epochs: float = 20
     """Epochs over which the learning rate climbs from warmup_lr to lr."""
+    warmup_steps: int | None = None
+    """Instead: updates over which it does."""
     warmup_lr: float = 1e-6
     """Learning rate at the first step."""
     schedule: Literal["cosine", "poly", "tanh", "constant", "multistep"] = "cosine"
-    """How the learning rate falls after the warm-up; multistep: to a tenth at each of the milestones."""
+    """How the learning rate falls after the warm-up; poly: in a straight line; multistep: to a tenth at each of the
+    milestones."""
     milestones: tuple[float, ...] = ()
     """For multistep: the epochs, counted from the start, after which the learning rate falls."""
     weight_decay: float = 0.05
@@ -140,6 +146,7 @@ class BaseTrainConfig:
         m, o, t = self.model, self.optim, self.trainer
         positive = {
             "optim.epochs": o.epochs,
+            "optim.steps": 1 if o.steps is None else o.steps,
             "optim.lr": o.lr,
             "data.batch_size": self.data.batch_size,
             "trainer.accumulate": t.accumulate,
@@ -150,13 +157,13 @@ class BaseTrainConfig:
                 raise RecipeError(f"{name} is {value}; it must be above 0")
         if self.resume and self.overwrite:
             raise RecipeError("resume continues the run in the folder and overwrite deletes it: ask for one of them")
-        if o.warmup_epochs >= o.epochs:
+        if o.warmup_epochs >= o.epochs and o.steps is None and o.warmup_steps is None:
             raise RecipeError(f"optim.warmup_epochs {o.warmup_epochs} leaves nothing of optim.epochs {o.epochs}")
         if bool(o.milestones) != (o.schedule == "multistep"):
             raise RecipeError(f"optim.milestones {plain(o.milestones)} do not go with optim.schedule {o.schedule}")
         if not 0 <= o.ema_decay < 1:
             raise RecipeError(f"optim.ema_decay is {o.ema_decay}; expected 0 (none) or a value below 1, such as 0.9999")
-        if o.epochs % t.validate_every:
+        if o.epochs % t.validate_every and o.steps is None:
             raise RecipeError(f"trainer.validate_every {t.validate_every} does not divide optim.epochs {o.epochs}")
         if m.pretrained and m.checkpoint:
             raise RecipeError("model.pretrained and model.checkpoint both name initial weights: give one of them")
@@ -238,7 +245,7 @@ class ValidateConfig(BaseValidateConfig):
 
 @dataclass
 class PredictConfig:
-    """Classify image files."""
+    """Use a model on image files."""
 
     checkpoint: str | None = None
     """File with the weights; null, with no pretrained name either, for the model of the newest run."""
@@ -247,13 +254,19 @@ class PredictConfig:
     ema: bool = False
     """Of a checkpoint that holds both, take the averaged weights."""
     topk: int = 5
-    """How many classes to report for each image."""
+    """For classification: how many classes to report for each image."""
+    pictures: str = "runs/predictions"
+    """For segmentation and detection: folder for the pictures that show what was found, and for masks."""
+    window: int | None = None
+    """For segmentation and detection: side of the overlapping squares, in pixels, that large pictures are taken apart
+    into, at their own size; null to fit whole pictures into what the model was tested at."""
     format: Literal["table", "json", "csv"] = "table"
     """How results are printed."""
     output: str | None = None
     """File for the results; null for standard output."""
     img_size: int | tuple[int, int] | None = None
-    """Side, or height and width, that the network sees; null for the size it was trained at."""
+    """Side, or height and width, that the network sees, or for segmentation and detection the short side, or the short
+    and the long one; null for the size it was trained at."""
     batch_size: int = 32
     """Images in one forward pass."""
     workers: int = 0

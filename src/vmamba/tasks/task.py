@@ -23,7 +23,8 @@ from typing_extensions import override
 from vmamba.data.loading import EpochLoader
 from vmamba.data.seeding import derive_seed, seed_step
 from vmamba.errors import DataError, NonFiniteError, RecipeError
-from vmamba.models.checkpoints import load_checkpoint
+from vmamba.models.checkpoints import identify_checkpoint, load_checkpoint
+from vmamba.models.feature_maps import DenseModel
 from vmamba.tasks.prediction import Weights, builder
 from vmamba.tasks.recipe import BaseTrainConfig, ModelConfig
 
@@ -147,7 +148,7 @@ class Task(L.LightningModule):
         return {}
 
     def summary(self, results: dict[str, Any]) -> str:
-        """A validation in one line."""
+        """A validation in one line; below it more, if there is more to tell."""
         return ", ".join(f"{s.label} {s.text(results[s.name])}" for s in (self.score, LOSS) if s.name in results)
 
     def show(self, folder: Path) -> None:
@@ -175,6 +176,11 @@ class Task(L.LightningModule):
         trainer = self.trainer
         pin_memory = trainer.strategy.root_device.type == "cuda"
         return {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": pin_memory}
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights in one epoch."""
+        return math.ceil(len(self.train_loader) / self.trainer.accumulate_grad_batches)
 
     # --- one training step
 
@@ -256,6 +262,11 @@ class Task(L.LightningModule):
         self.val_loader = self._loader(training=False)
         if stage == "fit":
             self.train_loader = self._loader(training=True)
+            assert self.recipe is not None
+            if self.recipe.optim.steps is not None:
+                every = self.recipe.trainer.validate_every
+                times = self.recipe.optim.steps / self.updates / every
+                self.trainer.fit_loop.max_epochs = max(round(times), 1) * every
 
     def _loader(self, training: bool) -> EpochLoader:
         loader = self.loader(training)
@@ -302,12 +313,15 @@ class Task(L.LightningModule):
         optimizer = create_optimizer_v2(
             self.model, o.optimizer, lr=o.lr * scale, weight_decay=o.weight_decay, layer_decay=o.layer_decay, **betas
         )
-        updates = math.ceil(len(self.train_loader) / accumulate)
-        warmup = round(o.warmup_epochs * updates)
+        updates, total = self.updates, self.updates * int(self.trainer.max_epochs or 1)
+        warmup = round(o.warmup_epochs * updates) if o.warmup_steps is None else o.warmup_steps
+        if warmup >= total:
+            raise RecipeError(f"the warm-up of {warmup} updates leaves nothing of the {total} of the whole run")
         self.scheduler, _ = create_scheduler_v2(
-            optimizer, o.schedule, num_epochs=o.epochs * updates - warmup, min_lr=o.min_lr * scale,
+            optimizer, o.schedule, num_epochs=total - warmup, min_lr=o.min_lr * scale,
             warmup_epochs=warmup, warmup_lr=o.warmup_lr * scale, warmup_prefix=True,
             step_on_epochs=False, updates_per_epoch=1,
+            decay_rate=1 if o.schedule == "poly" else 0.1,  # which is its power
             # timm counts them from the end of the warm-up, and is early by one.
             decay_milestones=[round(epoch * updates) - warmup + 1 for epoch in o.milestones],
         )  # fmt: skip
@@ -345,7 +359,9 @@ def build_model(config: ModelConfig, seed: int = 0, **arguments: Any) -> nn.Modu
     except TypeError as error:
         raise RecipeError(f"{config.name} cannot be built as configured under model: {error}") from error
     if config.checkpoint:
-        load_checkpoint(model, config.checkpoint, ema=config.ema_weights, reset_head=True)
+        dense = isinstance(model, DenseModel) and identify_checkpoint(config.checkpoint).task == "classification"
+        target = model.backbone.extractor if dense else model  # a classifier's file holds a backbone
+        load_checkpoint(target, config.checkpoint, ema=config.ema_weights, reset_head=True)
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
