@@ -12,7 +12,7 @@ from vmamba.nn import cpu
 from vmamba.nn.layers import LayerNorm
 from vmamba.nn.mlp import Mlp
 from vmamba.nn.ss2d import SS2D
-from vmamba.ops.layers import applies, is_compiled
+from vmamba.ops.layers import applies, is_compiled, product, product_dtype
 
 
 @cpu.known
@@ -49,8 +49,10 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) to the same."""
-        if not is_compiled() and not torch.is_grad_enabled() and applies(x) and cpu.as_built(self):
-            return self._infer(x)
+        if not (is_compiled() or torch.is_grad_enabled()) and applies(x) and cpu.as_built(self):
+            layers = [self.ss2d.out_proj] if self.mlp is None else [self.ss2d.out_proj, self.mlp.fc1, self.mlp.fc2]
+            if applies(x, *(value for layer in layers for value in (layer.weight, layer.bias))):
+                return self._infer(x)
         x = x + self.drop_path1(self.ss2d(self.norm1(x)))
         if self.mlp is not None:
             x = x + self.drop_path2(self.mlp(self.norm2(x)))
@@ -58,17 +60,14 @@ class VSSBlock(nn.Module):
 
     def _infer(self, x: Tensor) -> Tensor:
         """The same, by stretches of pixels wherever pixels do not mix: they stay in the cache from norm to sum."""
-        ss2d, mlp = self.ss2d, self.mlp
+        ss2d, mlp, dtype = self.ss2d, self.mlp, product_dtype(x)
         width = max(ss2d.in_proj.out_features, mlp.fc1.out_features if mlp is not None else 0)
-        u = cpu.in_stretches(lambda part: ss2d.in_proj(self.norm1(part)), x, width)
+        u = cpu.in_stretches(lambda part: ss2d.in_proj(self.norm1(part)), (x,), width)
         y, gate = ss2d.mix(u)
-        y, dtype = y.contiguous(), torch.promote_types(x.dtype, y.dtype)
-        result = y if (y.shape, y.dtype) == (x.shape, dtype) else y.new_empty(x.shape, dtype=dtype)
+        del u
 
-        pieces = [cpu.stretches(value.flatten(0, -2), width) for value in (x, y, result)]
-        gates = [None] * len(pieces[0]) if gate is None else cpu.stretches(gate.flatten(0, -2), width)
-        for x_part, y_part, result_part, gate_part in zip(*pieces, gates, strict=True):
-            torch.add(x_part, ss2d.project(y_part, gate_part), out=result_part)
-            if mlp is not None:
-                result_part.add_(mlp(self.norm2(result_part)))
-        return result
+        def rest(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+            x = product(ss2d.gated_norm(y, gate).to(dtype), ss2d.out_proj.weight, ss2d.out_proj.bias, residual=x)
+            return x if mlp is None else mlp.infer(self.norm2(x).to(dtype), x)
+
+        return cpu.in_stretches(rest, (x, y, gate), width, out=y)

@@ -48,11 +48,16 @@ class Mlp(timm.layers.Mlp):
         parameters = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         if not applies(x, *parameters):
             return super().forward(x)
-        if not records(x, *parameters):
-            return cpu.in_stretches(lambda part: self.fc2(self.act(self.fc1(part))), x, self.fc1.out_features)
         dtype = product_dtype(x)
+        if not records(x, *parameters):
+            return cpu.in_stretches(lambda part: self.infer(part.to(dtype)), (x,), self.fc1.out_features)
         x, weight1, bias1, weight2, bias2 = (v if v is None else v.to(dtype) for v in (x, *parameters))
         return _FrugalMlp.apply(x.flatten(0, -2), weight1, bias1, weight2, bias2).view(x.shape)
+
+    def infer(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Of an MLP as it was built, without autograd: its result, plus the residual, (..., C)."""
+        hidden = product(x, self.fc1.weight, self.fc1.bias, "gelu")
+        return product(hidden, self.fc2.weight, self.fc2.bias, residual=residual)
 
 
 class _FrugalMlp(torch.autograd.Function):
@@ -64,7 +69,7 @@ class _FrugalMlp(torch.autograd.Function):
     ) -> Tensor:
         hidden, y = [], torch.empty_like(x)
         for part, result in zip(cpu.stretches(x, len(weight1)), cpu.stretches(y, len(weight1)), strict=True):
-            hidden.append(F.linear(part, weight1, bias1))  # oneDNN is slower where the result is the wider side
+            hidden.append(product(part, weight1, bias1))
             result.copy_(product(gelu(hidden[-1]), weight2, bias2))
         ctx.save_for_backward(x, weight1, bias1, weight2, bias2, *hidden)
         return y

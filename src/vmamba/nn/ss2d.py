@@ -107,7 +107,7 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the pixels of (B, H, W, C); returns (B, H, W, C)."""
-        return self.dropout(self.project(*self.mix(self.in_proj(x))))
+        return self.dropout(self.out_proj(self.gated_norm(*self.mix(self.in_proj(x)))))
 
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """From the first projection's result to that of the scans, (B, H, W, D), and the gate."""
@@ -119,7 +119,7 @@ class SS2D(nn.Module):
         A = -torch.exp(self.A_log.to(state_dtype(self.A_log)))
         return ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, self.pattern)
 
-    def project(self, y: Tensor, gate: Tensor | None) -> Tensor:
-        """From the scans' result (..., D) to that of the last projection, (..., C)."""
+    def gated_norm(self, y: Tensor, gate: Tensor | None) -> Tensor:
+        """The scans' result (..., D), normalised and gated."""
         y = self.norm(y)
-        return self.out_proj(y if gate is None else y * F.silu(gate))
+        return y if gate is None else y * F.silu(gate)

@@ -1,9 +1,8 @@
 """Layers as functions, as fast as the CPU computes them; where that does not apply they are torch's own.
 
-On the CPU, in float32 and bfloat16, products go to oneDNN, which on many processors is twice as fast as what torch
-takes there, and chains of layers are one pass over memory (`backends/native/layers.py`). All of them compute from the
-parameters given and keep nothing. To torch.compile they are operators, which it leaves alone; an exported graph has
-torch's own layers.
+On the CPU, in float32 and bfloat16, products read the weight as it lies in memory (`backends/native/products.py`), and
+chains of layers are one pass over memory (`backends/native/layers.py`). All of them compute from the parameters given
+and keep nothing. To torch.compile they are operators, which it leaves alone; an exported graph has torch's own layers.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.ops.backends.native import layers as native
+from vmamba.ops.backends.native import products
 from vmamba.ops.operators import runs_eagerly
 from vmamba.ops.registration import define, pull_back
 
@@ -70,7 +70,7 @@ def can_fuse(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, by oneDNN where that `applies`.
+    """`F.linear`, faster on the CPU where that `applies`.
 
     Args:
         x: (..., C).
@@ -83,17 +83,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not applies(x, weight, bias) or x.shape[-1] != weight.shape[-1]:
         return F.linear(x, weight, bias)
     dtype = product_dtype(x)
-    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if is_compiled() or records(x, weight, bias):
-        return torch.ops.vmamba.linear(x, weight, bias)
-    return product(x, weight, bias)
+        return torch.ops.vmamba.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return product(x.to(dtype), weight, bias)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias for (..., C) and (C', C) of one dtype, on the CPU; without autograd."""
-    if x.dtype not in _product_dtypes() or not torch.backends.mkldnn.enabled or not x.numel():
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """activation(x · weightᵀ + bias) + residual on the CPU, without autograd; see `native.products.linear`.
+
+    Args:
+        x: (..., C).
+        weight: (C', C), like the bias in x's dtype, or in float32 where x is bfloat16.
+        bias: (C',) or None.
+        activation: "none" or "gelu".
+        residual: (..., C') or None, in x's dtype, or in float32 where x is bfloat16.
+    """
+    rows = x.numel() // max(x.shape[-1], 1)
+    if weight.is_contiguous() and products.wins(rows, weight.shape[1], weight.shape[0], x.dtype):
+        return products.linear(x, weight, bias, activation, residual)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if x.dtype in _product_dtypes() and torch.backends.mkldnn.enabled and x.numel():
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
+    else:
+        y = F.linear(x, weight, bias)
+    y = gelu(y) if activation == "gelu" else y
+    return y if residual is None else y + residual
 
 
 @functools.cache
@@ -115,7 +131,7 @@ def _product_gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:
 
 define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    product,
+    lambda x, weight, bias: product(x, weight, bias),
     plain=F.linear,
     gradient=_product_gradient,
     fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),

@@ -76,7 +76,7 @@ def pull_back(
         remaining = iter(given)
         return function(*(value if value is None else next(remaining) for value in values))
 
-    results, pull = torch.func.vjp(of_tensors, *(value for value in values if value is not None))
+    results, pull, *_ = torch.func.vjp(of_tensors, *(value for value in values if value is not None))
     pulled = iter(pull(tuple(grads) if isinstance(results, tuple) else grads[0]))
     return [value if value is None else next(pulled) for value in values]
 
