@@ -58,7 +58,7 @@ def predict(config: PredictConfig, paths: Sequence[str]) -> int:
         if result.error:
             report(result.error)
     if config.format == "json":
-        write([result.to_dict() for result in results], config.output)
+        write([record for result in results for record in result.records()], config.output)
     else:
         rows = [row for result in results for row in result.rows(exact=config.format == "csv")]
         header, right = predictor.outcome.columns, predictor.outcome.right

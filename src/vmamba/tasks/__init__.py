@@ -40,6 +40,12 @@ TASKS = {
         "vmamba.tasks.segmentation:SegmentationTask",
         "vmamba.tasks.segmenter:Segmenter",
     ),
+    "detection": Parts(
+        "vmamba.tasks.detection_recipe:DetectionTrainConfig",
+        "vmamba.tasks.detection_recipe:DetectionValidateConfig",
+        "vmamba.tasks.detection:DetectionTask",
+        "vmamba.tasks.detector:Detector",
+    ),
 }
 
 

@@ -179,7 +179,7 @@ def boxed(
             _tint(pixels, masks[i], edges[i], colours[i], share, width)
         image = Image.fromarray(pixels.round().astype(np.uint8))
     draw = ImageDraw.Draw(image)
-    letters = font(min(max(image.width // 72, 11), 20))
+    points = min(max(image.width // 72, 11), 20)
     thin = width if masks is None else max(width // 2, 1)
     for i in order:
         x0, y0, x1, y1 = edges[i].tolist()
@@ -187,7 +187,7 @@ def boxed(
         draw.rectangle((x0, y0, max(x1, x0), max(y1, y0)), outline=colours[i], width=thin)
     taken: list[tuple[float, float, float, float]] = []
     for i in order[::-1]:  # the smallest have the fewest places to choose from
-        _label(draw, edges[i].tolist(), texts[i], colours[i], letters, image.size, taken)
+        _label(draw, edges[i].tolist(), texts[i], colours[i], points, image.size, taken)
     return image
 
 
@@ -227,13 +227,13 @@ def _label(
     box: Sequence[int],
     text: str,
     colour: Colour,
-    letters: Font,
+    points: int,
     size: tuple[int, int],
     taken: list[tuple[float, float, float, float]],
 ) -> None:
     """Write on a coloured ground at a corner of the box, at the first that lies on no label among those taken."""
     x0, y0, x1, y1 = box
-    height = round(1.35 * letters.size)
+    letters, height = font(points), round(1.35 * points)
     width = round(draw.textlength(text, letters)) + height // 2
     corners = ((x0, y0 - height), (x0, y0), (x0, y1), (x1 - width, y0 - height), (x1 - width, y1), (x0, y1 - height))
     inside = [(min(max(x, 0), size[0] - width), min(max(y, 0), size[1] - height)) for x, y in corners]

@@ -99,6 +99,10 @@ class Outcome:
         values: dict[str, Any] = asdict(self) | {"file": shown(self.file)}  # type: ignore[call-overload]
         return {name: value for name, value in values.items() if value}
 
+    def records(self) -> list[dict[str, Any]]:
+        """What a JSON file of outcomes, a list, holds of it."""
+        return [self.to_dict()]
+
 
 class Predictor:
     """A trained network with what it takes to use it on image files.

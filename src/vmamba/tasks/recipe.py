@@ -255,6 +255,8 @@ class PredictConfig:
     """Of a checkpoint that holds both, take the averaged weights."""
     topk: int = 5
     """For classification: how many classes to report for each image."""
+    threshold: float = 0.3
+    """For detection: objects with a lower score are left out."""
     pictures: str = "runs/predictions"
     """For segmentation and detection: folder for the pictures that show what was found, and for masks."""
     window: int | None = None

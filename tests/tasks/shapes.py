@@ -1,0 +1,42 @@
+"""Pictures of coloured shapes with boxes and masks, as a COCO data set small enough to train on in seconds."""
+
+import json
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+CLASSES = ("disc", "square")
+
+
+def make_shapes(root, train=8, val=4, masks=True, size=(64, 80), seed=0):
+    """root/train.json, root/val.json and root/images: one to three shapes a picture, of category ids 3 and 8."""
+    generator = np.random.default_rng(seed)
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    height, width = size
+    for split, count in (("train", train), ("val", val)):
+        images, annotations = [], []
+        for number in range(count):
+            image = Image.fromarray(generator.integers(0, 90, (height, width, 3), dtype=np.uint8))
+            draw = ImageDraw.Draw(image)
+            for place in range(number % 3 + 1):
+                side = int(generator.integers(16, 24))
+                x, y = int(generator.integers(place * 26, place * 26 + 3)), int(generator.integers(0, height - side))
+                kind = int(generator.integers(2))
+                box, colour = (x, y, x + side - 1, y + side - 1), (240, 60, 60) if kind else (60, 220, 240)
+                (draw.rectangle if kind else draw.ellipse)(box, fill=colour)
+                angles = np.linspace(0, 2 * np.pi, 4 if kind else 24, endpoint=False) + (np.pi / 4 if kind else 0)
+                radius = side / 2 * (2**0.5 if kind else 1)
+                outline = np.stack([x + side / 2 + radius * np.cos(angles), y + side / 2 + radius * np.sin(angles)], 1)
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": number + 1, "category_id": (3, 8)[kind], "iscrowd": 0,
+                    "bbox": [x, y, side, side], "area": side * side,
+                    **({"segmentation": [outline.clip(0).ravel().tolist()]} if masks else {}),
+                })  # fmt: skip
+            name = f"{split}{number}.png"
+            image.save(root / "images" / name)
+            images.append({"id": number + 1, "file_name": name, "height": height, "width": width})
+        categories = [{"id": 3, "name": "disc"}, {"id": 8, "name": "square"}]
+        (root / f"{split}.json").write_text(
+            json.dumps({"images": images, "annotations": annotations, "categories": categories})
+        )
+    return root

@@ -1,0 +1,411 @@
+import copy
+import csv
+import io
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from tasks.shapes import CLASSES, make_shapes
+from tasks.small import checkpoint, distributed, history, spawn, train_and_die
+
+from vmamba.cli import main, make_parser
+from vmamba.data.coco import open_objects
+from vmamba.data.config import DetectionAugmentConfig
+from vmamba.data.transforms import Preprocessing
+from vmamba.errors import CheckpointError, DataError, RecipeError
+from vmamba.models.checkpoints import read_metadata
+from vmamba.models.registry import ENTRIES
+from vmamba.tasks.detection import NUMBERS, DetectionTask, evaluate, padded
+from vmamba.tasks.detection_recipe import DetectionDataConfig, DetectionTrainConfig, DetectionValidateConfig
+from vmamba.tasks.detector import Detector, encode_masks
+from vmamba.tasks.prediction import Classifier
+from vmamba.tasks.recipe import ModelConfig, OptimConfig, TrainerConfig
+from vmamba.tasks.training import train, validate
+
+CPU = TrainerConfig(accelerator="cpu", progress=False)
+KWARGS = {"backbone": "vmamba_femto_s2", "depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "channels": 16, "hidden": 32}
+LOSSES = ("rpn_cls", "rpn_reg", "cls", "reg", "mask")
+
+
+def recipe(data, run, **optim):
+    """Every source of randomness is on: shuffling, several sizes, flips, colours, drop path, sampled regions."""
+    return DetectionTrainConfig(
+        model=ModelConfig("maskrcnn", kwargs=KWARGS, drop_path_rate=0.1),
+        data=DetectionDataConfig(root=str(data), img_size=(64, 96), batch_size=2, workers=0),
+        augment=DetectionAugmentConfig(short_sides=(56, 64, 72), longest=120, photometric=True),
+        optim=OptimConfig(**{"epochs": 3, "warmup_epochs": 1, "lr_batch": 0, "lr": 3e-3, "ema_decay": 0.9} | optim),
+        trainer=replace(CPU),
+        run=str(run),
+    )
+
+
+@pytest.fixture
+def shapes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return make_shapes(tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with data and a run that has learned something."""
+    folder = tmp_path_factory.mktemp("trained")
+    before = os.getcwd()
+    os.chdir(folder)
+    config = recipe(make_shapes(folder / "data", train=24, val=5), folder / "run", epochs=10, ema_decay=0)
+    config.model.drop_path_rate, config.augment.photometric = 0.0, False
+    train(config)
+    os.chdir(before)
+    return folder
+
+
+def boxes_overlap(a, b):
+    inter = np.prod(np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None))
+    return inter / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - inter)
+
+
+def test_a_run_learns_and_leaves_a_model_that_stands_alone(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    rows = history(trained / "run")
+    header = (trained / "run/metrics.csv").read_text().splitlines()[0].split(",")
+    assert header == [
+        "epoch", "lr", "train_loss", *(f"train_{name}" for name in LOSSES),
+        *(f"val_{kind}_{name}" for kind in ("box", "mask") for name in ("AP", "AP50", "AP75")), "seconds",
+    ]  # fmt: skip
+    assert rows[-1]["train_loss"] == pytest.approx(sum(rows[-1][f"train_{name}"] for name in LOSSES), rel=1e-5)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 3
+    assert rows[-1]["val_box_AP"] > 0.3
+    assert rows[-1]["val_mask_AP"] > 0.3
+
+    metadata = read_metadata(trained / "run/model.safetensors")
+    assert (metadata["task"], metadata["variant"]) == ("detection", "maskrcnn")
+    assert (metadata["class_names"], metadata["category_ids"], metadata["sides"]) == (list(CLASSES), [3, 8], [64, 96])
+    assert metadata["model_kwargs"] == {**KWARGS, "masks": True}
+
+    found = validate(DetectionValidateConfig(trainer=CPU))
+    best = max(rows, key=lambda row: row["val_box_AP"])
+    for name in ("box_AP", "box_AP50", "mask_AP"):
+        assert found[name] == pytest.approx(best[f"val_{name}"], abs=1e-6)
+    stored = json.loads((trained / "run/metrics.json").read_text())
+    assert list(stored["box"]) == list(stored["mask"]) == list(NUMBERS)
+    assert stored["box"]["AP"] == pytest.approx(found["box_AP"], abs=1e-5)
+    assert stored["box"]["AP_large"] is None  # nothing is as large
+    assert {name: row["objects"] for name, row in stored["per_class"].items()} == {
+        name: sum(
+            a["category_id"] == category for a in json.loads((trained / "data/val.json").read_text())["annotations"]
+        )
+        for name, category in zip(CLASSES, (3, 8), strict=True)
+    }
+    assert np.mean([row["mask_AP"] for row in stored["per_class"].values()]) == pytest.approx(
+        found["mask_AP"], abs=1e-4
+    )
+    assert found["summary"].startswith(f"5 images: box AP {found['box_AP']:.2%}, box AP50")
+    for name in ("samples.png", "per_class_box.png", "per_class_mask.png", "learning_curve.png"):
+        assert Image.open(trained / "run" / name).width > 400
+
+
+def test_objects_are_found_in_files_images_and_arrays(trained):
+    detector = Detector.load(str(trained / "run/model.safetensors"))
+    file = trained / "data/images/val1.png"
+    found = detector.detect(file, threshold=0.5)
+    for same in (Image.open(file), np.asarray(Image.open(file))):
+        again = detector.detect(same, threshold=0.5)
+        assert np.array_equal(again.boxes, found.boxes)
+        assert np.array_equal(again.masks, found.masks)
+    truth = [a for a in json.loads((trained / "data/val.json").read_text())["annotations"] if a["image_id"] == 2]
+    assert (np.diff(found.scores) <= 0).all()
+    assert (found.scores >= 0.5).all()
+    assert found.masks.shape == (len(found), 64, 80)
+    for annotation in truth:
+        x, y, w, h = annotation["bbox"]
+        overlaps = [boxes_overlap(box, np.array([x, y, x + w, y + h])) for box in found.boxes]
+        best = int(np.argmax(overlaps))
+        assert overlaps[best] > 0.6
+        assert found.objects[best].category_id == annotation["category_id"]
+        assert found.objects[best].name == CLASSES[found.labels[best]]
+        assert found.masks[best, y + h // 2, x + w // 2]
+    overlay = np.asarray(found.overlay().convert("RGB"))
+    assert overlay.shape[1] == 720
+    assert overlay.shape[0] > 720 * 64 / 80  # a legend below
+    with pytest.raises(TypeError, match=r"the array is float64 \(4, 4, 3\); expected uint8"):
+        detector.detect(np.zeros((4, 4, 3)))
+    with pytest.raises(CheckpointError, match=r"is a model for detection, not for classification"):
+        Classifier.load(str(trained / "run/model.safetensors"))
+
+
+def test_windows_find_what_is_too_small_in_the_whole_picture(trained):
+    detector = Detector.load(str(trained / "run/model.safetensors"))
+    picture = Image.open(trained / "data/images/val1.png")
+    large = Image.new("RGB", (400, 320), (45, 45, 45))
+    places = [(0, 0), (320, 0), (160, 128), (0, 256), (320, 256)]
+    for place in places:
+        large.paste(picture, place)
+    alone = detector.detect(picture, threshold=0.5)
+    whole, windows = (detector.detect(large, threshold=0.5, window=window) for window in (None, 96))
+    assert windows.masks.shape[1:] == (320, 400)
+
+    def hits(found):
+        wanted = [alone.boxes[0] + np.tile(place, 2) for place in places]
+        return sum(max([boxes_overlap(box, want) for box in found.boxes], default=0) > 0.5 for want in wanted)
+
+    assert hits(whole) <= 1
+    assert hits(windows) >= 4
+
+
+def test_the_command_line_predicts(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, images = str(trained / "run/model.safetensors"), trained / "data/images"
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    call = ["predict", "--checkpoint", model, "--device", "cpu", "--pictures", "seen", "--threshold", "0.5"]
+    assert main([*call, str(images / "val*.png"), "broken.png", "--format", "json", "--output", "found.json"]) == 1
+    assert "broken.png: " in capsys.readouterr().err
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {entry["class"] for entry in found} == set(CLASSES)
+    assert all(entry["segmentation"]["size"] == [64, 80] and entry["score"] >= 0.5 for entry in found)
+    truth = open_objects(trained / "data/val.json", images)
+    number = {entry["file_name"]: entry["id"] for entry in truth.pictures}
+    for entry in found:
+        entry["image_id"] = number[os.path.basename(entry["file"])]
+    assert evaluate(truth, found, "box").numbers[1] > 0.3
+    assert sorted(path.name for path in (tmp_path / "seen/overlays").rglob("*.png")) == [
+        f"val{i}.png" for i in range(5)
+    ]
+
+    assert main([*call, str(images / "val0.png"), "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    first = next(entry for entry in found if entry["file"].endswith("val0.png"))
+    assert rows[0]["class"] == first["class"]
+    assert float(rows[0]["left"]) == pytest.approx(first["bbox"][0], abs=0.01)
+    assert float(rows[0]["right"]) == pytest.approx(first["bbox"][0] + first["bbox"][2], abs=0.01)
+    assert main([*call, str(images / "val0.png"), "--threshold", "1"]) == 0
+    assert "nothing found" in capsys.readouterr().out
+
+
+def test_several_processes_measure_what_one_does(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = DetectionValidateConfig(
+        checkpoint=str(trained / "run/model.safetensors"),
+        data=DetectionDataConfig(root=str(trained / "data"), workers=0),
+        trainer=CPU,
+        output=str(tmp_path / "one"),
+    )
+    alone = validate(config)
+    distributed(validate, replace(config, output=str(tmp_path / "two")))
+    together = json.loads((tmp_path / "two/metrics.json").read_text())
+    assert together["images"] == alone["images"] == 5  # of six, one fills up
+    for part in ("box_AP", "mask_AP", "box", "mask", "per_class"):
+        assert together[part] == pytest.approx(alone[part]) if part.endswith("AP") else together[part] == alone[part]
+
+
+def test_killed_and_resumed_is_never_stopped(shapes, tmp_path):
+    whole, broken = recipe(shapes, tmp_path / "whole"), recipe(shapes, tmp_path / "broken")
+    process = spawn(train, whole)
+    process.join()
+    assert process.exitcode == 0
+    process = spawn(train_and_die, broken, "training")
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert checkpoint(tmp_path / "broken")["epoch"] == 0
+    broken.resume, broken.data = True, replace(broken.data, workers=1)
+    process = spawn(train, broken)
+    process.join()
+    assert process.exitcode == 0
+    a, b = (checkpoint(tmp_path / name) for name in ("whole", "broken"))
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    assert all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
+    a, b = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    strip = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in history(tmp_path / n)] for n in ("whole", "broken")
+    ]
+    assert strip[0] == strip[1]
+    assert strip[0][0]["train_loss"] != strip[0][2]["train_loss"]
+
+
+def test_boxes_without_masks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = make_shapes(tmp_path / "data", train=4, val=2, masks=False)
+    config = recipe(data, tmp_path / "run", epochs=1, warmup_epochs=0)
+    train(config)
+    assert read_metadata(tmp_path / "run/model.safetensors")["model_kwargs"]["masks"] is False
+    row = history(tmp_path / "run")[0]
+    assert "val_box_AP" in row
+    assert not any("mask" in name for name in row)
+    found = Detector.load().detect(np.zeros((30, 50), np.uint8), threshold=0)
+    assert found.masks is None
+    assert all("segmentation" not in thing.to_coco(1) for thing in found.objects)
+    config.data.masks, config.overwrite = True, True
+    with pytest.raises(DataError, match=r"data.masks asks for masks, but not every object of .*train.json has one"):
+        train(config)
+
+
+def test_batches_of_pictures_of_any_sizes():
+    pre = Preprocessing(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
+    images, sizes = padded(
+        [torch.full((3, 20, 40), 255, dtype=torch.uint8), torch.zeros(3, 33, 8, dtype=torch.uint8)], pre
+    )
+    assert (tuple(images.shape), sizes) == ((2, 3, 64, 64), [(20, 40), (33, 8)])
+    for image, (height, width), values in zip(images, sizes, ((1, 3, 1), (-1, -1, 0)), strict=True):
+        expected = torch.zeros(3, 64, 64)
+        expected[:, :height, :width] = torch.tensor(values, dtype=torch.float32)[:, None, None]
+        assert torch.equal(image, expected)
+
+
+def test_pictures_without_objects_give_every_loss_and_gradient(shapes, tmp_path):
+    task = DetectionTask.from_recipe(recipe(shapes, tmp_path / "run"))
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64),
+             "masks": torch.zeros(0, 64, 80, dtype=torch.uint8)}  # fmt: skip
+    losses = task.loss([(torch.zeros(3, 64, 80, dtype=torch.uint8), empty)] * 2)
+    assert set(losses) == set(LOSSES)
+    assert [float(losses[name].detach()) for name in ("rpn_reg", "reg", "mask")] == [0, 0, 0]
+    sum(losses.values()).backward()
+    missing = [name for name, parameter in task.model.named_parameters() if parameter.grad is None]
+    assert missing == []
+
+
+@pytest.mark.parametrize("kind", ["box", "mask"])
+def test_the_metric_is_pycocotools(tmp_path, kind):
+    """On random detections near the truth and away from it, of three sizes, with crowds and a class never seen."""
+    pycocotools = pytest.importorskip("pycocotools.coco")
+    evaluation = pytest.importorskip("pycocotools.cocoeval")
+    generator = np.random.default_rng(5)
+    Image.new("RGB", (300, 240)).save(tmp_path / "x.png")
+    images = [{"id": i, "file_name": "x.png", "height": 240, "width": 300} for i in range(1, 13)]
+    known, found = [], []
+
+    def mask(box):
+        x, y, w, h = np.round(box).astype(int)
+        pixels = np.zeros((1, 240, 300), bool)
+        pixels[0, y : y + h, x : x + w] = True
+        pixels[0, y : y + h // 3, x : x + w // 3] = False
+        return encode_masks(pixels)[0], int(pixels.sum())
+
+    for image in images:
+        for _ in range(int(generator.integers(1, 6))):
+            side = generator.choice([20, 60, 120])
+            box = [*generator.uniform(0, 100, 2), *generator.uniform(side * 0.7, side, 2)]
+            category = int(generator.integers(1, 4))
+            run, area = mask(box)
+            known.append({"id": len(known) + 1, "image_id": image["id"], "category_id": category, "bbox": box,
+                          "area": area, "iscrowd": int(generator.random() < 0.1), "segmentation": run})  # fmt: skip
+            for shift in generator.uniform(-0.3, 0.3, int(generator.integers(0, 4))):
+                near = [box[0] + abs(shift) * side, box[1], box[2], box[3] * (1 - abs(shift))]
+                guess = category if generator.random() < 0.8 else 1
+                found.append({"image_id": image["id"], "category_id": guess, "bbox": near,
+                              "score": float(generator.random()), "segmentation": mask(near)[0]})  # fmt: skip
+    categories = [{"id": i, "name": f"c{i}"} for i in range(1, 5)]
+    (tmp_path / "d.json").write_text(json.dumps({"images": images, "annotations": known, "categories": categories}))
+    truth = open_objects(tmp_path / "d.json", tmp_path)
+    measured = evaluate(truth, copy.deepcopy(found), kind)
+
+    reference = pycocotools.COCO()
+    reference.dataset = truth.ground_truth()
+    reference.createIndex()
+    if kind == "mask":
+        found = [{key: value for key, value in entry.items() if key != "bbox"} for entry in found]
+    theirs = evaluation.COCOeval(reference, reference.loadRes(found), {"box": "bbox", "mask": "segm"}[kind])
+    theirs.evaluate()
+    theirs.accumulate()
+    theirs.summarize()
+    np.testing.assert_allclose(measured.numbers, theirs.stats, atol=1e-12)
+    assert 0.1 < measured.numbers[0] < 0.9
+    precision = theirs.eval["precision"][:, :, :, 0, -1]
+    np.testing.assert_allclose(measured.per_class, [precision[:, :, k].mean() for k in range(4)], atol=1e-12)
+    assert measured.per_class[3] == -1
+    assert (evaluate(truth, [], kind).numbers <= 0).all()
+
+
+def test_bad_data_is_listed_before_any_work(shapes, tmp_path, capfd):
+    config = recipe(shapes, tmp_path / "run")
+    good = {split: json.loads((shapes / f"{split}.json").read_text()) for split in ("train", "val")}
+
+    def change(split, function):
+        data = copy.deepcopy(good[split])
+        function(data)
+        (shapes / f"{split}.json").write_text(json.dumps(data))
+
+    def break_two(data):
+        data["annotations"][0]["category_id"] = 5
+        data["images"][3]["file_name"] = "gone.png"
+
+    change("train", break_two)
+    with pytest.raises(
+        DataError, match=r"(?s)2 of .*gone.png: no such file.*train0.png, annotation 1: .*no category 5"
+    ):
+        train(config)
+    change("train", lambda data: data["annotations"][0].update(bbox=[100, 0, 5, 5]))
+    change("val", lambda data: data["categories"][0].update(name="circle"))
+    with pytest.raises(DataError, match=r"its classes are circle, square; expected disc, square"):
+        train(config)
+    assert "train.json: 1 boxes outside of the picture" in capfd.readouterr().err
+    change("val", lambda data: data["annotations"].clear())
+    with pytest.raises(DataError, match=r"val.json has no objects: there is nothing to find"):
+        train(config)
+    change("val", lambda data: None)
+    (shapes / "images/val1.png").write_bytes(b"")
+    Image.new("RGB", (5, 5)).save(shapes / "images/val2.png")
+    config.data.check_files = True
+    with pytest.raises(
+        DataError, match=r"(?s)2 of 4 images.*val1.png: the file is empty.*val2.png: 5×5, but annotated"
+    ):
+        train(config)
+    (shapes / "val.json").unlink()
+    with pytest.raises(
+        DataError, match=r"has no annotations/instances_val2017.json or .*val.json: .*data.val_annotations"
+    ):
+        train(config)
+    config.data.root = None
+    with pytest.raises(DataError, match=r"data.root is not set"):
+        train(config)
+    config.data.root, config.model = str(shapes), ModelConfig("vmamba_femto_s2")
+    (shapes / "val.json").write_text(json.dumps(good["train"]))
+    config.data.check_files = False
+    with pytest.raises(RecipeError, match=r"vmamba_femto_s2 .*"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_is_found_in_cocos_layout_and_where_it_is_named(shapes, tmp_path):
+    coco = tmp_path / "coco"
+    (coco / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (shapes / f"{split}.json").rename(coco / f"annotations/instances_{split}2017.json")
+        (coco / f"{split}2017").symlink_to(shapes / "images")
+    task = DetectionTask.from_recipe(recipe(coco, tmp_path / "run"))
+    assert (len(task.train_split), len(task.val)) == (8, 4)
+    config = recipe(coco, tmp_path / "run")
+    config.data.val_annotations, config.data.val_images = "annotations/instances_train2017.json", "train2017"
+    assert len(DetectionTask.from_recipe(config).val) == 8
+
+
+def test_published_recipes_are_as_published():
+    """Of each released file: AdamW 1e-4 at a batch of 16, 1000 steps of warm-up, 12 or 36 epochs."""
+    folder = Path(__file__).parents[2] / "configs/coco"
+    released = [entry for entry in ENTRIES.values() if entry.task == "detection" and entry.url]
+    names = {f"{e.name.removesuffix('_3x')}_{'3x' if e.name.endswith('_3x') else '1x'}" for e in released}
+    names.discard("maskrcnn_vmamba_base_s2l15_bs8_1x")  # the same recipe, run once more with half the batch
+    assert {path.stem for path in folder.glob("maskrcnn_*.yaml")} == names
+    for name in names:
+        parser = make_parser("train", DetectionTrainConfig)
+        given = parser.instantiate(parser.parse_args(["train", "--config", str(folder / f"{name}.yaml")])).train
+        o, long = given.optim, name.endswith("_3x")
+        assert (given.task, given.model.name) == ("detection", name[:-3])
+        assert given.model.drop_path_rate == (0.1 if "vanilla" in name else 0.6 if "base" in name else 0.2)
+        assert given.model.kwargs == {"pretrained_backbone": True}
+        assert (o.optimizer, tuple(o.betas), o.lr, o.lr_batch, o.weight_decay) == (
+            "adamw",
+            (0.9, 0.999),
+            1e-4,
+            16,
+            0.05,
+        )
+        assert (o.epochs, list(o.milestones), o.warmup_steps) == ((36, [27, 33], 1000) if long else (12, [8, 11], 1000))
+        assert (o.schedule, o.clip_grad, o.ema_decay) == ("multistep", None, 0)
+        assert list(given.augment.short_sides) == ([*range(480, 801, 32)] if long else [800])
+        assert (given.augment.longest, list(given.data.img_size), given.data.masks) == (1333, [800, 1333], True)
