@@ -15,7 +15,7 @@ import vmamba
 from vmamba.cli import main, make_parser
 from vmamba.models.checkpoints import save_checkpoint
 from vmamba.models.variants import VARIANTS
-from vmamba.tasks.recipe import TrainConfig
+from vmamba.tasks import settings_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 KWARGS = {"depths": [1, 1, 1], "dims": [8, 12, 16]}
@@ -47,9 +47,10 @@ def run(capsys, *arguments):
 
 
 def recipe_of(*arguments):
-    parser = make_parser()
+    settings = settings_of("train", arguments)
+    parser = make_parser("train", settings)
     given = parser.instantiate(parser.parse_args(["train", *arguments])).train
-    return TrainConfig(**{name: given[name] for name in TrainConfig.__dataclass_fields__})
+    return settings(**{name: given[name] for name in settings.__dataclass_fields__})
 
 
 def test_predict_as_json_csv_and_table(model, capsys):
