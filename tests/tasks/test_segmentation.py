@@ -143,7 +143,7 @@ def _segmenter(model, img_size=(512, 2048)):
     return Segmenter(model, Preprocessing(img_size, mean=(0, 0, 0), std=(1, 1, 1)), ["red", "green", "blue"], "here")
 
 
-@pytest.mark.parametrize("size", [(50, 70), (32, 32), (20, 90), (64, 43)])
+@pytest.mark.parametrize("size", [(50, 70), (32, 32), (33, 90), (64, 43)])
 def test_windows_cover_every_pixel_and_add_up(size):
     picture = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     assert torch.equal(_segmenter(Pointwise()).labels(picture, window=32), picture.float().argmax(0))
@@ -162,16 +162,29 @@ def test_windows_cover_every_pixel_and_add_up(size):
 
 
 def test_overlapping_windows_are_averaged_as_in_mmsegmentation():
-    """One row of pixels, two windows of three with one pixel in common: logits add up where both are."""
-    picture = torch.tensor([9, 1, 5, 2, 8], dtype=torch.uint8).expand(3, 1, 5)
+    """One row of pixels, two windows with a third of their pixels in common: logits add up where both are."""
 
-    class First(Pointwise):
-        def forward(self, images):  # each window is sure that its first pixel is class 1, its last weakly class 2
+    class Ends(Pointwise):
+        def forward(self, images):  # each window is sure of class 1 in its first third, less so of 2 in its last
             logits = torch.zeros_like(images)
-            logits[:, 1, :, 0], logits[:, 2, :, -1] = 2.0, 1.0
+            logits[:, 1, :, :12], logits[:, 2, :, -12:] = 2.0, 1.0
             return logits
 
-    assert _segmenter(First()).labels(picture, window=3).tolist() == [[1, 0, 1, 0, 2]]
+    picture = torch.zeros(3, 36, 60, dtype=torch.uint8)
+    assert (
+        _segmenter(Ends()).labels(picture, window=36)[0].tolist()
+        == [1] * 12 + [0] * 12 + [1] * 12 + [0] * 12 + [2] * 12
+    )
+    with pytest.raises(RecipeError, match=r"windows of 31 pixels are too small"):
+        _segmenter(Ends()).labels(picture, window=31)
+
+
+def test_pictures_of_extreme_shapes(whole):
+    segmenter = Segmenter.load(str(whole / "run/model.safetensors"))
+    for size in ((1, 1), (1, 700), (700, 1), (3, 5)):
+        found = segmenter.segment(np.full((*size, 3), 200, np.uint8))
+        assert found.labels.shape == size
+        assert max(found.overlay().size) >= 720
 
 
 def test_prediction_from_files_images_and_arrays(whole):

@@ -139,8 +139,8 @@ class SegmentationTask(Task):
         number = len(self.names)
         self.means = Means(self.device)
         self.counts = torch.zeros(number**2, dtype=torch.int64, device=self.device)
-        order = torch.randperm(len(self.val_loader), generator=torch.Generator().manual_seed(0))
-        self.places, self.seen = set(order[:_SHOWN].tolist()), 0
+        # Evenly spread: neighbours may be frames of one video.
+        self.places, self.seen = {*torch.linspace(0, len(self.val_loader) - 1, _SHOWN).round().int().tolist()}, 0
         self.samples: list[list[Any]] = []
 
     @override

@@ -20,13 +20,14 @@ from typing_extensions import override
 
 from vmamba.data.images import read_image, standard_image
 from vmamba.data.transforms import Preprocessing, fitted_size, resize_bilinear_uint8
-from vmamba.errors import CheckpointError, ImageError
+from vmamba.errors import CheckpointError, ImageError, RecipeError
 from vmamba.files import shown
 from vmamba.models.segmentation import UPerNet, resized
 from vmamba.tasks import overlays
 from vmamba.tasks.prediction import Outcome, Predictor, Weights, class_names, each_file, load_weights, preprocessing_of
 from vmamba.tasks.recipe import PredictConfig
 
+_LEAST = 32  # pixels a side that every network takes
 _CHUNK = 16  # classes whose logits are enlarged at once
 
 
@@ -146,9 +147,14 @@ class Segmenter(Predictor):
 
         Returns:
             int64 (H, W), on the CPU.
+
+        Raises:
+            RecipeError: the window is too small.
         """
         picture = picture.to(next(self.model.parameters()).device)
-        if window is not None:
+        if window is not None and window < _LEAST:
+            raise RecipeError(f"windows of {window} pixels are too small: the model needs {_LEAST} or more")
+        if window is not None and min(picture.shape[1:]) >= _LEAST:
             return _by_window(self.model, self.pre, picture, window).cpu()
         return best_classes(network_logits(self.model, self.pre, picture), picture.shape[1:]).cpu()
 
@@ -211,7 +217,8 @@ def segmentation_preprocessing(
 
 def network_logits(model: torch.nn.Module, pre: Preprocessing, picture: Tensor) -> Tensor:
     """A whole picture, uint8 (C, H, W), to float32 logits (1, classes, h, w) at the size that the network sees."""
-    size = fitted_size(picture.shape[1], picture.shape[2], max(pre.img_size), min(pre.img_size))
+    height, width = fitted_size(picture.shape[1], picture.shape[2], max(pre.img_size), min(pre.img_size))
+    size = max(height, _LEAST), max(width, _LEAST)  # a strip of a few pixels becomes broader
     logits: Tensor = model(pre.normalise(resize_bilinear_uint8(picture, size)[None]))
     return logits.float()
 
@@ -240,8 +247,8 @@ def _by_window(model: UPerNet, pre: Preprocessing, picture: Tensor, window: int)
     _, height, width = picture.shape
     labels = torch.empty(height, width, dtype=torch.int64, device=picture.device)
     carried = torch.zeros(model.num_classes, 0, width, device=picture.device)
-    lefts = _starts(width, window)
-    for top, following in pairwise([*_starts(height, window), height]):
+    lefts = window_starts(width, window)
+    for top, following in pairwise([*window_starts(height, window), height]):
         strip = picture[:, top : top + window]
         logits = torch.zeros(model.num_classes, strip.shape[1], width, device=picture.device)
         logits[:, : carried.shape[1]] = carried
@@ -253,7 +260,7 @@ def _by_window(model: UPerNet, pre: Preprocessing, picture: Tensor, window: int)
     return labels
 
 
-def _starts(length: int, window: int) -> list[int]:
+def window_starts(length: int, window: int) -> list[int]:
     """Where windows begin that overlap by a third or more and cover the length, the last one ending with it."""
     last = max(length - window, 0)
     return [*range(0, last, max(window * 2 // 3, 1)), last]
