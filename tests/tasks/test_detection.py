@@ -154,6 +154,8 @@ def test_windows_find_what_is_too_small_in_the_whole_picture(trained):
         wanted = [alone.boxes[0] + np.tile(place, 2) for place in places]
         return sum(max([boxes_overlap(box, want) for box in found.boxes], default=0) > 0.5 for want in wanted)
 
+    with pytest.raises(RecipeError, match=r"windows of 8 pixels are too small: give 32 or more"):
+        detector.detect(picture, window=8)
     assert hits(whole) <= 1
     assert hits(windows) >= 4
 
@@ -201,6 +203,13 @@ def test_several_processes_measure_what_one_does(trained, tmp_path, monkeypatch)
     assert together["images"] == alone["images"] == 5  # of six, one fills up
     for part in ("box_AP", "mask_AP", "box", "mask", "per_class"):
         assert together[part] == pytest.approx(alone[part]) if part.endswith("AP") else together[part] == alone[part]
+
+
+def test_several_processes_train(shapes, tmp_path):
+    distributed(train, recipe(shapes, tmp_path / "run", epochs=2))
+    rows = history(tmp_path / "run")
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+    assert 0 <= rows[1]["val_box_AP"] <= 1
 
 
 def test_killed_and_resumed_is_never_stopped(shapes, tmp_path):

@@ -17,8 +17,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from typing_extensions import override
 
 from vmamba.data.images import read_image, standard_image
-from vmamba.errors import CheckpointError, ImageError
-from vmamba.files import atomic_write, shown
+from vmamba.errors import CheckpointError, ImageError, RecipeError
+from vmamba.files import shown
 from vmamba.models import boxes as bx
 from vmamba.models.class_names import COCO, COCO_CATEGORY_IDS
 from vmamba.models.detection import Detections, MaskRCNN
@@ -26,9 +26,10 @@ from vmamba.tasks import overlays
 from vmamba.tasks.inference import detect
 from vmamba.tasks.prediction import Outcome, Predictor, Weights, class_names, each_file, load_weights
 from vmamba.tasks.recipe import PredictConfig
-from vmamba.tasks.segmenter import _starts, output_names
+from vmamba.tasks.segmenter import output_names, window_starts
 
 PUBLISHED_SIDES = (800, 1333)  # what the short and the long side of a picture are fitted into
+_LEAST = 32  # pixels a side of a window
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,8 @@ class Detector(Predictor):
 
     @torch.inference_mode()
     def _detections(self, picture: Tensor, window: int | None) -> Detections:
+        if window is not None and window < _LEAST:
+            raise RecipeError(f"windows of {window} pixels are too small: give {_LEAST} or more")
         picture = picture.to(next(self.model.parameters()).device)
         whole: Detections = detect(self.model, [picture], self.sides)[0]
         return whole if window is None else _with_windows(self.model, picture, window, whole)
@@ -237,6 +240,7 @@ class Detector(Predictor):
 
         Raises:
             ImageError: the file cannot be used.
+            RecipeError: the window is too small.
             TypeError: an array of another dtype or shape.
         """
         if isinstance(image, np.ndarray):
@@ -269,9 +273,7 @@ class Detector(Predictor):
             if isinstance(found, ImageError):
                 yield DetectedFile(file, error=str(found))
                 continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as stream:
-                found.overlay().save(stream, "png")
+            overlays.save(found.overlay(), path)
             yield DetectedFile(file, found.objects, str(path))
 
 
@@ -288,8 +290,8 @@ def _with_windows(model: MaskRCNN, picture: Tensor, window: int, whole: Detectio
     """What was found in a whole picture, and in overlapping windows of it that no object is cut off by."""
     _, height, width = picture.shape
     found = [whole]
-    for top in _starts(height, window):
-        for left in _starts(width, window):
+    for top in window_starts(height, window):
+        for left in window_starts(width, window):
             part = picture[:, top : top + window, left : left + window]
             rows, columns = part.shape[1:]
             here = detect(model, [part], (min(rows, columns), max(rows, columns)))[0]

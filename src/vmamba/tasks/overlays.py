@@ -180,11 +180,10 @@ def boxed(
         image = Image.fromarray(pixels.round().astype(np.uint8))
     draw = ImageDraw.Draw(image)
     points = min(max(image.width // 72, 11), 20)
-    thin = width if masks is None else max(width // 2, 1)
     for i in order:
         x0, y0, x1, y1 = edges[i].tolist()
-        draw.rectangle((x0 - 1, y0 - 1, max(x1, x0) + 1, max(y1, y0) + 1), outline=INK, width=thin + 2)
-        draw.rectangle((x0, y0, max(x1, x0), max(y1, y0)), outline=colours[i], width=thin)
+        draw.rectangle((x0 - 1, y0 - 1, max(x1, x0) + 1, max(y1, y0) + 1), outline=INK, width=width + 2)
+        draw.rectangle((x0, y0, max(x1, x0), max(y1, y0)), outline=colours[i], width=width)
     taken: list[tuple[float, float, float, float]] = []
     for i in order[::-1]:  # the smallest have the fewest places to choose from
         _label(draw, edges[i].tolist(), texts[i], colours[i], points, image.size, taken)
