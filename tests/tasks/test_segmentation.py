@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -325,6 +326,32 @@ def test_what_does_not_fit_is_refused(whole, tmp_path, monkeypatch):
         Classifier.from_weights(weights)
     with pytest.raises(CheckpointError, match=r"is a model for classification, not for segmentation"):
         Segmenter.from_weights(Weights(vmamba.create_model("vmamba_femto"), {}, "here"))
+
+
+def test_batch_norm_is_over_all_accelerators(whole):
+    task = SegmentationTask.from_recipe(landscape_recipe(whole / "pictures", "run"))
+    names = list(task.state_dict())
+    weight = task.model.decode_head.bottleneck.bn.weight
+    for device, kind in (("cpu", nn.BatchNorm2d), ("cuda", nn.SyncBatchNorm)):
+        trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device=torch.device(device)))
+        task.trainer = trainer
+        task.configure_model()
+        assert type(task.model.decode_head.bottleneck.bn) is kind
+    assert task.model.decode_head.bottleneck.bn.weight is weight
+    assert list(task.state_dict()) == names
+
+
+def test_another_backbone_of_timm_is_trained_and_read_back(whole, tmp_path):
+    config = landscape_recipe(whole / "pictures", tmp_path / "run", epochs=2, ema_decay=0.0)
+    kwargs = {"backbone": "test_resnet", "channels": 8, "auxiliary_channels": 0, "out_norm": False}
+    config.model = ModelConfig("upernet", kwargs=kwargs)
+    train(config)
+    rows = history(tmp_path / "run")
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+    assert rows[1]["train_decode"] == rows[1]["train_loss"]
+    segmenter = Segmenter.load(str(tmp_path / "run/model.safetensors"))
+    assert type(segmenter.model.backbone.extractor.layer1).__name__ == "Sequential"
+    assert segmenter.segment(whole / "pictures/images/val/0.png").labels.shape == (44, 60)
 
 
 def test_a_classifier_gives_its_backbone(tmp_path):
