@@ -55,12 +55,10 @@ class SegmentedFile(Outcome):
 
     @override
     def rows(self, exact: bool) -> list[tuple[Any, ...]]:
-        return [
-            (*((shown(self.file),) if exact or place == 0 else ("",)), found.name, found.index,
-             f"{found.share:.6f}" if exact else f"{found.share:.2%}",
-             *((shown(self.overlay or ""), shown(self.mask or "")) if exact or place == 0 else ("", "")))
-            for place, found in enumerate(self.classes)
-        ]  # fmt: skip
+        file, overlay, mask = (shown(text or "") for text in (self.file, self.overlay, self.mask))
+        digits = ".6f" if exact else ".2%"
+        lines = [(file, found.name, found.index, f"{found.share:{digits}}", overlay, mask) for found in self.classes]
+        return lines if exact else [*lines[:1], *(("", *line[1:4], "", "") for line in lines[1:])]
 
 
 @dataclass(frozen=True)
@@ -186,20 +184,19 @@ class Segmenter(Predictor):
     @override
     def outcomes(self, files: Sequence[str], config: PredictConfig) -> Iterator[SegmentedFile]:
         """See `Predictor.outcomes`; writes ``overlays/NAME.png`` and ``masks/NAME.png`` into ``config.pictures``."""
-        folders = [Path(config.pictures) / kind for kind in ("overlays", "masks")]
-        names = iter(output_names(files))
 
         def infer(samples: list[Tensor]) -> list[Segmentation]:
             return [self._found(sample, config.window) for sample in samples]
 
         # One at a time: pictures of different sizes share no forward pass, and may be large.
-        for file, found in each_file(files, self.pre.in_chans, pil_to_tensor, infer, 1, config.workers):
-            paths = [folder / next_name for next_name in [next(names)] for folder in folders]
+        results = each_file(files, self.pre.in_chans, pil_to_tensor, infer, 1, config.workers)
+        for (file, found), name in zip(results, output_names(files), strict=True):
             if isinstance(found, ImageError):
                 yield SegmentedFile(file, error=str(found))
                 continue
-            for path, image in zip(paths, (found.overlay(), found.mask()), strict=True):
-                overlays.save(image, path)
+            paths = [Path(config.pictures, kind, name) for kind in ("overlays", "masks")]
+            overlays.save(found.overlay(), paths[0])
+            overlays.save(found.mask(), paths[1])
             yield SegmentedFile(file, found.shares, *map(str, paths))
 
 
