@@ -51,7 +51,9 @@ def _scaled(value):
     """Not by one number, which a norm would take out again."""
     if isinstance(value, tuple):
         return tuple(map(_scaled, value))
-    return value if value is None else value * torch.linspace(0.5, 1.5, value.shape[-1], dtype=value.dtype)
+    if value is None:
+        return None
+    return value * torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view(value.shape)
 
 
 def forward_hook(module):

@@ -47,6 +47,15 @@ def short_stretches(monkeypatch):
     monkeypatch.setattr(cpu, "_LARGE_FILTER", 1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models as small as these only wait for a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
 def unchanged(request):
     return request.param, results(make(request.param), IMAGE)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.nn.layers import GridConv2d, LayerNorm, Linear
+from vmamba.ops.operators import is_tracing_for_export
 
 
 class ConvDownsample(nn.Module):
@@ -42,5 +43,11 @@ class PatchMerging(nn.Module):
         """(B, H, W, dim) to (B, ⌈H/2⌉, ⌈W/2⌉, out_dim); an odd side gets a row or column of zeros at its end."""
         _, height, width, _ = x.shape
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        corners = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        if is_tracing_for_export():  # where the lengths of the slices below cannot be shown to be equal
+            rows, columns = (2 * torch.arange((size + 1) // 2, device=x.device) for size in (height, width))
+            corners = [
+                x.index_select(1, rows + row).index_select(2, columns + column) for column in (0, 1) for row in (0, 1)
+            ]
+        else:
+            corners = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
         return self.reduction(self.norm(torch.cat(corners, dim=-1)))
