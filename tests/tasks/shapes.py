@@ -5,7 +5,12 @@ import json
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vmamba.data.config import DetectionAugmentConfig
+from vmamba.tasks.detection_recipe import DetectionDataConfig, DetectionTrainConfig
+from vmamba.tasks.recipe import ModelConfig, OptimConfig, TrainerConfig
+
 CLASSES = ("disc", "square")
+KWARGS = {"backbone": "vmamba_femto_s2", "depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "channels": 16, "hidden": 32}
 
 
 def make_shapes(root, train=8, val=4, masks=True, size=(64, 80), seed=0):
@@ -40,3 +45,15 @@ def make_shapes(root, train=8, val=4, masks=True, size=(64, 80), seed=0):
             json.dumps({"images": images, "annotations": annotations, "categories": categories})
         )
     return root
+
+
+def shape_recipe(data, run, **optim):
+    """Every source of randomness is on: shuffling, several sizes, flips, colours, drop path, sampled regions."""
+    return DetectionTrainConfig(
+        model=ModelConfig("maskrcnn", kwargs=KWARGS, drop_path_rate=0.1),
+        data=DetectionDataConfig(root=str(data), img_size=(64, 96), batch_size=2, workers=0),
+        augment=DetectionAugmentConfig(short_sides=(56, 64, 72), longest=120, photometric=True),
+        optim=OptimConfig(**{"epochs": 3, "warmup_epochs": 1, "lr_batch": 0, "lr": 3e-3, "ema_decay": 0.9} | optim),
+        trainer=TrainerConfig(accelerator="cpu", progress=False),
+        run=str(run),
+    )

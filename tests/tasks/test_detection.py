@@ -3,21 +3,18 @@ import csv
 import io
 import json
 import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image
-from tasks.shapes import CLASSES, make_shapes
-from tasks.small import checkpoint, distributed, history, spawn, train_and_die
+from tasks.shapes import CLASSES, KWARGS, make_shapes, shape_recipe
+from tasks.small import distributed, history
 
 from vmamba.cli import main, make_parser
 from vmamba.data.coco import open_objects
-from vmamba.data.config import DetectionAugmentConfig
 from vmamba.data.transforms import Preprocessing
 from vmamba.errors import CheckpointError, DataError, RecipeError
 from vmamba.models.checkpoints import read_metadata
@@ -26,24 +23,11 @@ from vmamba.tasks.detection import NUMBERS, DetectionTask, evaluate, padded
 from vmamba.tasks.detection_recipe import DetectionDataConfig, DetectionTrainConfig, DetectionValidateConfig
 from vmamba.tasks.detector import Detector, encode_masks
 from vmamba.tasks.prediction import Classifier
-from vmamba.tasks.recipe import ModelConfig, OptimConfig, TrainerConfig
+from vmamba.tasks.recipe import ModelConfig, TrainerConfig
 from vmamba.tasks.training import train, validate
 
 CPU = TrainerConfig(accelerator="cpu", progress=False)
-KWARGS = {"backbone": "vmamba_femto_s2", "depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "channels": 16, "hidden": 32}
 LOSSES = ("rpn_cls", "rpn_reg", "cls", "reg", "mask")
-
-
-def recipe(data, run, **optim):
-    """Every source of randomness is on: shuffling, several sizes, flips, colours, drop path, sampled regions."""
-    return DetectionTrainConfig(
-        model=ModelConfig("maskrcnn", kwargs=KWARGS, drop_path_rate=0.1),
-        data=DetectionDataConfig(root=str(data), img_size=(64, 96), batch_size=2, workers=0),
-        augment=DetectionAugmentConfig(short_sides=(56, 64, 72), longest=120, photometric=True),
-        optim=OptimConfig(**{"epochs": 3, "warmup_epochs": 1, "lr_batch": 0, "lr": 3e-3, "ema_decay": 0.9} | optim),
-        trainer=replace(CPU),
-        run=str(run),
-    )
 
 
 @pytest.fixture
@@ -58,7 +42,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     before = os.getcwd()
     os.chdir(folder)
-    config = recipe(make_shapes(folder / "data", train=24, val=5), folder / "run", epochs=10, ema_decay=0)
+    config = shape_recipe(make_shapes(folder / "data", train=24, val=5), folder / "run", epochs=10, ema_decay=0)
     config.model.drop_path_rate, config.augment.photometric = 0.0, False
     train(config)
     os.chdir(before)
@@ -206,41 +190,16 @@ def test_several_processes_measure_what_one_does(trained, tmp_path, monkeypatch)
 
 
 def test_several_processes_train(shapes, tmp_path):
-    distributed(train, recipe(shapes, tmp_path / "run", epochs=2))
+    distributed(train, shape_recipe(shapes, tmp_path / "run", epochs=2))
     rows = history(tmp_path / "run")
     assert rows[1]["train_loss"] < rows[0]["train_loss"]
     assert 0 <= rows[1]["val_box_AP"] <= 1
 
 
-def test_killed_and_resumed_is_never_stopped(shapes, tmp_path):
-    whole, broken = recipe(shapes, tmp_path / "whole"), recipe(shapes, tmp_path / "broken")
-    process = spawn(train, whole)
-    process.join()
-    assert process.exitcode == 0
-    process = spawn(train_and_die, broken, "training")
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert checkpoint(tmp_path / "broken")["epoch"] == 0
-    broken.resume, broken.data = True, replace(broken.data, workers=1)
-    process = spawn(train, broken)
-    process.join()
-    assert process.exitcode == 0
-    a, b = (checkpoint(tmp_path / name) for name in ("whole", "broken"))
-    assert a["state_dict"].keys() == b["state_dict"].keys()
-    assert all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
-    a, b = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
-    assert all(torch.equal(value, b[name]) for name, value in a.items())
-    strip = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in history(tmp_path / n)] for n in ("whole", "broken")
-    ]
-    assert strip[0] == strip[1]
-    assert strip[0][0]["train_loss"] != strip[0][2]["train_loss"]
-
-
 def test_boxes_without_masks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = make_shapes(tmp_path / "data", train=4, val=2, masks=False)
-    config = recipe(data, tmp_path / "run", epochs=1, warmup_epochs=0)
+    config = shape_recipe(data, tmp_path / "run", epochs=1, warmup_epochs=0)
     train(config)
     assert read_metadata(tmp_path / "run/model.safetensors")["model_kwargs"]["masks"] is False
     row = history(tmp_path / "run")[0]
@@ -267,7 +226,7 @@ def test_batches_of_pictures_of_any_sizes():
 
 
 def test_pictures_without_objects_give_every_loss_and_gradient(shapes, tmp_path):
-    task = DetectionTask.from_recipe(recipe(shapes, tmp_path / "run"))
+    task = DetectionTask.from_recipe(shape_recipe(shapes, tmp_path / "run"))
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64),
              "masks": torch.zeros(0, 64, 80, dtype=torch.uint8)}  # fmt: skip
     losses = task.loss([(torch.zeros(3, 64, 80, dtype=torch.uint8), empty)] * 2)
@@ -331,7 +290,7 @@ def test_the_metric_is_pycocotools(tmp_path, kind):
 
 
 def test_bad_data_is_listed_before_any_work(shapes, tmp_path, capfd):
-    config = recipe(shapes, tmp_path / "run")
+    config = shape_recipe(shapes, tmp_path / "run")
     good = {split: json.loads((shapes / f"{split}.json").read_text()) for split in ("train", "val")}
 
     def change(split, function):
@@ -386,9 +345,9 @@ def test_data_is_found_in_cocos_layout_and_where_it_is_named(shapes, tmp_path):
     for split in ("train", "val"):
         (shapes / f"{split}.json").rename(coco / f"annotations/instances_{split}2017.json")
         (coco / f"{split}2017").symlink_to(shapes / "images")
-    task = DetectionTask.from_recipe(recipe(coco, tmp_path / "run"))
+    task = DetectionTask.from_recipe(shape_recipe(coco, tmp_path / "run"))
     assert (len(task.train_split), len(task.val)) == (8, 4)
-    config = recipe(coco, tmp_path / "run")
+    config = shape_recipe(coco, tmp_path / "run")
     config.data.val_annotations, config.data.val_images = "annotations/instances_train2017.json", "train2017"
     assert len(DetectionTask.from_recipe(config).val) == 8
 

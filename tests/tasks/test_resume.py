@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from tasks.landscapes import landscape_recipe, make_landscapes
+from tasks.shapes import make_shapes, shape_recipe
 from tasks.small import checkpoint, make_images, recipe, spawn, train_and_die
 from tasks.toy import toy_recipe
 
@@ -15,7 +16,7 @@ from vmamba.models.checkpoints import read_metadata
 from vmamba.tasks.training import train
 
 
-@pytest.fixture(scope="module", params=["classification", "segmentation", "toy"])
+@pytest.fixture(scope="module", params=["classification", "segmentation", "detection", "toy"])
 def whole(request, tmp_path_factory):
     """The recipe of a task, and the run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
@@ -24,6 +25,9 @@ def whole(request, tmp_path_factory):
         config = toy_recipe("")
     elif request.param == "segmentation":
         config = landscape_recipe(make_landscapes(folder / "images"), "")
+    elif request.param == "detection":
+        config = shape_recipe(make_shapes(folder / "images", train=12, val=2), "")
+        config.trainer.accumulate = 2
     else:
         config = recipe(make_images(folder / "images"), "")
     process = spawn(train, replace(config, run=str(folder / "run")))
