@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vmamba.nn import cpu
 from vmamba.ops.backends.native import layers as native
-from vmamba.ops.layers import applies, as_grid, as_image, can_fuse, depthwise_silu, gelu, is_compiled, linear, records
+from vmamba.ops.layers import applies, can_fuse, depthwise_silu, gelu, is_compiled, linear, records
 
 
 @cpu.known
@@ -56,7 +56,7 @@ class GridConv2d(nn.Conv2d):
         is_usual = applies(x, *parameters) and cpu.is_unpatched(GridConv2d)
         if is_usual and cpu.is_large_filter(self) and not records(x, *parameters):
             return cpu.convolution(x, self)
-        return as_grid(super().forward(as_image(x)))
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 @cpu.known

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from vmamba.nn.layers import GELU, GridConv2d, LayerNorm
-from vmamba.ops.layers import as_grid, as_image
 
 
 class ConvStem(nn.Module):
@@ -50,4 +49,4 @@ class PatchStem(nn.Module):
 
 def _to_grid(conv: nn.Module, x: Tensor) -> Tensor:
     """A convolution of an image (B, C, H, W), as a grid (B, H', W', C')."""
-    return as_grid(conv(as_image(x.permute(0, 2, 3, 1).contiguous())))
+    return conv(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
