@@ -21,7 +21,8 @@ from vmamba.models.checkpoints import read_metadata
 from vmamba.models.registry import ENTRIES
 from vmamba.tasks.detection import NUMBERS, DetectionTask, evaluate, padded
 from vmamba.tasks.detection_recipe import DetectionDataConfig, DetectionTrainConfig, DetectionValidateConfig
-from vmamba.tasks.detector import Detector, encode_masks
+from vmamba.tasks.detector import Detector, drawn, encode_masks
+from vmamba.tasks.overlays import INK, palette
 from vmamba.tasks.prediction import Classifier
 from vmamba.tasks.recipe import ModelConfig, TrainerConfig
 from vmamba.tasks.training import train, validate
@@ -121,6 +122,27 @@ def test_objects_are_found_in_files_images_and_arrays(trained):
         detector.detect(np.zeros((4, 4, 3)))
     with pytest.raises(CheckpointError, match=r"is a model for detection, not for classification"):
         Classifier.load(str(trained / "run/model.safetensors"))
+
+
+@pytest.mark.parametrize("ground", [0, 255])
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_boxes_are_drawn_where_they_are_on_any_ground(ground, with_masks):
+    picture = Image.new("RGB", (400, 200), (ground,) * 3)
+    boxes = np.array([[100, 50, 300, 150], [300, 0, 400, 30]], np.float32)
+    masks = np.zeros((2, 200, 400), bool)
+    masks[0, 80:120, 150:250] = True
+    image = np.asarray(drawn(picture, boxes, np.array([1, 0]), masks if with_masks else None, ["a", "b"]))
+    assert image.shape == (360, 720, 3)
+    colours = palette(2)
+    for x, y in ((180, 180), (300, 270), (539, 200)):  # 1.8 times as large: left, bottom and right edge
+        near = image[y - 2 : y + 3, x - 2 : x + 3].reshape(-1, 3)
+        assert (near == colours[1]).all(1).any()
+        assert (near == INK).all(1).any()
+    assert (image[40:65, 700:719].reshape(-1, 3) == colours[0]).all(1).any()  # the small one reaches the corner
+    inside, outside = image[180, 360], image[120, 250]
+    assert (outside == ground).all()
+    tinted = np.round(ground + (np.array(colours[1]) - ground) * 0.45)
+    assert np.abs(inside - (tinted if with_masks else ground)).max() <= 1
 
 
 def test_windows_find_what_is_too_small_in_the_whole_picture(trained):
