@@ -9,6 +9,7 @@ gets the right result.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ def define(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            results = zip(ctx.saved_tensors, gradient(ctx, *grads), strict=True)
+            tensors = ctx.saved_tensors  # which can be had once only, where a checkpoint computes them again
+            given = SimpleNamespace(saved_tensors=tensors, options=ctx.options, needs_input_grad=ctx.needs_input_grad)
+            results = zip(tensors, gradient(given, *grads), strict=True)
             return (*(None if value is None else grad for value, grad in results), *(None for _ in ctx.options))
 
     def recorded(*inputs: Any) -> Any:
