@@ -7,11 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from models.released import as_released, golden_weights
+from tasks.landscapes import make_landscapes
+from tasks.shapes import make_shapes
 from tasks.small import make_images
 
 from vmamba.models.variants import VARIANTS
@@ -28,13 +31,21 @@ COMMANDS = [
 ]
 
 # What makes a command short enough for a test; everything else runs as it stands.
+ONE_EPOCH = [
+    "--optim.epochs",
+    "1",
+    "--optim.warmup_epochs",
+    "0",
+    "--data.batch_size",
+    "4",
+    "--trainer.progress",
+    "false",
+]
 SHORTENED = {
-    "train": [
-        "--optim.epochs", "1", "--optim.warmup_epochs", "0", "--data.img_size", "32", "--data.batch_size", "4",
-        "--data.workers", "0", "--trainer.progress", "false",
-    ],
-    "validate": ["--data.workers", "0"],
-}  # fmt: skip
+    "imagenet": [*ONE_EPOCH, "--data.img_size", "32", "--data.workers", "0"],
+    "segmentation": ONE_EPOCH,
+    "coco": [*ONE_EPOCH, "--trainer.validate_every", "1", "--data.img_size", "[64,96]"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +54,8 @@ def desk(tmp_path_factory) -> Path:
     desk = tmp_path_factory.mktemp("desk")
     (desk / "configs").symlink_to(ROOT / "configs")
     make_images(desk / "flowers", train=2, val=2)
+    make_landscapes(desk / "streets", train=4, val=2)
+    make_shapes(desk / "cells", train=4, val=2, masks=False)
     (desk / "photo.jpg").write_bytes((ROOT / "examples/images/bag.png").read_bytes())
     name = "vmamba_tiny_s1l8"
     cache = desk / "cache/hub/checkpoints"
@@ -67,7 +80,7 @@ def test_snippets(desk, number):
 
 def test_commands(desk):
     """In the README's order, in one folder: later ones use what earlier ones made."""
-    outputs = {}
+    outputs = defaultdict(list)
     for command in COMMANDS:
         if command[0] == "make":
             targets = subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -75,11 +88,14 @@ def test_commands(desk):
             continue
         program, name, *arguments = command
         assert program == "vmamba"
-        shortened = SHORTENED.get(name, [])
-        outputs[name] = run(desk, [sys.executable, "-m", "vmamba.cli", name, *arguments, *shortened])
+        recipe = next((Path(value) for value in arguments if value.endswith(".yaml")), None)
+        shortened = SHORTENED[recipe.parent.name] if recipe else []
+        outputs[name].append(run(desk, [sys.executable, "-m", "vmamba.cli", name, *arguments, *shortened]))
     assert {"models", "info", "train", "validate", "predict"} <= set(outputs)
-    assert "photo.jpg" in outputs["predict"]
-    assert "6 images: top-1" in outputs["validate"]
+    assert [("photo" in text) for text in outputs["predict"]] == [True] * 3
+    for text, score in zip(outputs["validate"], ("6 images: top-1", "mIoU", "AP"), strict=True):
+        assert score in text
+    assert len(list((desk / "runs/predictions").glob("photo*"))) == 3  # two overlays and a mask
 
 
 def test_table_of_models(desk):
