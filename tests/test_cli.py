@@ -14,6 +14,8 @@ from PIL import Image
 import vmamba
 from vmamba.cli import main, make_parser
 from vmamba.models.checkpoints import save_checkpoint
+from vmamba.models.complexity import profile
+from vmamba.models.registry import ENTRIES
 from vmamba.models.variants import VARIANTS
 from vmamba.tasks import settings_of
 
@@ -115,18 +117,29 @@ def test_predict_reports_bad_files_and_goes_on(model, capsys):
     assert "Traceback" not in err
 
 
-def test_models_lists_every_variant_with_its_cost(capsys):
+def test_models_lists_every_model_with_its_cost(capsys):
     rows = {row["name"]: row for row in json.loads(run(capsys, "models", "--format", "json")[1])}
-    assert list(rows) == list(VARIANTS)
+    assert list(rows) == list(ENTRIES)
     tiny = rows["vmamba_tiny_s1l8"]
     assert tiny["params"] == 30_249_064
     assert tiny["top1"] == 82.6
     assert tiny["gflops"] == 4.9
     femto = vmamba.create_model("vmamba_femto_s2")
     assert rows["vmamba_femto_s2"]["params"] == sum(p.numel() for p in femto.parameters())
+    upernet, heads = (rows[f"upernet_vmamba_{name}"] for name in ("tiny_s1l8", "femto_s2"))
+    assert (upernet["task"], upernet["params"], upernet["gflops"]) == ("segmentation", 61_902_572, 949)
+    assert upernet["published"] == {"mIoU": 47.9, "mIoU multi-scale": 48.8}
+    assert (upernet["img_size"], upernet["top1"], heads["published"], heads["url"]) == ([512, 2048], None, {}, None)
+    assert heads["params"] == sum(p.numel() for p in vmamba.create_model("upernet_vmamba_femto_s2").parameters())
+
     out = run(capsys, "models")[1].splitlines()
-    assert len(out) == len(VARIANTS) + 1
+    assert len(out) == len(ENTRIES) + 3
     assert out[1].split()[:3] == ["vmamba_tiny_s1l8", "30.2", "M"]
+    assert [line.split()[0] for line in out if " model " in line] == ["classification", "segmentation", "detection"]
+    (line,) = (line for line in out if line.startswith("maskrcnn_vmamba_tiny_s1l8_3x "))
+    assert " ".join(line.split()) == "maskrcnn_vmamba_tiny_s1l8_3x 49.8 M 271.00 G 800×1280 48.8 % 43.7 %"
+    (line,) = (line for line in out if line.startswith("upernet_vmamba_nano "))
+    assert line.split()[-2:] == ["–", "–"]
 
 
 def test_info_of_a_variant_and_of_a_file(model, capsys):
@@ -139,6 +152,13 @@ def test_info_of_a_variant_and_of_a_file(model, capsys):
     assert "dark grey bright" in out
     assert "16 16" in out
     assert "2×2×16" in out
+    out = run(capsys, "info", "maskrcnn_vmamba_femto", "--img_size", "64", "--format", "json")[1]
+    info = json.loads(out)
+    assert (info["task"], info["backbone"], info["release"]) == ("detection", "vmamba_femto", None)
+    assert info["params"] == sum(p["params"] for p in info["parts"]) == 19_490_576
+    out = run(capsys, "info", "upernet_vmamba_tiny_s1l8", "--img_size", "64")[1]
+    assert "mIoU 47.9, mIoU multi-scale 48.8, url https://github.com/" in out
+    assert "61,902,572" in out
     code, _, err = run(capsys, "info", "nothing")
     assert code == 1
     assert "neither a variant nor a file" in err
@@ -315,12 +335,14 @@ def test_an_interrupt_is_told_in_a_line(monkeypatch, capsys):
 def test_info_of_a_model_of_timms(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     network = timm.create_model("resnet10t", num_classes=3)
-    save_checkpoint(network, "resnet.safetensors", {"variant": "resnet10t", "class_names": ["a", "b", "c"]})
+    metadata = {"variant": "resnet10t", "class_names": ["a", "b", "c"], "img_size": [64, 96]}
+    save_checkpoint(network, "resnet.safetensors", metadata)
     code, out, err = run(capsys, "info", "resnet.safetensors", "--format", "json")
     assert (code, err) == (0, "")
     info = json.loads(out)
     assert info["params"] == sum(p.numel() for p in network.parameters())
-    assert info["flops"] > 1e8
+    assert info["img_size"] == [64, 96]
+    assert info["flops"] == profile(network, (64, 96)).flops > 1e7
     assert "resnet10t" in run(capsys, "info", "resnet.safetensors")[1]
 
 

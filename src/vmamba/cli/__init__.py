@@ -72,7 +72,7 @@ COMMANDS = {
     "models": Command(
         ModelsConfig,
         "list the models",
-        "List the models with parameters, FLOPs (multiply-accumulates) and accuracy.",
+        "List the models of each task with parameters, FLOPs (multiply-accumulates) and published scores.",
         "[--SETTING VALUE ...]",
     ),
     "info": Command(
@@ -81,7 +81,7 @@ COMMANDS = {
         "Show a model's parts, their output shapes, parameters and FLOPs (multiply-accumulates), and what a checkpoint "
         "file holds.",
         "MODEL [--SETTING VALUE ...]",
-        {"model": {"help": "a variant's name, or a checkpoint file"}},
+        {"model": {"help": "a name that `vmamba models` lists, or a checkpoint file"}},
     ),
 }
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmamba.cli.tables import Table, brief, contents, csv_text, flops, write
 from vmamba.errors import CheckpointError
 from vmamba.files import shown
 from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, InfoConfig, ModelsConfig, PredictConfig
 from vmamba.tasks.runs import report
+
+if TYPE_CHECKING:
+    from vmamba.models.registry import Entry
 
 
 def train(config: BaseTrainConfig) -> int:
@@ -67,30 +70,42 @@ def predict(config: PredictConfig, paths: Sequence[str]) -> int:
 
 
 def models(config: ModelsConfig) -> int:
-    """List the variants."""
-    from vmamba.models.complexity import profile
-    from vmamba.models.registry import create_model
-    from vmamba.models.variants import VARIANTS
+    """List the models, task by task."""
+    from vmamba.models.registry import ENTRIES
 
     found: list[dict[str, Any]] = []
-    lines = []
-    for name, variant in VARIANTS.items():
-        if variant.release:
-            params, operations = variant.release.params, variant.release.flops
-        else:
-            model: Any = create_model(name)
-            cost = profile(model, variant.img_size)
-            params, operations = cost.params, cost.flops / 1e9
-        top1, url = (variant.release.top1, variant.release.url) if variant.release else (None, None)
-        size = list(variant.img_size)
-        found.append({"name": name, "params": params, "gflops": operations, "img_size": size, "top1": top1, "url": url})
-        accuracy = "–" if top1 is None else f"{top1:.1f} %"
-        lines.append((name, f"{params / 1e6:.1f} M", flops(operations * 1e9), f"{size[0]}×{size[1]}", accuracy))
+    for entry in ENTRIES.values():
+        params, operations = _cost(entry)
+        row: dict[str, Any] = {"name": entry.name, "task": entry.task, "params": params, "gflops": operations}
+        row |= {"img_size": list(entry.img_size), "top1": entry.published.get("top1")}
+        found.append(row | {"published": dict(entry.published), "url": entry.url})
     if config.format == "json":
         write(found)
-    else:
-        write(Table(("model", "parameters", "FLOPs", "at", "ImageNet-1K top-1"), lines, right=(1, 2, 3, 4)))
+        return 0
+    for task, data in {"classification": "ImageNet-1K", "segmentation": "ADE20K", "detection": "COCO"}.items():
+        rows = [row for row in found if row["task"] == task]
+        scores = list(dict.fromkeys(score for row in rows for score in row["published"]))
+        header = [f"{task} model", "parameters", "FLOPs", "at", *(f"{data} {score}" for score in scores)]
+        lines = []
+        for row in rows:
+            values = (f"{row['published'][score]:.1f} %" if row["published"] else "–" for score in scores)
+            size = "×".join(map(str, row["img_size"]))
+            lines.append((row["name"], f"{row['params'] / 1e6:.1f} M", flops(row["gflops"] * 1e9), size, *values))
+        write(Table([title.replace("top1", "top-1") for title in header], lines, right=range(1, len(header))))
     return 0
+
+
+def _cost(entry: Entry) -> tuple[int, float]:
+    """Parameters, and multiply-accumulates in units of 1e9: as published, or else counted."""
+    import torch
+
+    from vmamba.models.complexity import profile
+
+    if entry.params and entry.flops:
+        return entry.params, entry.flops
+    with torch.device("meta"):
+        cost = profile(entry.build(), entry.img_size)
+    return cost.params, cost.flops / 1e9
 
 
 def info(config: InfoConfig, name: str) -> int:
@@ -98,7 +113,7 @@ def info(config: InfoConfig, name: str) -> int:
     from vmamba.models.complexity import profile
 
     model, about = _described(name)
-    cost = profile(model, config.img_size)
+    cost = profile(model, config.img_size or about["img_size"])
     about |= {"img_size": list(cost.img_size), "params": cost.params, "flops": cost.flops}
     layers = [
         {
@@ -118,7 +133,7 @@ def info(config: InfoConfig, name: str) -> int:
          f"{part.params:,}", flops(part.flops)) for part in cost.parts
     ]  # fmt: skip
     rows.append(("total", "", "", f"{cost.params:,}", flops(cost.flops)))
-    write(Table(("part", "layers", "output H×W×C", "parameters", "FLOPs"), rows, right=(2, 3, 4)))
+    write(Table(("part", "layers", "output", "parameters", "FLOPs"), rows, right=(2, 3, 4)))
     if config.layers:
         rows = [(layer["name"], layer["type"], f"{layer['params']:,}") for layer in layers]
         write(Table(("layer", "type", "own parameters"), rows, right=(2,)))
@@ -126,26 +141,29 @@ def info(config: InfoConfig, name: str) -> int:
 
 
 def _described(name: str) -> tuple[Any, dict[str, Any]]:
-    """The model of a variant or of a checkpoint file, and what is known about it."""
+    """The model of a name or of a checkpoint file, and what is known about it."""
     from vmamba.models.checkpoints import identify_checkpoint
-    from vmamba.models.registry import create_model, load_model
+    from vmamba.models.registry import ENTRIES, create_model, load_model
     from vmamba.models.variants import VARIANTS
 
-    if name in VARIANTS:
-        about = {"model": name, **asdict(VARIANTS[name])}
-        if release := VARIANTS[name].release:
-            about["release"] = {"top1": release.top1, "url": release.url}
+    if entry := ENTRIES.get(name):
+        about = {"model": name, "task": entry.task, "backbone": entry.backbone, **VARIANTS[entry.backbone].arguments()}
+        about["img_size"] = entry.img_size
+        about["release"] = {**entry.published, "url": entry.url} if entry.url else None
         return create_model(name), about
     if not os.path.exists(name):
-        raise CheckpointError(f"{shown(name)} is neither a variant nor a file. Variants: {', '.join(VARIANTS)}")
+        raise CheckpointError(f"{shown(name)} is neither a variant nor a file; `vmamba models` lists the variants")
     found = identify_checkpoint(name)
+    model, metadata = load_model(name)
     about = {
         "file": shown(name),
         "format": found.format,
+        "task": found.task,
         "variant": found.metadata.get("variant") or found.variant,
         "num_classes": found.num_classes,
         "in_chans": found.in_chans,
         "weights": list(found.weights),
         "metadata": found.metadata,
+        "img_size": metadata.get("img_size"),
     }
-    return load_model(name)[0], about
+    return model, about

@@ -69,6 +69,8 @@ def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def brief(value: Any) -> str:
     """One line that shows a setting or metadata."""
+    if value is None or (isinstance(value, dict | list | tuple) and not value):
+        return "–"
     if isinstance(value, dict):
         return ", ".join(f"{k} {brief(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):

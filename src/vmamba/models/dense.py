@@ -20,13 +20,12 @@ from vmamba.models.class_names import ADE20K, COCO
 from vmamba.models.detection import MaskRCNN
 from vmamba.models.registry import Entry, register
 from vmamba.models.segmentation import UPerNet
-from vmamba.models.variants import VARIANTS
+from vmamba.models.variants import VARIANTS, release_url
 
 _FAMILIES: dict[str, tuple[type[UPerNet | MaskRCNN], tuple[int, int], tuple[str, ...]]] = {
     "upernet": (UPerNet, (512, 2048), ADE20K),  # the size that the published multiply-accumulates are for
     "maskrcnn": (MaskRCNN, (800, 1280), COCO),
 }
-_RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download"
 _CLASSIFIERS = {
     "segmentation": ("decode_head.conv_seg", "auxiliary_head.conv_seg"),
     "detection": ("roi_head.bbox_head.fc_cls", "roi_head.bbox_head.fc_reg", "roi_head.mask_head.conv_logits"),
@@ -131,9 +130,9 @@ def _register(family: str, backbone: str, suffix: str | None = "", **published: 
 
 for _family, _rows in _PUBLISHED.items():
     for _backbone, _suffix, _file, _params, _flops, *_values in _rows:
-        _tag = f"%23v{0 if _backbone.startswith('vanilla') else 2}{_FAMILIES[_family][0].task[:3]}"
+        _tag = f"#v{0 if _backbone.startswith('vanilla') else 2}{_FAMILIES[_family][0].task[:3]}"
         _register(
-            _family, _backbone, _suffix, url=f"{_RELEASES}/{_tag}/{_file}", params=_params, flops=_flops,
+            _family, _backbone, _suffix, url=release_url(_tag, _file), params=_params, flops=_flops,
             published=dict(zip(_SCORES[_family], _values, strict=True)),
         )  # fmt: skip
     for _backbone in VARIANTS:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-_RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download"
+
+def release_url(tag: str, file: str) -> str:
+    """Where a file of one of the authors' GitHub releases, "#v2cls" for instance, can be downloaded."""
+    return f"https://github.com/MzeroMiko/VMamba/releases/download/{tag.replace('#', '%23')}/{file}"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Release:
     @property
     def url(self) -> str:
         """Where the file can be downloaded."""
-        return f"{_RELEASES}/{self.tag.replace('#', '%23')}/{self.file}"
+        return release_url(self.tag, self.file)
 
 
 @dataclass(frozen=True)
