@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -92,7 +93,10 @@ def test_commands(desk):
         shortened = SHORTENED[recipe.parent.name] if recipe else []
         outputs[name].append(run(desk, [sys.executable, "-m", "vmamba.cli", name, *arguments, *shortened]))
     assert {"models", "info", "train", "validate", "predict"} <= set(outputs)
-    assert [("photo" in text) for text in outputs["predict"]] == [True] * 3
+    classes, regions, objects = outputs["predict"]
+    assert "photo.jpg" in classes
+    assert "photo.jpg" in regions
+    assert isinstance(json.loads(objects), list)  # of what a hardly trained detector may have found
     for text, score in zip(outputs["validate"], ("6 images: top-1", "mIoU", "AP"), strict=True):
         assert score in text
     assert len(list((desk / "runs/predictions").glob("photo*"))) == 3  # two overlays and a mask
