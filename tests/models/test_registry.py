@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -288,3 +289,37 @@ def test_a_folder_is_read_by_transformers(tmp_path: Path) -> None:
     confidences = model(transform(picture)[None]).softmax(1)[0]
     scores = {entry["label"]: entry["score"] for entry in found}
     assert scores == pytest.approx(dict(zip(("ant", "bee", "cat"), confidences.tolist(), strict=True)), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mean", ["a"]), ("mean", [math.nan] * 3), ("mean", 5), ("std", [0, 0, 0]), ("std", 5), ("interpolation", "x"),
+        ("interpolation", 5), ("crop_pct", -1), ("crop_pct", 1e-9), ("crop_pct", math.inf), ("crop_pct", "x"),
+        ("img_size", [100_000, 100_000]), ("img_size", [32.5, 32]), ("img_size", [32, 32, 32]), ("img_size", [-8, -8]),
+        ("img_size", ["a", "b"]), ("class_names", 5),
+        ("class_names", {"a": 1}), ("class_names", [["x"], ["y"], ["z"]]),
+    ],
+)  # fmt: skip
+def test_metadata_that_nothing_can_be_done_with(tmp_path, name, value):
+    model = vmamba.create_model("vmamba_femto_s2", num_classes=3)
+    save_checkpoint(model, path := tmp_path / "model.safetensors", {name: value})
+    with pytest.raises(CheckpointError, match=f"describes a model that cannot be built: .*{name} "):
+        load_model(path)
+    save_checkpoint(model, path, {"task": "detection"})
+    with pytest.raises(CheckpointError, match="says that it is for 'detection', but vmamba_femto_s2 is for classif"):
+        load_model(path)
+
+
+def test_advice_is_given_only_where_it_helps(tmp_path):
+    """A head of another dtype needs no other number of classes, other options of a variant no other variant."""
+    model = vmamba.create_model("vmamba_femto_s2", num_classes=3)
+    state = model.state_dict()
+    torch.save(state | {"head.fc.weight": state["head.fc.weight"].to(torch.complex64)}, tmp_path / "complex.pth")
+    with pytest.raises(CheckpointError, match=r"1 of another shape\n  of another shape: head.fc.weight .*complex64"):
+        vmamba.load_checkpoint(model, tmp_path / "complex.pth")
+    torch.save(state, tmp_path / "plain.pth")
+    other = vmamba.create_model("vmamba_femto_s2", num_classes=3, d_state=2)
+    with pytest.raises(CheckpointError, match=r"of another shape\n  of another shape: ") as caught:
+        vmamba.load_checkpoint(other, tmp_path / "plain.pth")
+    assert "another variant" not in str(caught.value)

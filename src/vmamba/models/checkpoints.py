@@ -490,7 +490,7 @@ def _check_fit(info: CheckpointInfo, model: nn.Module, given: State, targets: St
     if inside is not None:
         own = _variant({n.removeprefix(inside): tuple(t.shape) for n, t in targets.items() if n.startswith(inside)})
     head, *_ = _layers(model, "classifier", _HEAD)
-    if info.variant and info.variant != own:
+    if info.variant and info.variant not in (own, known):
         lines.append(
             f"The file is of another variant, {info.variant}: create that one, for instance with"
             f" vmamba.create_model({info.variant!r}, checkpoint={path!r}, num_classes={info.num_classes or 0})."
@@ -500,7 +500,7 @@ def _check_fit(info: CheckpointInfo, model: nn.Module, given: State, targets: St
             "The file holds a backbone without classifier: pass reset_head=True to start with a new one, or create the"
             " model with features_only=True."
         )
-    elif f"{head}weight" in misshapen:
+    elif f"{head}weight" in misshapen and info.num_classes != default_metadata(model).get("num_classes"):
         lines.append(
             f"The file is for {info.num_classes} classes, the model for {default_metadata(model).get('num_classes')}:"
             f" create the model with num_classes={info.num_classes}, or pass reset_head=True to leave the file's"

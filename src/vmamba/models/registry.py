@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ from vmamba.models.vmamba import VMamba
 Builder = Callable[..., nn.Module]
 
 _LARGEST = 1 << 22  # sum of all numbers among a model's arguments that a file may ask for
+_LARGEST_IMAGE = 1 << 26  # pixels, likewise
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ def load_model(path: str | PathLike[str], ema: bool = False) -> tuple[nn.Module,
             f"{path} is of no variant known here ({name or 'its layout fits none'}). Build the model yourself and"
             f" call vmamba.load_checkpoint(model, path). Known: {', '.join(ENTRIES)}."
         )
+    if info.task != (task := ENTRIES[name].task if name in ENTRIES else "classification"):
+        raise CheckpointError(f"{path} says that it is for {info.task!r}, but {name} is for {task}")
     try:
         build = functools.partial(create_model if name in ENTRIES else timm.create_model, name)
         build = functools.partial(build, **_options(checkpoint, stored, ours=name in ENTRIES))
@@ -180,6 +184,7 @@ def _options(checkpoint: Checkpoint, stored: Mapping[str, Any], ours: bool) -> d
     Raises:
         ValueError: they ask for more than a network: where it lives, other weights, sizes beyond reason.
     """
+    _check_metadata(stored)
     options = dict(stored.get("model_kwargs") or {})
     if ours and "img_size" in stored:
         options = {"img_size": stored["img_size"]} | options
@@ -196,6 +201,35 @@ def _options(checkpoint: Checkpoint, stored: Mapping[str, Any], ours: bool) -> d
     options |= {"num_classes": classes, "in_chans": info.in_chans}
     cfg = {name: stored[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in stored}
     return options | {"pretrained_cfg_overlay": cfg}
+
+
+def _check_metadata(stored: Mapping[str, Any]) -> None:
+    """Check what a file says about images and classes, on which prediction relies.
+
+    Raises:
+        ValueError: it is of another kind, or beyond reason.
+    """
+    sound: dict[str, Callable[[Any], bool]] = {
+        "mean": lambda values: all(math.isfinite(value) for value in values),
+        "std": lambda values: all(math.isfinite(value) and value > 0 for value in values),
+        "interpolation": lambda name: name in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"),
+        "crop_pct": lambda share: 0.01 <= share <= 1,
+        "img_size": _is_size,
+        "class_names": lambda names: type(names) is list and all(isinstance(name, str) for name in names),
+    }
+    for name, is_sound in sound.items():
+        value = stored.get(name)
+        try:
+            passes = value is None or is_sound(value)
+        except (TypeError, ValueError):
+            passes = False
+        if not passes:
+            raise ValueError(f"its metadata has {name} {repr(value)[:100]}")
+
+
+def _is_size(size: Any) -> bool:
+    height, width = (size, size) if isinstance(size, int) else size
+    return type(height) is type(width) is int and min(height, width) > 0 and height * width <= _LARGEST_IMAGE
 
 
 def _keys_and_numbers(value: object) -> Iterator[str | float]:
