@@ -24,7 +24,7 @@ from vmamba.models.class_names import COCO, COCO_CATEGORY_IDS
 from vmamba.models.detection import Detections, MaskRCNN
 from vmamba.tasks import overlays
 from vmamba.tasks.inference import detect
-from vmamba.tasks.prediction import Outcome, Predictor, Weights, class_names, each_file, load_weights
+from vmamba.tasks.prediction import Outcome, Predictor, Weights, class_names, each_file
 from vmamba.tasks.recipe import PredictConfig
 from vmamba.tasks.segmenter import output_names, window_starts
 
@@ -190,11 +190,6 @@ class Detector(Predictor):
     category_ids: list[int]
     source: str
     named: bool = True
-
-    @classmethod
-    def load(cls, checkpoint: str | None = None, name: str | None = None, ema: bool = False) -> Self:
-        """From a file, from published weights, or from the newest run: see `load_weights`."""
-        return cls.from_weights(load_weights(checkpoint, name, ema))
 
     @classmethod
     @override

@@ -116,6 +116,13 @@ class Predictor:
     source: str
 
     @classmethod
+    def load(
+        cls, checkpoint: str | None = None, name: str | None = None, ema: bool = False, settings: Any = None
+    ) -> Self:
+        """From a file, from published weights, or from the newest run: see `load_weights` and `from_weights`."""
+        return cls.from_weights(load_weights(checkpoint, name, ema), settings)
+
+    @classmethod
     def from_weights(cls, weights: Weights, settings: Any = None) -> Self:
         """From a loaded network.
 
@@ -273,11 +280,6 @@ class Classifier(Predictor):
     pre: Preprocessing
     class_names: list[str]
     source: str
-
-    @classmethod
-    def load(cls, checkpoint: str | None = None, name: str | None = None, ema: bool = False, data: Any = None) -> Self:
-        """From a file, from published weights, or from the newest run: see `load_weights` and `from_weights`."""
-        return cls.from_weights(load_weights(checkpoint, name, ema), data)
 
     @classmethod
     @override

@@ -24,7 +24,7 @@ from vmamba.errors import CheckpointError, ImageError, RecipeError
 from vmamba.files import shown
 from vmamba.models.segmentation import UPerNet, resized
 from vmamba.tasks import overlays
-from vmamba.tasks.prediction import Outcome, Predictor, Weights, class_names, each_file, load_weights, preprocessing_of
+from vmamba.tasks.prediction import Outcome, Predictor, Weights, class_names, each_file, preprocessing_of
 from vmamba.tasks.recipe import PredictConfig
 
 _LEAST = 32  # pixels a side that every network takes
@@ -113,11 +113,6 @@ class Segmenter(Predictor):
     pre: Preprocessing
     class_names: list[str]
     source: str
-
-    @classmethod
-    def load(cls, checkpoint: str | None = None, name: str | None = None, ema: bool = False) -> Self:
-        """From a file, from published weights, or from the newest run: see `load_weights`."""
-        return cls.from_weights(load_weights(checkpoint, name, ema))
 
     @classmethod
     @override
