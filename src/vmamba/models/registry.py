@@ -215,12 +215,14 @@ def _check_metadata(stored: Mapping[str, Any]) -> None:
         "interpolation": lambda name: name in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"),
         "crop_pct": lambda share: 0.01 <= share <= 1,
         "img_size": _is_size,
-        "class_names": lambda names: type(names) is list and all(isinstance(name, str) for name in names),
+        "class_names": lambda names: (
+            names is None or (type(names) is list and all(isinstance(name, str) for name in names))
+        ),
     }
     for name, is_sound in sound.items():
         value = stored.get(name)
         try:
-            passes = value is None or is_sound(value)
+            passes = name not in stored or is_sound(value)
         except (TypeError, ValueError):
             passes = False
         if not passes:
@@ -228,7 +230,7 @@ def _check_metadata(stored: Mapping[str, Any]) -> None:
 
 
 def _is_size(size: Any) -> bool:
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = (size, size) if isinstance(size, int) else size or (1, 1)
     return type(height) is type(width) is int and min(height, width) > 0 and height * width <= _LARGEST_IMAGE
 
 
