@@ -64,6 +64,8 @@ class SS2D(nn.Module):
             raise ValueError(f"init is {init!r}; expected 'v0', 'v1' or 'v2'")
         if pattern not in PATTERNS:
             raise ValueError(f"pattern is {pattern!r}; expected one of {', '.join(map(repr, PATTERNS))}")
+        if d_state < 1:
+            raise ValueError(f"d_state is {d_state}; expected at least 1 state per channel")
         inner, rank = int(ssm_ratio * dim), math.ceil(dim / 16)
         self.gated, self.init, self.pattern = gated, init, pattern
         self.in_proj = Linear(dim, 2 * inner if gated else inner, bias=False, **dd)

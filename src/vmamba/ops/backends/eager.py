@@ -39,7 +39,8 @@ def linear_recurrence(a: Tensor, b: Tensor, backwards: bool = False) -> Tensor:
     Returns:
         h, shaped as `b`.
     """
-    solve = _by_doubling if isinstance(b.shape[1], torch.SymInt) else _by_chunks
+    # torch.jit.trace has tensors for sizes.
+    solve = _by_doubling if isinstance(b.shape[1], (torch.SymInt, Tensor)) else _by_chunks
     return solve(a.flatten(2), b.flatten(2), backwards).view_as(b)
 
 
@@ -74,7 +75,7 @@ def _by_doubling(a: Tensor, b: Tensor, backwards: bool) -> Tensor:
         before = positions + 2**doubling if backwards else positions - 2**doubling
         # Of a stretch that reaches the start nothing comes before; its factors may have grown beyond all numbers.
         a = torch.where(((before >= 0) & (before < length))[:, None], a, 0)
-        before = before.clamp(0, length - 1)
+        before = before.clamp(min=0).clamp(max=length - 1)
         b = torch.addcmul(b, a, b[:, before])
         a = a * a[:, before]
     # No check, which would close an open length.

@@ -1,0 +1,82 @@
+"""Graphs of whole models for any batch, height and width: torch.export, strict and not, and torch.jit.trace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vmamba.models.variants import VARIANTS
+from vmamba.models.vmamba import VMamba
+
+
+def _reduced(variant):
+    stages = len(variant.depths)
+    return replace(
+        variant, depths=(1,) * stages, dims=(8, 16, 24, 32)[:stages], d_state=min(variant.d_state, 2),
+        img_size=(64, 64), drop_path_rate=0.0, release=None,
+    )  # fmt: skip
+
+
+# Every variant's architecture once: a name for each.
+ARCHITECTURES = {_reduced(variant): name for name, variant in VARIANTS.items()}
+architectures = pytest.mark.parametrize("variant", ARCHITECTURES, ids=ARCHITECTURES.values())
+strictly = pytest.mark.parametrize("strict", [True, False])
+
+
+def _model(variant):
+    torch.manual_seed(0)
+    return VMamba(**variant.arguments(), num_classes=5).eval()
+
+
+def _assert_as_the_model(graph, model, sizes):
+    with torch.no_grad():
+        for batch, height, width in sizes:
+            x = torch.randn(batch, 3, height, width)
+            torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-6)
+
+
+def _assert_plain_torch(program):
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert targets
+    assert all(target.startswith(("aten.", "<built-in function")) for target in targets), targets
+
+
+@architectures
+@strictly
+def test_named_sizes(variant, strict):
+    """Of two images or more and of coarsest grids of two pixels a side or more: torch takes one for a special case."""
+    model = _model(variant)
+    smallest = model.total_stride + variant.stem_stride
+    dims = {0: ("batch", 2), 2: ("height", smallest), 3: ("width", smallest)}
+    dynamic = {axis: torch.export.Dim(name, min=low, max=4096) for axis, (name, low) in dims.items()}
+    program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes={"x": dynamic}, strict=strict)
+    _assert_plain_torch(program)
+    _assert_as_the_model(program.module(), model, [(2, smallest, smallest), (3, 64, 96), (2, 101, 77)])
+
+
+@architectures
+@strictly
+def test_every_size_from_the_total_stride_on(variant, strict):
+    """With the shapes' specification that knows no special sizes, from an image of the smallest size itself."""
+    spec = pytest.importorskip("torch.fx.experimental.dynamic_spec")
+    model = _model(variant)
+    smallest = model.total_stride
+    lows = {"batch": 1, "height": smallest, "width": smallest}
+    batch, height, width = (spec.ShapeVar(name, min=low, max=4096) for name, low in lows.items())
+    shapes = spec.ParamsSpec({"x": spec.TensorSpec([batch, 3, height, width])})
+    example = torch.randn(1, 3, smallest, smallest)
+    program = torch.export.export(model, (example,), dynamic_shapes=shapes, strict=strict)
+    _assert_plain_torch(program)
+    _assert_as_the_model(program.module(), model, [(1, smallest, smallest), (3, smallest, 64), (2, 101, 77)])
+
+
+@architectures
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning")
+def test_a_trace_takes_other_sizes(variant):
+    model = _model(variant)
+    smallest = model.total_stride
+    with torch.no_grad():
+        trace = torch.jit.trace(model, torch.randn(2, 3, 64, 96))
+    _assert_as_the_model(trace, model, [(1, smallest, smallest), (3, 64, 96), (2, 101, 77)])
