@@ -9,7 +9,7 @@ from tasks.small import CLASSES, PLAIN, history, recipe
 import vmamba
 from vmamba.data.config import DataConfig
 from vmamba.errors import CheckpointError, DataError, ImageError, RecipeError
-from vmamba.models.checkpoints import read_metadata
+from vmamba.models.checkpoints import read_metadata, save_checkpoint
 from vmamba.tasks.prediction import Classifier
 from vmamba.tasks.recipe import ModelConfig, TrainerConfig, ValidateConfig
 from vmamba.tasks.task import build_model
@@ -94,7 +94,7 @@ def test_one_class_and_four_channels_are_refused_before_any_work(images, tmp_pat
         model = vmamba.create_model("vmamba_femto_s2", num_classes=classes, in_chans=channels, **kwargs)
         path = tmp_path / f"{name}.safetensors"
         metadata = {"mean": [0.5] * channels, "std": [0.5] * channels, "model_kwargs": kwargs}
-        vmamba.models.checkpoints.save_checkpoint(model, path, metadata)
+        save_checkpoint(model, path, metadata)
         with pytest.raises(CheckpointError, match=message):
             Classifier.load(str(path))
         with pytest.raises(CheckpointError, match=message):
@@ -138,3 +138,10 @@ def test_bad_data_is_refused_before_any_work(images, tmp_path):
     config.checkpoint = str(tmp_path / "two.safetensors")
     with pytest.raises(DataError, match=r"missing: pink; unknown: green, red"):
         validate(config)
+
+
+def test_a_file_whose_preprocessing_contradicts_its_network_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(vmamba.create_model("vmamba_femto_s2", num_classes=3), path, {"mean": [0.5]})
+    with pytest.raises(RecipeError, match=r"mean has 1 value"):
+        Classifier.load(str(path))

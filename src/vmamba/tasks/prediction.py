@@ -260,7 +260,10 @@ def preprocessing_of(model: nn.Module, settings: Any = None, stored: dict[str, A
     for name in ("mean", "std"):  # a model for RGB that was given one grey channel
         if name not in given and len(known.get(name, ())) == 3 and channels == 1:
             known[name] = (sum(known[name]) / 3,)
-    return Preprocessing.from_dict(known | given)
+    try:
+        return Preprocessing.from_dict(known | given)
+    except ValueError as error:
+        raise RecipeError(f"the preprocessing that the model or the settings name is wrong: {error}") from error
 
 
 @dataclass
