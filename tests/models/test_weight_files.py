@@ -24,7 +24,7 @@ import pytest
 import safetensors.torch
 import torch
 from models.fuzz import fuzz, resident
-from models.hostile import KINDS
+from models.hostile import KINDS, make
 from models.loading import State, assert_equal, assert_refused_unchanged, small
 from models.released import foreign_class, theirs, write_released
 from torch import nn
@@ -221,6 +221,13 @@ def test_ten_thousand_hostile_files_in_small() -> None:
     assert len(lines) == 20 * len(KINDS)
     outcomes = Counter(outcome == "read" for line in lines for outcome in line["outcomes"])
     assert min(outcomes.values()) > len(lines) // 10  # some are harmless after all, and most are refused
+
+
+@pytest.mark.parametrize("seed", [1137, 2411])
+def test_hostile_files_that_once_ended_in_an_error_of_another_kind(seed: int, tmp_path: Path) -> None:
+    (path := tmp_path / "weights").write_bytes(make(seed)[1])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_weight_file(path)
 
 
 # --- Files that are as they should be --------------------------------------------------------------------------------

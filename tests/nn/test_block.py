@@ -112,3 +112,8 @@ def _operators(model, x):
     torch._dynamo.reset()
     torch.compile(model, backend=backend)(x)
     return names
+
+
+def test_a_scan_without_states_is_refused():
+    with pytest.raises(ValueError, match="d_state is 0; expected at least 1"):
+        VSSBlock(8, d_state=0)

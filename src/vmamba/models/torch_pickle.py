@@ -107,8 +107,8 @@ def _instead(kind: str, shape: int) -> Callable[..., Described]:
 
 
 def _sparse(_layout: Any, parts: Any, *_: Any) -> Described:
-    shape = next(part for part in reversed(parts[:_MAX_ARGUMENTS]) if type(part) is tuple)
-    return Described(None, 0, shape, (), None, "sparse")
+    shapes = [part for part in parts[:_MAX_ARGUMENTS] if type(part) is tuple]
+    return Described(None, 0, shapes[-1], (), None, "sparse")
 
 
 _BUILDERS: dict[str, Callable[..., Any]] = {

@@ -144,7 +144,9 @@ def _told(path: Path) -> Iterator[None]:
                 f"is damaged, cut short, or in a format that is not read here ({reason}). Fetch it again, or save it"
                 " again with torch.save and its defaults."
             )
-        raise CheckpointError(f"{path} " + "".join(c if c.isprintable() else "?" for c in line)) from error
+        # A `RuntimeError` caused by StopIteration is to `contextmanager` that StopIteration itself.
+        cause = None if isinstance(error, StopIteration) else error
+        raise CheckpointError(f"{path} " + "".join(c if c.isprintable() else "?" for c in line)) from cause
 
 
 def _mapped(path: Path) -> mmap.mmap:
