@@ -66,7 +66,7 @@ def test_a_compiled_graph_follows_the_context():
     chosen = []
 
     def record(module, inputs):
-        chosen.append({str(node.args[-1]) for node in module.graph.nodes if "vmamba" in str(node.target)})
+        chosen.append({str(node.args[-1]) for node in module.graph.nodes if "ss2d_scan" in str(node.target)})
         return module.forward
 
     compiled = torch.compile(lambda *v: ss2d_scan(*v), fullgraph=True, backend=record)
