@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import models
+import networks
 import torch
-from models import CONVNEXT, DEIT, FOUR, SWIN, TINY, Contender, prepare, random_images
+from networks import CONVNEXT, DEIT, FOUR, SWIN, TINY, Contender, prepare, random_images
 from page import Row, columns
 from runner import EAGER, RESULTS, Bench, Benchmark, Call, Figures, Part, Results, Section, Settings, Tables
-from scans import MINE, scan_inputs
+from scan_speed import MINE, scan_inputs
 from torch import Tensor
 from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,7 +52,7 @@ SMOKE = replace(
     QUICK, size=64, batch=2, rounds=1, sizes=(64,), profiled=((False, 1, 64),), scans=((8, 32, (1, 1)),),
     options=TINY | {VANILLA: {"depths": (1,), "dims": (32,)}},
 )  # fmt: skip
-LAYOUT = models.LAYOUT | {"scans": ("Scans, and models for the sake of their scans", "what;ms")}
+LAYOUT = networks.LAYOUT | {"scans": ("Scans, and models for the sake of their scans", "what;ms")}
 # An operator belongs to the first kind whose words its name contains.
 KINDS = {
     "scan": ("scan",),
@@ -95,7 +95,7 @@ def within(context: Callable[[], Any], call: Call) -> Call:
 
 
 def profiling(bench: Bench) -> Iterator[Part]:
-    """As `models.profiling`, with our C++ functions under their names; the profiler sees only torch's dispatcher."""
+    """As `networks.profiling`, with our C++ functions under their names; the profiler sees only torch's dispatcher."""
 
     def named(name: str, function: Callable[..., object]) -> Callable[..., object]:
         def call(*arguments: object) -> object:
@@ -111,7 +111,7 @@ def profiling(bench: Bench) -> Iterator[Part]:
             for name, value in list(vars(module).items()):
                 if name.startswith("_call_"):
                     stack.enter_context(mock.patch.object(module, name, named(name, value)))
-        yield from models.profiling(bench, KINDS, product_time)
+        yield from networks.profiling(bench, KINDS, product_time)
 
 
 def product_time(bench: Bench, contender: Contender, image: Tensor, training: bool) -> dict[str, Row]:
@@ -166,9 +166,9 @@ def notes(settings: Settings) -> list[str]:
 CPU = Benchmark(
     "cpu", "On the CPU", LAYOUT,
     {
-        "resolution": Section(models.resolution, ("resolution",)),
-        "inference": Section(partial(models.large_batch, training=False), ("inference",)),
-        "training": Section(partial(models.large_batch, training=True), ("training",)),
+        "resolution": Section(networks.resolution, ("resolution",)),
+        "inference": Section(partial(networks.large_batch, training=False), ("inference",)),
+        "training": Section(partial(networks.large_batch, training=True), ("training",)),
         "scans": Section(scans, ("scans",)),
         "profile": Section(profiling, ("profile", "kernels")),
     },

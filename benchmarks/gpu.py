@@ -24,10 +24,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import models
+import networks
 import runner
 import torch
-from models import CONVNEXT, DEIT, DROP_PATH, SWIN, TINY, Contender, prepare, random_images
+from networks import CONVNEXT, DEIT, DROP_PATH, SWIN, TINY, Contender, prepare, random_images
 from page import Row
 from runner import (
     COMPILED,
@@ -42,7 +42,7 @@ from runner import (
     failures_in,
     release,
 )
-from scans import CHAIN, MINE, RELEASED, check, time_scans
+from scan_speed import CHAIN, MINE, RELEASED, check, time_scans
 from torch import Tensor, nn
 from tuning import tuning
 
@@ -63,7 +63,7 @@ SMOKE = replace(
     FULL, device="cpu", size=64, batch=2, rounds=1, least=0.0, compiler="eager", sizes=(64, 96), compiled_sizes=(96,),
     profiled=((False, 2, 64), (True, 2, 64)), scans=((8, 32, (1, 2)),), checks=((2, 5, 4, 32),), options=TINY,
 )  # fmt: skip
-LAYOUT = models.LAYOUT | {
+LAYOUT = networks.LAYOUT | {
     "checks": (
         "Scans against the definition in float64: ‖difference‖ / ‖reference‖ of the result and the six gradients",
         "scan;shape;dtype;worst;distance;allowed",
@@ -286,11 +286,11 @@ GPU = runner.Benchmark(
     {
         "check": Section(check, ("checks",), 0),
         "operators": Section(operators, ("rates", "operators"), 60),
-        "inference": Section(partial(models.large_batch, training=False), ("inference",), 60),
-        "training": Section(partial(models.large_batch, training=True), ("training",), 60),
+        "inference": Section(partial(networks.large_batch, training=False), ("inference",), 60),
+        "training": Section(partial(networks.large_batch, training=True), ("training",), 60),
         "latency": Section(latency, ("latency",), 30),
-        "profile": Section(partial(models.profiling, kinds=KINDS, floors=least_bytes), ("profile", "kernels"), 30),
-        "resolution": Section(models.resolution, ("resolution",), 60),
+        "profile": Section(partial(networks.profiling, kinds=KINDS, floors=least_bytes), ("profile", "kernels"), 30),
+        "resolution": Section(networks.resolution, ("resolution",), 60),
         "tune": Section(partial(tuning, prepare=capture), ("tuning",), 180),
     },
     figures, "resolution", notes,

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 import torch
 from page import Row
 from runner import Bench, Call, NotMeasuredError, Part, brief, failures_in, release
-from scans import scan_inputs
+from scan_speed import scan_inputs
 
 from vmamba.ops.backends.triton import Configuration, Configurations, use_configurations
 

@@ -198,7 +198,7 @@ def test_gpu_benchmark_keeps_to_its_budget(gpu_run):
 
 
 def test_gpu_benchmark_survives_what_fails(gpu_run, load, monkeypatch):
-    models, build = load("models"), load("models").build
+    models, build = load("networks"), load("networks").build
 
     def fail(name: str, size: int, **options: object) -> torch.nn.Module:
         if "swin" in name:
@@ -219,7 +219,7 @@ def test_gpu_benchmark_does_not_time_what_is_wrong(gpu_run, load, monkeypatch, t
     def scan(*arguments: torch.Tensor, **options: str) -> torch.Tensor:
         return ss2d_scan(*arguments, **options) * (1 if options else 1.002)
 
-    monkeypatch.setattr(load("scans"), "ss2d_scan", scan)
+    monkeypatch.setattr(load("scan_speed"), "ss2d_scan", scan)
     with pytest.raises(SystemExit, match=r"nothing was timed, since our scan fails its check: its .* is wrong, off by"):
         gpu_run(folder=tmp_path)
     assert set(json.loads((tmp_path / "gpu.json").read_text())["tables"]) == {"checks"}
@@ -283,7 +283,7 @@ def test_gpu_figures_are_ratios_of_the_better_modes(load):
 
 
 def test_the_released_operator_is_ours_step_by_step(load):
-    yardsticks, scans = load("scans"), load("scans")
+    yardsticks, scans = load("scan_speed"), load("scan_speed")
     inputs = scans.scan_inputs(2, 4, 5, 32, "cpu", torch.float64)
     expected = inputs.run(ss2d_scan, torch.float64)
     found = inputs.run(yardsticks.released_with(yardsticks.plain_scan), torch.float64)
@@ -292,7 +292,7 @@ def test_the_released_operator_is_ours_step_by_step(load):
 
 
 def test_a_replaced_scan_is_used_in_the_block_only(load):
-    yardsticks, calls = load("scans"), []
+    yardsticks, calls = load("scan_speed"), []
 
     def scan(*arguments: object, **options: object) -> torch.Tensor:
         calls.append(options)
@@ -309,7 +309,7 @@ def test_a_replaced_scan_is_used_in_the_block_only(load):
 
 
 def test_compiled_code_for_a_replaced_scan_is_kept(load):
-    yardsticks = load("scans")
+    yardsticks = load("scan_speed")
     layer, x = SS2D(32).eval(), torch.randn(1, 4, 3, 32)
     compilations = []
 
@@ -327,7 +327,7 @@ def test_compiled_code_for_a_replaced_scan_is_kept(load):
 
 
 def test_least_bytes_count_every_layer_of_a_block(load):
-    gpu, models, runner = load("gpu"), load("models"), load("runner")
+    gpu, models, runner = load("gpu"), load("networks"), load("runner")
     bench = runner.Bench(gpu.SMOKE)
     bench.copy_rate = 4.0
 
@@ -365,7 +365,7 @@ def test_least_bytes_count_every_layer_of_a_block(load):
     ],
 )
 def test_kernels_are_known_by_their_names(load, kernel, kind):
-    gpu, models = load("gpu"), load("models")
+    gpu, models = load("gpu"), load("networks")
     assert models.kind_of(kernel, gpu.KINDS | {"scan": ("vmamba::", "scan_kernel")}) == kind
 
 

@@ -53,7 +53,7 @@ def test_training_learns_and_says_what(whole):
     for row in rows:
         assert row["train_loss"] == pytest.approx(row["train_decode"] + row["train_auxiliary"])
     assert rows[-1]["train_auxiliary"] < rows[-1]["train_decode"]  # its weight is 0.4
-    assert max(row["val_mIoU"] for row in rows) > 0.6
+    assert max(row["val_mIoU"] for row in rows) > 0.5  # one class everywhere would be below 0.25
     metadata = read_metadata(whole / "run/model.safetensors")
     assert (metadata["task"], metadata["variant"]) == ("segmentation", "upernet_vmamba_femto_s2")
     assert (metadata["class_names"], metadata["img_size"], metadata["num_classes"]) == (NAMES, [44, 60], 3)

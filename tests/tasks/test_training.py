@@ -97,7 +97,9 @@ def test_the_model_file_says_which_task(tmp_path, monkeypatch, capsys):
     assert settings_of("validate", []) is ToyValidateConfig
     assert settings_of("validate", ["--checkpoint", "runs/toy/model.safetensors"]) is ToyValidateConfig
     assert settings_of("validate", ["--pretrained", "vmamba_tiny_s1l8"]) is ValidateConfig
-    with pytest.raises(RecipeError, match=r"no task 'juggling'; choose one of: classification, toy"):
+    with pytest.raises(
+        RecipeError, match=r"no task 'juggling'; choose one of: classification, segmentation, detection, toy"
+    ):
         settings_of("train", ["--task", "juggling"])
     assert main(["validate", "--data.images", "5", "--trainer.accelerator", "cpu"]) == 0
     assert capsys.readouterr().out.startswith("colour error 0.")

@@ -162,7 +162,8 @@ def load_model(path: str | PathLike[str], ema: bool = False) -> tuple[nn.Module,
             f"{path} is of no variant known here ({name or 'its layout fits none'}). Build the model yourself and"
             f" call vmamba.load_checkpoint(model, path). Known: {', '.join(ENTRIES)}."
         )
-    if info.task != (task := ENTRIES[name].task if name in ENTRIES else "classification"):
+    task = ENTRIES[name].task if name in ENTRIES else "classification"
+    if info.task != task and info.task in {entry.task for entry in ENTRIES.values()}:  # others are the user's own
         raise CheckpointError(f"{path} says that it is for {info.task!r}, but {name} is for {task}")
     try:
         build = functools.partial(create_model if name in ENTRIES else timm.create_model, name)

@@ -25,7 +25,7 @@ from runner import (
     failures_in,
     release,
 )  # fmt: skip
-from scans import CHAIN, MINE, RELEASED, Scan, distance, replaced_scan, scan_of
+from scan_speed import CHAIN, MINE, RELEASED, Scan, distance, replaced_scan, scan_of
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.nn import functional as F
