@@ -40,7 +40,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train(landscape_recipe(make_landscapes(folder / "pictures"), folder / "run", epochs=10))
+        train(landscape_recipe(make_landscapes(folder / "pictures"), folder / "run", epochs=24))
     return folder
 
 
@@ -53,7 +53,7 @@ def test_training_learns_and_says_what(whole):
     for row in rows:
         assert row["train_loss"] == pytest.approx(row["train_decode"] + row["train_auxiliary"])
     assert rows[-1]["train_auxiliary"] < rows[-1]["train_decode"]  # its weight is 0.4
-    assert max(row["val_mIoU"] for row in rows) > 0.5  # one class everywhere would be below 0.25
+    assert max(row["val_mIoU"] for row in rows) > 0.6
     metadata = read_metadata(whole / "run/model.safetensors")
     assert (metadata["task"], metadata["variant"]) == ("segmentation", "upernet_vmamba_femto_s2")
     assert (metadata["class_names"], metadata["img_size"], metadata["num_classes"]) == (NAMES, [44, 60], 3)
