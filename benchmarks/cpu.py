@@ -70,28 +70,22 @@ def scans(bench: Bench) -> Iterator[Part]:
     inputs = [scan_inputs(1, g, g, channels, "cpu", torch.float32) for g, channels, each in s.scans for _ in each]
     operators = [each.operators()[0] for each in inputs]
     image, _ = random_images(bench, 1, s.size)
-    ours, vanilla = (partial(prepare(bench, label, EAGER, s.size).infer, image) for label in (MINE, VANILLA))
+    low = replace(bench, settings=replace(s, low=True))
+    ours, ours_low, vanilla = (
+        partial(prepare(each, label, EAGER, s.size).infer, image)
+        for each, label in ((bench, MINE), (low, MINE), (bench, VANILLA))
+    )
     groups: list[dict[str, Call]] = [
         {"all scans of an image": lambda: [call() for call in operators]},
         {"first scan": operators[0]},
-        {"float32": ours, "bfloat16": within(partial(torch.autocast, "cpu", dtype=torch.bfloat16), ours)},
+        {"float32": ours, "bfloat16": ours_low},
         {VANILLA: vanilla},
     ]
     if len(s.contenders) > 1:  # the definition is the same in every tree
         groups.append({"first scan, definition": partial(inputs[0].forward, partial(ss2d_scan, backend="reference"))})
-        groups.append({f"{VANILLA}, definition": within(partial(use_backend, "reference"), vanilla)})
+        groups.append({f"{VANILLA}, definition": use_backend("reference")(vanilla)})
     for calls in groups:
         yield "scans", [{"what": name, "seconds": seconds} for name, seconds in bench.interleave(calls).items()]
-
-
-def within(context: Callable[[], Any], call: Call) -> Call:
-    """The call in a `with` block."""
-
-    def inside() -> object:
-        with context():
-            return call()
-
-    return inside
 
 
 def profiling(bench: Bench) -> Iterator[Part]:
