@@ -180,6 +180,14 @@ def test_boxes_without_masks_train_the_boxes_alone() -> None:
     assert boxes_only(images)[0].keys() == {"boxes", "scores", "labels"}
 
 
+def test_the_heads_learn_of_as_many_regions_as_are_asked_for() -> None:
+    model, counts = small(masks=False).train(), []
+    model.regions = 24
+    model.roi_head.bbox_head.register_forward_hook(lambda _, inputs, output: counts.append(len(inputs[0])))
+    model(torch.randn(2, 3, 64, 96), [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([0])}] * 2)
+    assert counts == [2 * 24]
+
+
 def test_pictures_without_objects() -> None:
     images = torch.zeros(2, 3, 160, 224)
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}

@@ -130,9 +130,10 @@ class MaskRCNN(DenseModel):
         score_thr: detections have a higher score than this.
         max_per_img: the best so many detections of a picture are given.
         nms_iou: of two boxes of one class that overlap more, the better one is given.
+        regions: of so many in each picture the heads learn; fewer make a step cheaper, most of all with narrow heads.
 
     Attributes:
-        num_classes, score_thr, max_per_img, nms_iou: as given; the last three may be changed at any time.
+        num_classes, score_thr, max_per_img, nms_iou, regions: as given; all but the first may be changed at any time.
 
     Raises:
         ValueError: the backbone's maps do not halve from one to the next.
@@ -151,10 +152,11 @@ class MaskRCNN(DenseModel):
         score_thr: float = 0.05,
         max_per_img: int = 100,
         nms_iou: float = 0.5,
+        regions: int = 512,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.score_thr, self.max_per_img, self.nms_iou = score_thr, max_per_img, nms_iou
+        self.score_thr, self.max_per_img, self.nms_iou, self.regions = score_thr, max_per_img, nms_iou, regions
         self.backbone = FeatureMaps(backbone, out_norm)
         strides = self.backbone.strides
         if any(coarser != 2 * finer for finer, coarser in itertools.pairwise(strides)):
@@ -321,14 +323,14 @@ class MaskRCNN(DenseModel):
         return {"boxes": boxes[kept] / factor, "scores": scores[kept], "labels": label[kept]}, boxes[kept]
 
     def _roi_losses(self, maps: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Target]) -> Losses:
-        """Losses of box and mask head on 512 regions a picture, a quarter of them, at most, with an object."""
+        """Losses of box and mask head on `regions` of each picture, a quarter of them, at most, with an object."""
         regions, labels, deltas, masked, mask_labels, shapes = [], [], [], [], [], []
         for proposed, target in zip(proposals, targets, strict=True):
             truths = target["boxes"].to(proposed)
             candidates = torch.cat([truths, proposed])
             matched = bx.match(candidates, truths, 0.5, 0.5, 0.5)
             matched[: len(truths)] = torch.arange(len(truths), device=matched.device)
-            positive, negative = bx.sample(matched, 512, 0.25)
+            positive, negative = bx.sample(matched, self.regions, 0.25)
             which, chosen = matched[positive], candidates[positive]
             label = target["labels"][which]
             regions.append(torch.cat([chosen, candidates[negative]]))
