@@ -216,6 +216,24 @@ def standard_image(image: Image.Image, in_chans: int = 3) -> Image.Image:
     return _as_mode(image, "RGB" if in_chans == 3 else "L")
 
 
+def any_image(image: str | os.PathLike[str] | Image.Image | np.ndarray, in_chans: int = 3) -> Image.Image:
+    """A picture in any form that Python code may hold it in, as 8-bit RGB or grey.
+
+    Args:
+        image: a file, a PIL image of any mode, or an array, uint8 (H, W, 3) in RGB or (H, W) in grey.
+        in_chans: 3 for an image of mode ``RGB``, 1 for mode ``L``.
+
+    Raises:
+        ImageError: the file cannot be used.
+        TypeError: an array of another dtype or shape.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+            raise TypeError(f"the array is {image.dtype} {image.shape}; expected uint8 (H, W, 3) or (H, W)")
+        image = Image.fromarray(image)
+    return standard_image(image, in_chans) if isinstance(image, Image.Image) else read_image(image, in_chans)
+
+
 def _as_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)  # `convert` alone would copy it all the same
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from typing_extensions import override
 
-from vmamba.data.images import read_image, standard_image
+from vmamba.data.images import any_image
 from vmamba.errors import CheckpointError, ImageError, RecipeError
 from vmamba.files import shown
 from vmamba.models import boxes as bx
@@ -228,7 +228,7 @@ class Detector(Predictor):
         """Find objects in one picture.
 
         Args:
-            image: a file, a PIL image of any mode, or an array, uint8 (H, W, 3) in RGB or (H, W) in grey.
+            image: see `any_image`.
             threshold: objects with a lower score are left out.
             window: side of overlapping squares that are looked at besides the whole picture, at its own size, so that
                 nothing small in a large picture is lost.
@@ -238,12 +238,7 @@ class Detector(Predictor):
             RecipeError: the window is too small.
             TypeError: an array of another dtype or shape.
         """
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-                raise TypeError(f"the array is {image.dtype} {image.shape}; expected uint8 (H, W, 3) or (H, W)")
-            image = Image.fromarray(image)
-        image = standard_image(image, 3) if isinstance(image, Image.Image) else read_image(image)
-        return self._found(pil_to_tensor(image), threshold, window)
+        return self._found(pil_to_tensor(any_image(image)), threshold, window)
 
     def _found(self, picture: Tensor, threshold: float, window: int | None) -> FoundObjects:
         found = self._detections(picture, window)

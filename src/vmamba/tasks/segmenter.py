@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from typing_extensions import override
 
-from vmamba.data.images import read_image, standard_image
+from vmamba.data.images import any_image
 from vmamba.data.transforms import Preprocessing, fitted_size, resize_bilinear_uint8
 from vmamba.errors import CheckpointError, ImageError, RecipeError
 from vmamba.files import shown
@@ -157,20 +157,14 @@ class Segmenter(Predictor):
         """Segment one picture.
 
         Args:
-            image: a file, a PIL image of any mode, or an array, uint8 (H, W, 3) in RGB or (H, W) in grey.
+            image: see `any_image`.
             window: see `labels`.
 
         Raises:
             ImageError: the file cannot be used.
             TypeError: an array of another dtype or shape.
         """
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-                raise TypeError(f"the array is {image.dtype} {image.shape}; expected uint8 (H, W, 3) or (H, W)")
-            image = Image.fromarray(image)
-        chans = self.pre.in_chans
-        image = standard_image(image, chans) if isinstance(image, Image.Image) else read_image(image, chans)
-        return self._found(pil_to_tensor(image), window)
+        return self._found(pil_to_tensor(any_image(image, self.pre.in_chans)), window)
 
     def _found(self, picture: Tensor, window: int | None) -> Segmentation:
         labels = self.labels(picture, window).numpy()
