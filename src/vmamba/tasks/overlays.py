@@ -99,7 +99,10 @@ def painted(
     mixed = (np.asarray(picture, np.float32) * (1 - share) + tints * share).round().astype(np.uint8)
     width = max(max(picture.size) // 800, 1)
     for size, colour, strength in ((2 * width + 3, (20, 20, 20), 0.35), (2 * width - 1, WHITE, 0.85)):
-        line = np.asarray(_borders(at).filter(ImageFilter.MaxFilter(size)))[..., None] / 255 * strength
+        borders = _borders(at)
+        if size > 1:  # some versions of Pillow crash at 1
+            borders = borders.filter(ImageFilter.MaxFilter(size))
+        line = np.asarray(borders)[..., None] / 255 * strength
         mixed = (mixed * (1 - line) + np.array(colour) * line).round().astype(np.uint8)
     return Image.fromarray(mixed)
 
