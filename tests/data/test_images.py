@@ -205,6 +205,13 @@ def test_unusable_files_are_named_with_their_reason(tmp_path):
         read_image(tmp_path / "empty.jpg", in_chans=4)
 
 
+def test_an_image_beyond_the_callers_limit_is_refused_before_it_is_decoded():
+    with pytest.raises(ImageError, match="a.png: 3000×2000 pixels, more than the 5,999,999 taken here"):
+        read_image(io.BytesIO(_png(3000, 2000)), name="a.png", most_pixels=5_999_999)
+    with pytest.raises(ImageError, match="truncated|damaged|broken"):  # decoding, then, finds that nothing is there
+        read_image(io.BytesIO(_png(3000, 2000)), name="a.png", most_pixels=6_000_000)
+
+
 def test_find_images_takes_files_folders_and_patterns(tmp_path):
     for name in ("b.jpg", "a.PNG", "notes.txt", ".hidden.png", "sub/c.webp", "[x].png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -37,7 +37,12 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVI
 _SECONDS = 5  # of processor time for one image, looked at between reads: what Pillow does in one call takes up to 4
 
 
-def read_image(source: str | os.PathLike[str] | BinaryIO, in_chans: int = 3, name: str | None = None) -> Image.Image:
+def read_image(
+    source: str | os.PathLike[str] | BinaryIO,
+    in_chans: int = 3,
+    name: str | None = None,
+    most_pixels: int | None = None,
+) -> Image.Image:
     """Read one image file as 8-bit RGB (``in_chans=3``) or 8-bit grey (``in_chans=1``).
 
     Everything a folder may hold ends as the picture a person would see in a viewer:
@@ -54,15 +59,16 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, in_chans: int = 3, nam
         source: a path, or a binary file object.
         in_chans: 3 for an image of mode ``RGB``, 1 for mode ``L``.
         name: what to call the file in an error; by default the path, or the file object's name.
+        most_pixels: refuse larger images, before they are decoded.
 
     Raises:
         ImageError: the file is missing, empty, truncated, corrupt, not an image, takes too long, or is larger than
-            Pillow's limit against decompression bombs (``PIL.Image.MAX_IMAGE_PIXELS``, a warning in Pillow, an error
-            here).
+            ``most_pixels`` or Pillow's limit against decompression bombs (``PIL.Image.MAX_IMAGE_PIXELS``, a warning in
+            Pillow, an error here).
         DataError: ``in_chans`` is neither 1 nor 3.
     """
     check_channels(in_chans)
-    with _decoded(source, name) as image:
+    with _decoded(source, name, most_pixels) as image:
         return standard_image(image, in_chans)
 
 
@@ -83,7 +89,9 @@ def read_index_mask(source: str | os.PathLike[str] | BinaryIO, name: str | None 
 
 
 @contextmanager
-def _decoded(source: str | os.PathLike[str] | BinaryIO, name: str | None) -> Iterator[Image.Image]:
+def _decoded(
+    source: str | os.PathLike[str] | BinaryIO, name: str | None, most_pixels: int | None = None
+) -> Iterator[Image.Image]:
     """An image file opened and decoded; what goes wrong then or in the block becomes an `ImageError`."""
     path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", source)
     name = shown(name or str(path))
@@ -92,6 +100,8 @@ def _decoded(source: str | os.PathLike[str] | BinaryIO, name: str | None) -> Ite
             warnings.simplefilter("ignore")  # of damaged metadata, which nobody asked for
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(_Metered(file), formats=_FORMATS) as image:  # type: ignore[arg-type]
+                if most_pixels is not None and image.width * image.height > most_pixels:
+                    raise ValueError(f"{image.width}×{image.height} pixels, more than the {most_pixels:,} taken here")
                 image.decodermaxblock = 4096  # each read looks at the clock
                 stored = image.tile[0].args if image.tile else None
                 image.load()
