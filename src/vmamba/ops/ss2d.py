@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -11,6 +15,24 @@ from vmamba.ops.backends import choose_backend
 from vmamba.ops.layers import linear
 from vmamba.ops.operators import call_operator
 from vmamba.ops.precision import state_dtype, without_autocast
+
+Watcher = Callable[[SS2DArguments, Tensor], None]
+
+_watcher: ContextVar[Watcher | None] = ContextVar("vmamba_watcher", default=None)
+
+
+@contextmanager
+def watch_scans(watcher: Watcher) -> Iterator[None]:
+    """Show every call of `ss2d_scan` in the `with` block (of this thread or task) to a function.
+
+    Args:
+        watcher: is given the arguments, the first projection done, and the result. A compiled graph calls nothing.
+    """
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def ss2d_scan(
@@ -62,4 +84,8 @@ def ss2d_scan(
         is_low = u.is_cuda and u.dtype == torch.bfloat16
         dtype = u.dtype if is_low else state_dtype(x_proj_weight, *given[:-1])
         projected = linear(u.to(dtype), x_proj_weight.to(dtype).flatten(0, 1)).unflatten(-1, (routes, size))
-        return call_operator("ss2d_scan", chosen, given._replace(projected=projected))
+        given = given._replace(projected=projected)
+        y: Tensor = call_operator("ss2d_scan", chosen, given)
+    if not torch.compiler.is_compiling() and (watcher := _watcher.get()) is not None:
+        watcher(given, y)
+    return y
