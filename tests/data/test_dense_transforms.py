@@ -1,8 +1,10 @@
 """What moves pictures, boxes and masks together."""
 
+import colorsys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torchvision.tv_tensors import BoundingBoxes, Image, Mask
 
@@ -10,12 +12,15 @@ from vmamba.data.config import DetectionAugmentConfig, SegmentationAugmentConfig
 from vmamba.data.seeding import seed_sample
 from vmamba.data.transforms import (
     IGNORED,
+    Crop,
+    PhotometricDistort,
     Preprocessing,
     detection_transform,
     fitted_size,
     resize_bilinear_uint8,
     segmentation_transform,
 )
+from vmamba.errors import RecipeError
 
 PRE = Preprocessing()
 
@@ -56,7 +61,7 @@ def test_masks_move_with_their_picture_and_what_is_added_is_ignored():
     picture, mask, _ = scene()
     config = SegmentationAugmentConfig((80, 60), (0.5, 2.0), (64, 72), photometric=False, most_of_one_class=0.7)
     transform = segmentation_transform(config, PRE)
-    filled, flipped = 0, 0
+    filled = 0
     for seed in range(60):
         seed_sample(seed)
         moved, labels = transform(picture, mask)
@@ -69,14 +74,19 @@ def test_masks_move_with_their_picture_and_what_is_added_is_ignored():
         assert wrong.float().mean() < 0.03
         counts = labels[inside].unique(return_counts=True)[1]
         assert counts.max() < 0.7 * counts.sum()
+        height, width = int(inside[:, 0].sum()), int(inside[0].sum())
+        assert inside[:height, :width].all()  # filled up at the right and bottom alone
+        assert inside.sum() == height * width
         filled += not inside.all()
-        flipped += bool(labels[0, 0] == IGNORED)
         seed_sample(seed)
         again = transform(picture, mask)
         assert torch.equal(again[0], moved)
         assert torch.equal(again[1], labels)
     assert filled > 10
-    assert 0 < flipped < filled
+    config = SegmentationAugmentConfig((80, 60), (1.0, 1.0), (60, 80), photometric=False, hflip=1.0)
+    moved, labels = segmentation_transform(config, PRE)(picture, mask)
+    assert torch.equal(moved, picture.flip(-1))
+    assert torch.equal(labels, mask.flip(-1))
 
 
 def test_boxes_and_masks_move_with_their_picture():
@@ -103,3 +113,73 @@ def test_boxes_and_masks_move_with_their_picture():
     moved, found = detection_transform(DetectionAugmentConfig(short_sides=(30,), hflip=1.0), PRE)(picture, target)
     assert found["labels"].tolist() == [4]  # the other is half a pixel wide
     assert found["boxes"].tolist() == [[10.0, 10.0, 25.0, 20.0]]
+
+
+def test_parts_are_cut_out_of_half_of_the_pictures_for_3x():
+    config = DetectionAugmentConfig(short_sides=(30,), longest=90, crop_sides=(60, 120), crop=(20, 50), hflip=0.0)
+    transform, whole, shapes = detection_transform(config, PRE), 0, set()
+    for seed in range(200):
+        seed_sample(seed)
+        picture, _, target = scene()
+        moved, found = transform(picture, target)
+        height, width = moved.shape[1:]
+        shapes.add((height, width))
+        assert height == 30 or width == 90 or min(height, width) == 30
+        whole += (height, width) == (30, 40)
+        for box, label, mask in zip(found["boxes"], found["labels"], found["masks"], strict=True):
+            assert ((box >= 0) & (box <= torch.tensor([width, height, width, height]))).all()
+            if label == 4:
+                assert ((moved[1] > 150) != (mask == 1)).float().mean() < 0.1
+    assert 80 < whole < 130
+    assert len(shapes) > 30
+    part = Crop((20, 20), (50, 50))
+    for side in (0, 1):
+        sizes = {part(scene()[0]).shape[1 + side] for _ in range(400)}
+        assert sizes == set(range(20, 51))
+    assert part(scene(10, 200)[0]).shape[1] == 10
+    with pytest.raises(RecipeError, match="600 to 384"):
+        detection_transform(DetectionAugmentConfig(crop_sides=(400,), crop=(600, 384)), PRE)
+
+
+def test_colours_are_varied_as_published(monkeypatch):
+    """Of one pixel: its channels plus a shift, times a contrast, and its hue and saturation in HSV."""
+    for pixel in ([200, 100, 40], [10, 20, 250], [90, 90, 90], [0, 0, 0], [255, 0, 0]):
+        image = Image(torch.tensor(pixel, dtype=torch.uint8).view(3, 1, 1))
+        hue, saturation, value = colorsys.rgb_to_hsv(*(x / 255 for x in pixel))
+
+        def changed(image=image, **params):
+            none = {"brightness": 0, "contrast": (1.0, 1.0), "saturation": 1, "hue": 0}
+            monkeypatch.setattr(PhotometricDistort, "make_params", lambda *_: none | params)
+            return PhotometricDistort()(image).flatten().tolist()
+
+        assert changed() == pixel
+        assert changed(brightness=-32.0) == [max(x - 32, 0) for x in pixel]
+        assert changed(brightness=31.5) == [min(int(x + 31.5), 255) for x in pixel]
+        assert changed(contrast=(0.5, 1.0)) == changed(contrast=(1.0, 0.5)) == [x // 2 for x in pixel]
+        assert changed(contrast=(1.5, 1.0)) == [min(int(1.5 * x), 255) for x in pixel]
+        for factor in (0.5, 1.4):
+            expected = colorsys.hsv_to_rgb(hue, min(saturation * factor, 1), value)
+            assert changed(saturation=factor) == pytest.approx([255 * x for x in expected], abs=0.51)
+        expected = colorsys.hsv_to_rgb((hue - 0.1) % 1, saturation, value)
+        assert changed(hue=-0.1) == pytest.approx([255 * x for x in expected], abs=1)
+
+
+def test_how_much_colours_are_varied():
+    transform, (picture, mask, _) = PhotometricDistort(), scene()
+    draws = [transform.make_params([picture]) for _ in range(2000)]
+    values = {
+        "brightness": [d["brightness"] for d in draws if d["brightness"]],
+        "contrast": [f for d in draws for f in d["contrast"] if f != 1],
+        "saturation": [d["saturation"] for d in draws if d["saturation"] != 1],
+        "hue": [d["hue"] * 180 for d in draws if d["hue"]],
+    }
+    for name, (low, high) in {"brightness": (-32, 32), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5)}.items():
+        assert 900 < len(values[name]) < 1100
+        assert low <= min(values[name]) < low + 0.02 * (high - low)
+        assert high - 0.02 * (high - low) < max(values[name]) <= high
+    assert {round(x) for x in values["hue"]} == {*range(-18, 18)} - {0}
+    first = sum(d["contrast"][0] != 1 for d in draws)
+    assert 0.4 < first / len(values["contrast"]) < 0.6
+    moved, same = transform(picture, mask)
+    assert moved.dtype == torch.uint8
+    assert torch.equal(same, mask)

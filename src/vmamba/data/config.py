@@ -118,6 +118,11 @@ class DetectionAugmentConfig:
     """Sides to which the short side is resized, one of them at random: several (480, 512, ... 800) for 3x."""
     longest: int = 1333
     """What the long side may then be at most."""
+    crop_sides: tuple[int, ...] = ()
+    """Where given, half of the pictures are first resized to one of these short sides, (400, 500, 600) for 3x, and a
+    random part of them is cut out, which is then resized as above."""
+    crop: tuple[int, int] = (384, 600)
+    """Least and greatest side of that part."""
     jitter: tuple[float, float] | None = None
     """Large-scale jitter instead: factors from and to, (0.1, 2.0), by which a picture that fits into the square of
     jitter_size is resized before it is cropped to that square."""

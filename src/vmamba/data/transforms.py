@@ -8,6 +8,7 @@ quarter of the memory traffic of float images and, for small ones, no loader tim
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from torchvision.transforms import v2
 
 from vmamba.data.config import AugmentConfig, DetectionAugmentConfig, SegmentationAugmentConfig
 from vmamba.data.images import check_channels
+from vmamba.errors import RecipeError
 
 IGNORED = -1  # the label of pixels that neither loss nor metrics count
 
@@ -218,49 +220,125 @@ class FitSides(v2.Transform):
         return self._call_kernel(v2.functional.resize, inpt, list(params["size"]))
 
 
-class CropOrPad(v2.Transform):
-    """A random crop of one size, filled up at the right and bottom where the picture is smaller.
+class Crop(v2.Transform):
+    """A random part whose sides are drawn between those of two sizes; no larger than the picture.
 
-    Where a semantic mask comes along, crops of which one class takes more than a share are drawn again.
+    Where a semantic mask comes along, parts of which one class takes more than a share are drawn again.
     """
 
-    def __init__(self, size: tuple[int, int], fill: Sequence[float], most_of_one_class: float = 1.0) -> None:
+    def __init__(
+        self, least: tuple[int, int], most: tuple[int, int] | None = None, most_of_one_class: float = 1.0
+    ) -> None:
         super().__init__()
-        self.size, self.most = size, most_of_one_class
-        self.fill = {tv_tensors.Image: list(fill), tv_tensors.Mask: 0}
+        self.least, self.most, self.most_of_one_class = least, most or least, most_of_one_class
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the corner."""
+        """Draw size and corner."""
         rows, columns = v2.query_size(flat_inputs)
-        height, width = min(self.size[0], rows), min(self.size[1], columns)
+        height, width = (
+            int(torch.randint(min(least, side), min(most, side) + 1, ()))
+            for least, most, side in zip(self.least, self.most, (rows, columns), strict=True)
+        )
         mask = next((x for x in flat_inputs if isinstance(x, tv_tensors.Mask) and x.ndim == 2), None)
         for _ in range(10):
             top = int(torch.randint(rows - height + 1, ()))
             left = int(torch.randint(columns - width + 1, ()))
-            if mask is None or self.most >= 1:
+            if mask is None or self.most_of_one_class >= 1:
                 break
             part = mask[top : top + height, left : left + width]
             counts = part[part >= 0].unique(return_counts=True)[1]
-            if len(counts) > 1 and counts.max() < self.most * counts.sum():
+            if len(counts) > 1 and counts.max() < self.most_of_one_class * counts.sum():
                 break
         return {"top": top, "left": left, "height": height, "width": width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Cut, then fill up."""
-        inpt = self._call_kernel(v2.functional.crop, inpt, **params)
-        missing = [0, 0, self.size[1] - params["width"], self.size[0] - params["height"]]
+        """Cut."""
+        return self._call_kernel(v2.functional.crop, inpt, **params)
+
+
+class FillUp(v2.Transform):
+    """Fill up smaller pictures at the right and bottom: with the mean colour, which the network sees as zeros."""
+
+    def __init__(self, size: tuple[int, int], mean: Sequence[float]) -> None:
+        super().__init__()
+        self.size, self.fill = size, [round(255 * m) for m in mean]
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """What is missing: left, top, right, bottom."""
+        height, width = v2.query_size(flat_inputs)
+        return {"padding": [0, 0, max(self.size[1] - width, 0), max(self.size[0] - height, 0)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Fill up; in a semantic mask with what is ignored."""
         semantic = isinstance(inpt, tv_tensors.Mask) and inpt.ndim == 2
-        fill = IGNORED if semantic else self.fill.get(type(inpt), 0)
-        return self._call_kernel(v2.functional.pad, inpt, missing, fill=fill) if any(missing) else inpt
+        fill = self.fill if isinstance(inpt, tv_tensors.Image) else IGNORED if semantic else 0
+        return self._call_kernel(v2.functional.pad, inpt, fill=fill, **params) if any(params["padding"]) else inpt
+
+
+class PhotometricDistort(v2.Transform):
+    """Vary brightness, contrast, saturation and hue, each with probability 1/2, as published for ADE20K.
+
+    Of values from 0 to 255: brightness adds -32 to 32; contrast multiplies by 0.5 to 1.5, before or after the other
+    two; saturation, that of HSV, is multiplied by 0.5 to 1.5; hue turns by -36 to 34 degrees, in steps of two.
+    (torchvision's RandomPhotometricDistort multiplies brightness, moves contrast and saturation towards and from grey,
+    turns hue half as far, and exchanges channels.)
+    """
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw how much."""
+
+        def draw(low: float, high: float, neutral: float) -> float:
+            value = float(torch.empty(()).uniform_(low, high))
+            return value if torch.rand(()) < 0.5 else neutral
+
+        contrast, first = draw(0.5, 1.5, 1), bool(torch.rand(()) < 0.5)
+        return {
+            "brightness": draw(-32, 32, 0),
+            "contrast": (contrast, 1.0) if first else (1.0, contrast),
+            "saturation": draw(0.5, 1.5, 1),
+            "hue": math.floor(draw(-18, 18, 0)) / 180,  # of a full turn
+        }
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Of pictures alone."""
+        if not isinstance(inpt, tv_tensors.Image):
+            return inpt
+        before, after = params["contrast"]
+        x = _linear(inpt.as_subclass(Tensor), 1.0, params["brightness"])
+        x = saturate(_linear(x, before), params["saturation"])
+        if params["hue"]:
+            x = v2.functional.adjust_hue(x, params["hue"])
+        return tv_tensors.wrap(_linear(x, after), like=inpt)
+
+
+def _linear(image: Tensor, factor: float, shift: float = 0.0) -> Tensor:
+    """uint8 times a factor and shifted, cut off at 0 and 255, fractions dropped."""
+    same = factor == 1 and shift == 0
+    return image if same else (image * factor + shift).clamp_(0, 255).to(torch.uint8)
+
+
+def saturate(image: Tensor, factor: float) -> Tensor:
+    """Multiply the saturation in HSV, 1 - least / most of a pixel's channels, leaving hue and value, the most.
+
+    Args:
+        image: uint8 (..., 3, H, W).
+        factor: 0 makes grey; a saturation that would pass 1 becomes 1.
+    """
+    if factor == 1:
+        return image
+    most, least = image.amax(-3, keepdim=True).float(), image.amin(-3, keepdim=True)
+    factors = (most / (most - least).clamp_(min=1)).clamp_(max=factor)
+    return (most - (most - image) * factors).round_().to(torch.uint8)
 
 
 def segmentation_transform(config: SegmentationAugmentConfig, pre: Preprocessing) -> v2.Transform:
     """(picture, uint8 (3, H, W), and mask of labels (H, W)) to the same, varied, of the crop's size."""
     return v2.Compose([
         FitSides([config.scale], config.ratio),
-        CropOrPad(config.crop, [round(255 * m) for m in pre.mean], config.most_of_one_class),
+        Crop(config.crop, most_of_one_class=config.most_of_one_class),
         v2.RandomHorizontalFlip(config.hflip),
-        *([v2.RandomPhotometricDistort(p=0.5)] if config.photometric else []),
+        *([PhotometricDistort()] if config.photometric else []),
+        FillUp(config.crop, pre.mean),
     ])  # fmt: skip
 
 
@@ -269,15 +347,23 @@ def detection_transform(config: DetectionAugmentConfig, pre: Preprocessing) -> v
 
     Objects of which less than a pixel is left are dropped.
     """
-    if config.jitter is None:
-        steps: list[v2.Transform] = [FitSides([(config.longest, side) for side in config.short_sides])]
+    square = config.jitter_size, config.jitter_size
+    several = FitSides([(config.longest, side) for side in config.short_sides])
+    if config.jitter is not None:
+        resize = v2.Compose([FitSides([square], config.jitter), Crop(square)])
+    elif config.crop_sides:
+        least, most = config.crop
+        if not 0 < least <= most:
+            raise RecipeError(f"augment.crop is {least} to {most}; expected the least side first, above 0")
+        first = FitSides([(config.longest, side) for side in config.crop_sides])
+        resize = v2.RandomChoice([several, v2.Compose([first, Crop((least, least), (most, most)), several])])
     else:
-        square = (config.jitter_size, config.jitter_size)
-        steps = [FitSides([square], config.jitter), CropOrPad(square, [round(255 * m) for m in pre.mean])]
+        resize = several
     return v2.Compose([
-        *steps,
         v2.RandomHorizontalFlip(config.hflip),
-        *([v2.RandomPhotometricDistort(p=0.5)] if config.photometric else []),
+        resize,
+        *([PhotometricDistort()] if config.photometric else []),
+        *([FillUp(square, pre.mean)] if config.jitter is not None else []),
         v2.ClampBoundingBoxes(),
         v2.SanitizeBoundingBoxes(min_size=1),
     ])  # fmt: skip
