@@ -41,6 +41,6 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
                 "available_backends", "cross_merge", "cross_scan", "selective_scan", "ss2d_scan", "use_backend",
             ],
         },
-        modules=["data", "errors", "files", "models", "nn", "ops", "tasks"],
+        modules=["data", "errors", "explain", "files", "models", "nn", "ops", "tasks"],
     )  # fmt: skip
 lazy.import_after("timm", "vmamba.models")

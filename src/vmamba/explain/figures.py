@@ -1,0 +1,149 @@
+"""What all figures of `vmamba.explain` have in common: their look, pictures with axes in pixels, maps over pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmamba.files import atomic_write, shown
+
+try:
+    from matplotlib import colormaps, patheffects
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize, PowerNorm
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import FixedLocator, FuncFormatter
+
+    from vmamba.tasks.pictures import BLUE, GREY, INK, ORANGE, PALE
+except ImportError as error:
+    raise ImportError(f'figures need one more package ({error}): pip install "vmamba[explain]"') from error
+
+__all__ = ["BLUE", "GREY", "HEAT", "INK", "ORANGE", "PALE", "SIGNED", "Figure"]
+
+HEAT, SIGNED = "inferno", "RdBu_r"  # colours of what is 0 or more, and of what has a sign
+COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for lines
+
+
+def new_figure(width: float, height: float, title: str, note: str = "") -> Figure:
+    """An empty figure of so many inches, with a title at its upper left and a note, in grey, below that."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr]
+    figure.suptitle(text_of(title), fontsize=13, color=INK, x=0.01, ha="left")
+    if note:
+        figure.supxlabel(text_of(note), fontsize=9, color=GREY, x=0.01, ha="left")
+    return figure
+
+
+def text_of(text: str) -> str:
+    """Any text as a figure can show it: every byte, and no formula."""
+    return shown(text).encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
+def bare(axes: Axes, title: str = "", x: str = "", y: str = "", grid: bool = True) -> None:
+    """Axes of a curve: a title, labels, and as few lines as will do."""
+    axes.set_title(text_of(title), fontsize=11, color=INK, loc="left")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GREY)
+    axes.tick_params(colors=GREY, length=0)
+    axes.set_xlabel(x, color=GREY)
+    axes.set_ylabel(y, color=GREY)
+    if grid:
+        axes.grid(axis="y", color=PALE)
+        axes.set_axisbelow(True)
+
+
+def show(axes: Axes, picture: NDArray[Any], title: str = "", size: tuple[int, int] | None = None, **style: Any) -> Any:
+    """A picture or map on axes in pixels; of a map of another size each cell becomes a rectangle.
+
+    Args:
+        axes: where.
+        picture: (h, w, 3 or 4), or (h, w) with a colour map.
+        title: above it.
+        size: height and width in pixels that it stands for; by default its own.
+        **style: of matplotlib's `imshow`.
+    """
+    height, width = size or picture.shape[:2]
+    shown_as = axes.imshow(picture, extent=(0, width, height, 0), interpolation=style.pop("interpolation", "nearest"),
+                           **style)  # fmt: skip
+    axes.set_title(text_of(title), fontsize=10, color=INK, loc="left")
+    axes.xaxis.set_major_locator(FixedLocator([0, width]))
+    axes.yaxis.set_major_locator(FixedLocator([0, height]))
+    axes.tick_params(colors=GREY, length=0, labelsize=7, pad=1)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return shown_as
+
+
+def scale(values: NDArray[Any], power: float = 0.5, signed: bool = False, top: float | None = None) -> Normalize:
+    """From values to colours: from 0 to the largest, small ones lifted by a power; with a sign, evenly around 0."""
+    largest = float(np.abs(values).max(initial=0.0)) if top is None else top
+    largest = largest if np.isfinite(largest) and largest > 0 else 1.0
+    return Normalize(-largest, largest) if signed else PowerNorm(power, 0, largest, clip=True)
+
+
+def overlay(
+    axes: Axes,
+    picture: NDArray[np.uint8],
+    values: NDArray[Any],
+    norm: Normalize,
+    title: str = "",
+    colours: str = HEAT,
+    smooth: bool = False,
+) -> None:
+    """A map over its picture, which is grey and dark where the map says nothing.
+
+    Args:
+        axes: where.
+        picture: uint8 (H, W, 3).
+        values: (h, w), of any size; NaN where there is nothing to show.
+        norm: see `scale`.
+        title: above it.
+        colours: name of a colour map.
+        smooth: whether to blend between cells.
+    """
+    size = picture.shape[:2]
+    grey = picture @ np.array([0.299, 0.587, 0.114]) / 255
+    share = np.clip(np.asarray(norm(np.nan_to_num(values)), dtype=np.float64), 0, 1)
+    rgba = colormaps[colours](share)
+    strength = np.abs(2 * share - 1) if colours == SIGNED else share
+    rgba[..., 3] = np.where(np.isnan(values), 0, 0.25 + 0.65 * strength)
+    show(axes, np.repeat((0.15 + 0.6 * grey)[..., None], 3, 2), title, vmin=0, vmax=1)
+    axes.imshow(rgba, extent=(0, size[1], size[0], 0), interpolation="bilinear" if smooth else "nearest")
+
+
+def colour_bar(
+    figure: Any, axes: Axes | Sequence[Axes], norm: Normalize, label: str, colours: str = HEAT, percent: bool = False
+) -> None:
+    """What the colours beside `axes` mean."""
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, fraction=0.046, pad=0.02, shrink=0.9)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=GREY, length=0, labelsize=8)
+    bar.set_label(text_of(label), color=GREY, fontsize=9)
+    top = norm.vmax or 1.0
+    if percent:
+        digits = max(0, int(np.ceil(-np.log10(top))) - 1)
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.{digits}%}"))
+
+
+def mark(axes: Axes, left: float, top: float, width: float, height: float, colour: str = "#00E5FF") -> None:
+    """A frame around the patch that is asked about, visible on any ground, and a cross where the patch is small."""
+    shape = Rectangle((left, top), width, height, fill=False, edgecolor=colour, lw=1.6, zorder=5)
+    shape.set_path_effects([patheffects.withStroke(linewidth=3.4, foreground="black")])
+    axes.add_patch(shape)
+
+
+def write(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> None:
+    """Write a figure as PNG, or as what the name ends with (.pdf, .svg), whole or not at all; folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = path.suffix[1:].lower() if path.suffix.lower() in (".pdf", ".svg", ".jpg", ".webp") else "png"
+    with atomic_write(path) as file:
+        figure.savefig(file, format=kind, dpi=dpi, facecolor="white")

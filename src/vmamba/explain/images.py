@@ -1,0 +1,239 @@
+"""Pictures in any form, as what a model sees of them: how every function of `vmamba.explain` takes its images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+from vmamba.data.images import any_image
+from vmamba.data.transforms import Preprocessing, fitted_size, resize_bilinear_uint8
+from vmamba.errors import CheckpointError, RecipeError
+from vmamba.files import shown
+from vmamba.models.detection import MaskRCNN
+from vmamba.models.segmentation import UPerNet
+from vmamba.tasks.detector import fitted_sides
+from vmamba.tasks.prediction import preprocessing_of
+from vmamba.tasks.segmenter import segmentation_preprocessing
+
+_LEAST = 32  # pixels a side that dense networks take
+
+
+class Part(NamedTuple):
+    """The part of a picture that a model sees, in pixels of the picture."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Pictures as a model sees them: resized, cropped, normalised.
+
+    Attributes:
+        images: (B, C, H, W), normalised, in the dtype and on the device of the model.
+        pictures: uint8 (B, H, W, 3), RGB: the same to look at.
+        names: one a picture: the file's name, or its number.
+        parts: one a picture: what part of it is seen.
+        sizes: one a picture: its own height and width.
+    """
+
+    images: Tensor
+    pictures: NDArray[np.uint8]
+    names: tuple[str, ...]
+    parts: tuple[Part, ...]
+    sizes: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width that the model sees."""
+        return self.images.shape[2], self.images.shape[3]
+
+    def locate(self, x: float, y: float, image: int = 0) -> tuple[float, float]:
+        """Where a place of the picture given (x, y), in its pixels, is in the picture seen.
+
+        Raises:
+            RecipeError: it is outside the picture, or in a margin that the model does not see.
+        """
+        (height, width), part = self.sizes[image], self.parts[image]
+        if not (0 <= x < width and 0 <= y < height):
+            raise RecipeError(
+                f"the place ({x:g}, {y:g}) is outside {self.names[image]}, which is {width}×{height} pixels; expected"
+                f" x from 0 to {width - 1} and y from 0 to {height - 1}"
+            )
+        across, down = (x - part.left) / part.width, (y - part.top) / part.height
+        if not (0 <= across < 1 and 0 <= down < 1):
+            right, bottom = part.left + part.width, part.top + part.height
+            raise RecipeError(
+                f"the place ({x:g}, {y:g}) of {self.names[image]} is in the margin that the model's preprocessing cuts"
+                f" off: it sees x from {part.left:.0f} to {right:.0f} and y from {part.top:.0f} to {bottom:.0f}"
+            )
+        return across * self.size[1], down * self.size[0]
+
+
+AnyPicture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
+AnyPictures = AnyPicture | Sequence[AnyPicture] | Seen
+
+
+def see(
+    model: nn.Module,
+    pictures: AnyPictures,
+    size: int | tuple[int, int] | None = None,
+    pre: Preprocessing | None = None,
+) -> Seen:
+    """What a model sees of pictures: its own preprocessing, as in its test and in `vmamba predict`.
+
+    A classifier sees a crop of the middle; a model for segmentation or detection sees whole pictures.
+
+    Args:
+        model: one of ours or of timm's.
+        pictures: one or several of: files, PIL images, uint8 arrays (H, W, 3) in RGB or (H, W) in grey, uint8 tensors
+            (3, H, W) or (1, H, W), a batch of such arrays or tensors; or float tensors (C, H, W) or (B, C, H, W), which
+            are taken for what the model is given, as they are. What this function returned is returned again.
+        size: side, or height and width, that the model is to see; for dense models the short side, or the short and the
+            long one. By default those it is meant for.
+        pre: resizing, cropping and normalisation, where it is not the model that knows.
+
+    Raises:
+        ImageError: a file cannot be used.
+        RecipeError: no pictures, or several that the model sees in different sizes.
+        CheckpointError: the model takes pictures of other than 1 or 3 channels, and these are not tensors of floats.
+        TypeError: something that is no picture.
+    """
+    if isinstance(pictures, Seen):
+        return pictures
+    views = []
+    for number, picture in enumerate(_one_by_one(pictures), start=1):
+        name = shown(picture) if isinstance(picture, (str, os.PathLike)) else f"picture {number}"
+        if isinstance(picture, Tensor) and picture.is_floating_point():
+            views.append(_as_given(model, picture, name, pre))
+        else:
+            views.append(_prepared(model, picture, name, size, pre))
+    if not views:
+        raise RecipeError("no pictures were given; expected one or more")
+    if len({view.size for view in views}) > 1:
+        sizes = ", ".join(f"{view.names[0]} {view.size[1]}×{view.size[0]}" for view in views)
+        raise RecipeError(f"the model sees these pictures in different sizes, {sizes}: give them one at a time")
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return Seen(
+        torch.cat([view.images for view in views]).to(reference),
+        np.concatenate([view.pictures for view in views]),
+        *(tuple(value for view in views for value in getattr(view, name)) for name in ("names", "parts", "sizes")),
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for the `with` block, every part of it, and then back as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _one_by_one(pictures: Any) -> Iterator[Any]:
+    if isinstance(pictures, (np.ndarray, Tensor)):
+        yield from pictures if pictures.ndim == 4 else [pictures]
+    elif isinstance(pictures, (str, os.PathLike, Image.Image)):
+        yield pictures
+    elif isinstance(pictures, Sequence):
+        yield from pictures
+    else:
+        raise TypeError(
+            f"a {type(pictures).__name__} is no picture; expected a file, a PIL image, an array or a tensor"
+        )
+
+
+def _as_given(model: nn.Module, image: Tensor, name: str, pre: Preprocessing | None) -> Seen:
+    """A float tensor (C, H, W), which the model is given as it is."""
+    if image.ndim != 3:
+        raise TypeError(
+            f"{name} is a tensor of shape {tuple(image.shape)}; expected (C, H, W), or a batch (B, C, H, W)"
+        )
+    pixels = image.detach().cpu().float()
+    try:
+        pre = pre or preprocessing_of(model)
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (pre.mean, pre.std))
+        pixels = pixels * std + mean if len(pixels) == pre.in_chans else _stretched(pixels)
+    except CheckpointError:
+        pixels = _stretched(pixels)
+    pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+    size = image.shape[1], image.shape[2]
+    return Seen(image.detach()[None], _rgb(pixels), (name,), (Part(0, 0, size[1], size[0]),), (size,))
+
+
+def _stretched(pixels: Tensor) -> Tensor:
+    """Channels without colours as one grey channel from 0 to 1."""
+    grey = pixels.mean(0, keepdim=True)
+    return (grey - grey.min()) / (grey.max() - grey.min()).clamp(min=1e-12)
+
+
+def _prepared(model: nn.Module, picture: Any, name: str, size: Any, pre: Preprocessing | None) -> Seen:
+    """A picture after the model's own preprocessing."""
+    if isinstance(picture, Tensor):
+        if picture.dtype != torch.uint8 or picture.ndim != 3 or len(picture) not in (1, 3):
+            shape = f"{picture.dtype} {tuple(picture.shape)}"
+            raise TypeError(f"{name} is a tensor, {shape}; expected uint8 (3, H, W) or (1, H, W), or floats (C, H, W)")
+        picture = to_pil_image(picture.cpu())
+    pre = pre or _preprocessing(model, size)
+    image = any_image(picture, pre.in_chans)
+    own = image.height, image.width
+    if isinstance(model, (UPerNet, MaskRCNN)):
+        height, width = fitted_size(*own, max(pre.img_size), min(pre.img_size))
+        pixels = resize_bilinear_uint8(pil_to_tensor(image), (max(height, _LEAST), max(width, _LEAST)))
+        part = Part(0, 0, image.width, image.height)
+    else:
+        pre = pre if size is None else replace(pre, img_size=(size, size) if isinstance(size, int) else tuple(size))
+        pixels, part = _cropped(image, pre)
+    return Seen(pre.normalise(pixels[None]), _rgb(pixels), (name,), (part,), (own,))
+
+
+def _preprocessing(model: nn.Module, size: Any) -> Preprocessing:
+    if isinstance(model, UPerNet):
+        pre = segmentation_preprocessing(model)
+        short = size if size is None or isinstance(size, int) else min(size)
+        return replace(pre, img_size=(short, 4 * short if isinstance(size, int) else max(size))) if short else pre
+    if isinstance(model, MaskRCNN):
+        return replace(preprocessing_of(model), img_size=fitted_sides(size))
+    return preprocessing_of(model)
+
+
+def _cropped(image: Image.Image, pre: Preprocessing) -> tuple[Tensor, Part]:
+    """A picture after a classifier's test transform, uint8 (C, H, W), and what part of it that is."""
+    step: Any
+    view: Any = image
+    left = top = 0.0
+    across = down = 1.0  # pixels of the picture in one of the view
+    for step in pre.eval_transform().transforms:  # type: ignore[attr-defined]
+        before = view
+        view = step(view)
+        if isinstance(view, Image.Image) and view.size != before.size:
+            if "Crop" in type(step).__name__:
+                left += round((before.width - view.width) / 2) * across
+                top += round((before.height - view.height) / 2) * down
+            else:
+                across, down = across * before.width / view.width, down * before.height / view.height
+    pixels = torch.as_tensor(view)
+    return pixels, Part(left, top, pixels.shape[2] * across, pixels.shape[1] * down)
+
+
+def _rgb(pixels: Tensor) -> NDArray[np.uint8]:
+    """uint8 (1 or 3, H, W) as (1, H, W, 3)."""
+    return pixels.expand(3, -1, -1).permute(1, 2, 0)[None].cpu().numpy()
