@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ class Seen(nn.Module):
     """A model that notes what it is shown and answers with the numbers given."""
 
     num_classes = 3
+    backbone = SimpleNamespace(strides=[4, 8])
     pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # noqa: RUF012
 
     def __init__(self) -> None:
@@ -92,3 +95,24 @@ def test_detection_pads_pictures_after_normalising_and_answers_in_their_own_pixe
     assert [tuple(one["masks"].shape) for one in found] == [(100, 60, 90), (100, 90, 40)]
     for one, size in zip(found, ([90, 60], [40, 90]), strict=True):
         assert (one["boxes"] <= torch.tensor(size * 2) + 1e-3).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 500), (3000, 8), (1, 1)])
+def test_strips_of_a_few_pixels_get_an_answer(height: int, width: int) -> None:
+    model, strip = Seen(), picture(height, width, 7)
+    logits = segment(model, strip, scale=(256, 64))
+    (seen,) = model.images
+    assert min(seen.shape[2:]) >= 8
+    assert max(seen.shape[2:]) in (64, 256)
+    assert logits.shape == (3, height, width)
+    small = {"channels": 8, "depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}
+    torch.manual_seed(0)
+    segmenter = vmamba.create_model("upernet_vmamba_nano", num_classes=4, auxiliary_channels=0, **small).eval()
+    detector = vmamba.create_model("maskrcnn_vmamba_nano", num_classes=4, hidden=8, score_thr=0.0, **small).eval()
+    with torch.inference_mode():
+        scores = segment(segmenter, strip, ratios=SEVERAL, flip=True)
+        (found,) = detect(detector, [strip], scale=(256, 64))
+    torch.testing.assert_close(scores.sum(0), torch.ones(height, width))
+    assert found["masks"].shape == (100, height, width)
+    assert (found["boxes"] >= 0).all()
+    assert (found["boxes"] <= torch.tensor([width, height] * 2) + 1e-3).all()

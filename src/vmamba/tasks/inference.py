@@ -24,7 +24,8 @@ def segment(
 ) -> Tensor:
     """Scores of every class at every pixel of a picture; the class is that of the highest.
 
-    The logits are resized twice, to what the network saw and then to the picture. Nothing is padded.
+    The logits are resized twice, to what the network saw and then to the picture. Nothing is padded. A strip that is
+    narrower than the network's coarsest cells is shown to it broadened to one of them.
 
     Args:
         model: in evaluation mode.
@@ -41,8 +42,9 @@ def segment(
     sizes = [(int(height * ratio + 0.5), int(width * ratio + 0.5)) for ratio in ratios]
     sizes = sizes or [fitted_size(height, width, max(scale), min(scale))]
     scores = torch.zeros(model.num_classes, height, width, device=picture.device)
-    for size in sizes:
-        images = _prepared(model, picture, size)[None]
+    least = model.backbone.strides[-1]
+    for rows, columns in sizes:
+        images = _prepared(model, picture, (max(rows, least), max(columns, least)))[None]
         for x in (images, images.flip(3)) if flip else (images,):
             logits = model(x)
             logits = resized((logits if x is images else logits.flip(3)).float(), (height, width))[0]
