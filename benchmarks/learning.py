@@ -12,21 +12,17 @@ schedule.
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import timm
 import torch
-from page import curves, page, sentence
-from runner import RESULTS, describe
+from runner import RESULTS
+from side_by_side import Contender, Page, Recipe, learn_in_turns
 from timm.layers import LayerNorm, LayerNorm2d, NormMlpClassifierHead
 from timm.models.convnext import ConvNeXtStage
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,7 +35,6 @@ from vmamba.data.transforms import Preprocessing, crop_and_flip
 DATA = Path(__file__).parents[1] / "examples"
 PRE = Preprocessing((28, 28), 1, (0.286,), (0.353,))
 SMALL = {"in_chans": 1, "num_classes": 10}
-LAYOUT = {"learning": ("Fashion-MNIST", "network;parameters, M;accuracy, %;images/s;epochs")}
 
 
 def convnext(dims: tuple[int, int, int], depths: tuple[int, int, int]) -> nn.Module:
@@ -74,58 +69,34 @@ CONTENDERS: dict[str, Callable[[], nn.Module]] = {
     "ResNet": lambda: resnet((32, 64, 128)),
 }
 
-BATCH, PEAK_RATE, WARM_UP, WEIGHT_DECAY, SMOOTHING, AVERAGING = 128, 1.4e-2, 0.1, 0.05, 0.05, 0.99
-SLICE = 10.0  # seconds in a row
+RECIPE = Recipe(batch=128, rate=1.4e-2)
+SMOOTHING, SLICE = 0.05, 10.0  # of the labels; seconds in a row
 
 
-@dataclass
-class Contender:
-    """One network on its way through its budget."""
+class FashionMnist:
+    """Ten kinds of garments: images and labels to learn from, and to be judged by."""
 
-    name: str
-    model: nn.Module
-    budget: float
-    used: float = 0.0
-    images: int = 0
-    curve: list[tuple[float, float]] = field(default_factory=list)  # seconds, accuracy
+    recipe = RECIPE
 
-    def __post_init__(self) -> None:
-        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = create_optimizer_v2(self.model, "muon", lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
+    def __init__(self, split: str) -> None:
+        *self.known, self.images, self.labels = load(split)
+        self.epoch = len(self.known[0])
 
-    def learn(self, images: Tensor, labels: Tensor, seconds: float) -> None:
-        """Train for so long, or to the end of the budget."""
-        self.model.train()
-        stop = min(self.used + seconds, self.budget)
-        while self.used < stop:
-            start = time.perf_counter()
-            share = self.used / self.budget
-            rate = (
-                share / WARM_UP if share < WARM_UP else (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP))) / 2
-            )
-            for group in self.optimizer.param_groups:
-                group["lr"] = PEAK_RATE * rate
-            chosen = torch.randint(len(images), (BATCH,))
-            batch = PRE.normalise(crop_and_flip(images[chosen], padding=0, hflip=0.5))
-            loss = F.cross_entropy(self.model(batch), labels[chosen], label_smoothing=SMOOTHING)
-            self.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
-            self.optimizer.step()
-            self.images += BATCH
-            # The average forgets quickly at first, so that it is of use from the start.
-            decay = min(AVERAGING, (1 + self.images / BATCH) / (10 + self.images / BATCH))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-                for mine, theirs in zip(self.average.buffers(), self.model.buffers(), strict=True):
-                    mine.copy_(theirs)
-            self.used += time.perf_counter() - start
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Mirrored at random."""
+        images, labels = self.known
+        while True:
+            chosen = torch.randint(len(images), (self.recipe.batch,))
+            yield crop_and_flip(images[chosen], padding=0, hflip=0.5), labels[chosen]
 
-    @torch.inference_mode()
-    def judge(self, images: Tensor, labels: Tensor) -> None:
-        """Note the accuracy of the averaged weights; this time is not counted."""
-        predicted = torch.cat([self.average(PRE.normalise(part)).argmax(1) for part in images.split(500)])
-        self.curve.append((round(self.used, 1), (predicted == labels).float().mean().item()))
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The cross-entropy."""
+        return F.cross_entropy(model(PRE.normalise(batch[0])), batch[1], label_smoothing=SMOOTHING)
+
+    def judge(self, model: nn.Module) -> dict[str, float]:
+        """The accuracy."""
+        predicted = torch.cat([model(PRE.normalise(part)).argmax(1) for part in self.images.split(500)])
+        return {"accuracy": (predicted == self.labels).float().mean().item()}
 
 
 def load(split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,49 +110,22 @@ def load(split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def run(budget: float, split: str, seed: int, only: list[str] | None = None) -> list[Contender]:
     """Train all networks side by side."""
-    data = load(split)
-    contenders = []
-    for name in only or CONTENDERS:
-        torch.manual_seed(seed)
-        contenders.append(Contender(name, CONTENDERS[name](), budget))
-    while any(c.used < budget for c in contenders):
-        for contender in contenders:
-            contender.learn(*data[:2], seconds=min(SLICE, budget / 6))
-            contender.judge(*data[2:])
-            print(
-                f"{contender.name:10}{contender.used:4.0f} of {budget:.0f} s  {contender.curve[-1][1]:.2%}", flush=True
-            )
-    return contenders
+    networks = {name: CONTENDERS[name] for name in only or CONTENDERS}
+    return learn_in_turns(networks, FashionMnist(split), budget, min(SLICE, budget / 6), seed, time.perf_counter)
 
 
-def report(contenders: list[Contender], budget: float, split: str, seed: int, folder: Path) -> str:
+def write(contenders: list[Contender], budget: float, split: str, seed: int, folder: Path) -> str:
     """Write learning.json, learning.md and learning.png; returns the page."""
-    rows = [
-        {
-            "network": c.name,
-            "params": sum(p.numel() for p in c.model.parameters()),
-            "accuracy": round(c.curve[-1][1], 4),
-            "images_per_second": c.images / budget,
-            "epochs": c.images / 60_000,
-            "curve": c.curve,
-        }
-        for c in contenders
-    ]
-    rows.sort(key=lambda row: -row["accuracy"])
-    note = f"{budget:.0f} s of training each, one recipe, seed {seed}, judged by the {split} set"
-    settings = {"budget_seconds": budget, "judged_by": split, "seed": seed, "batch": BATCH, "peak_rate": PEAK_RATE}
-    found = {
-        "environment": describe(), "settings": settings, "notes": [note], "figures": [], "skipped": {},
-        "tables": {"learning": rows},
-    }  # fmt: skip
-    text = page("How well it learns: Fashion-MNIST", "learning.py", found, LAYOUT)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "learning.json").write_text(json.dumps(found, indent=1) + "\n")
-    (folder / "learning.md").write_text(text)
-    title, foot = "Fashion-MNIST, same budget, same recipe, same number of parameters", sentence(found["environment"])
-    points = {row["network"]: [(x, 100 * y) for x, y in row["curve"]] for row in rows}
-    curves(folder / "learning.png", title, "seconds of training", {"accuracy, %": points}, foot, logarithmic=False)
-    return text
+    return Page(
+        name="learning",
+        program="learning.py",
+        title="How well it learns: Fashion-MNIST",
+        headers="network;parameters, M;accuracy, %;images/s;epochs",
+        label="accuracy, %",
+        seconds="seconds of training",
+        settings={"budget_seconds": budget, "judged_by": split, "seed": seed, **asdict(RECIPE)},
+        notes=[f"{budget:.0f} s of training each, one recipe, seed {seed}, judged by the {split} set"],
+    ).write(contenders, folder)
 
 
 def main() -> None:
@@ -194,7 +138,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     contenders = run(arguments.budget, arguments.split, arguments.seed, arguments.only)
-    print(report(contenders, arguments.budget, arguments.split, arguments.seed, arguments.output))
+    print(write(contenders, arguments.budget, arguments.split, arguments.seed, arguments.output))
 
 
 if __name__ == "__main__":

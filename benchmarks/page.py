@@ -31,6 +31,10 @@ COLUMNS = {
     "allowed": ("allowed", ".0e", 1),
     "parameters, M": ("params", ".2f", 1e-6),
     "accuracy, %": ("accuracy", ".2f", 1e2),
+    "mIoU, %": ("mIoU", ".2f", 1e2),
+    "mAcc, %": ("mAcc", ".2f", 1e2),
+    "box AP, %": ("AP", ".2f", 1e2),
+    "box AP50, %": ("AP50", ".2f", 1e2),
     "epochs": ("epochs", ".1f", 1),
 }
 COLOURS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -48,11 +49,11 @@ def test_a_short_run_learns_and_reports(learning, monkeypatch, tmp_path):
     images, labels = torch.zeros(64, 1, 28, 28, dtype=torch.uint8), torch.arange(64) % 2
     images[labels == 1, :, 10:18, 10:18] = 255
     monkeypatch.setattr(learning, "load", lambda split: (images, labels, images, labels))
-    monkeypatch.setattr(learning, "BATCH", 16)
+    monkeypatch.setattr(learning.FashionMnist, "recipe", dataclasses.replace(learning.RECIPE, batch=16))
     ticks = itertools.count()  # a step takes 0.025 s, however busy the machine is
     monkeypatch.setattr(learning, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.025))
     contenders = learning.run(3.0, "test", seed=0, only=["VMamba"])
-    table = learning.report(contenders, 3.0, "test", 0, tmp_path)
+    table = learning.write(contenders, 3.0, "test", 0, tmp_path)
     assert contenders[0].curve[-1][1] > 0.9
     assert "| VMamba  | 0.71 " in table
     assert {path.name for path in tmp_path.iterdir()} == {"learning.json", "learning.md", "learning.png"}

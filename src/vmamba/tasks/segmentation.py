@@ -109,7 +109,7 @@ class SegmentationTask(Task):
     def loader(self, training: bool) -> EpochLoader:
         split, seed = self.splits[training], self.recipe.seed if self.recipe else 0
         assert split is not None
-        samples = Samples(_Pairs(split, self.transform if training else None), seed)
+        samples = Samples(Pairs(split, self.transform if training else None), seed)
         batch, collate = (self.data.batch_size, None) if training else (1, list)  # whole pictures have any size
         return EpochLoader(samples, batch, training, self.data.workers, seed, collate=collate, **self.place)
 
@@ -258,7 +258,7 @@ def _open(data: SegmentationDataConfig, split: str) -> MaskedPictures:
     return open_masks(data.root, split, ignored=data.ignored)
 
 
-class _Pairs:
+class Pairs:
     """Pictures and masks of a split, varied for training; fillers are pictures of which no pixel counts."""
 
     def __init__(self, split: MaskedPictures, transform: v2.Transform | None) -> None:
