@@ -5,12 +5,18 @@ from typing import TYPE_CHECKING
 from vmamba import lazy
 
 if TYPE_CHECKING:
+    from vmamba.explain.activation_maps import ActivationMaps, activation_maps
     from vmamba.explain.images import Seen, see
+    from vmamba.explain.scans import Recording, Scan, record_scans
 
-__all__ = ["Seen", "see"]
+__all__ = ["ActivationMaps", "Recording", "Scan", "Seen", "activation_maps", "record_scans", "see"]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy.attributes(
         __name__,
-        {"vmamba.explain.images": ["Seen", "see"]},
+        {
+            "vmamba.explain.activation_maps": ["ActivationMaps", "activation_maps"],
+            "vmamba.explain.images": ["Seen", "see"],
+            "vmamba.explain.scans": ["Recording", "Scan", "record_scans"],
+        },
     )

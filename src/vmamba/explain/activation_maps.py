@@ -1,0 +1,224 @@
+"""Activation maps: what the output of one patch is made of, patch by patch and route by route (section 5 of the paper).
+
+Attention compares the query with every patch and writes the weights down. SS2D never does, but it is linear in what it
+scans, so that they can be computed: see `Scan.weights`. They are exact: contributions and skip add up to the output.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vmamba.explain.images import AnyPictures, Seen
+from vmamba.explain.scans import Recording, Scan, record_scans
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Measure = Literal["size", "share", "weight"]
+"""Of a patch's contribution to the query's output y_q, a vector of D channels: its Euclidean length; the share of y_q
+that it makes up, (contribution · y_q) / |y_q|², of either sign, which with the skip add up to 1; or the mean absolute
+weight over the channels, which says what could arrive, whatever the patch holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationMaps:
+    """What the output of one patch of one block is made of, for B pictures and the K = 4 routes on a grid of H×W.
+
+    y_q = Σ_k (Σ_j contributions[k, j] + skip[k]).
+
+    Attributes:
+        seen: the pictures.
+        scan: of the block; `scan.grid` is H×W, `scan.label` names the block, `scan.route_names` the routes.
+        cell: height and width of a patch in pixels of the pictures seen.
+        queries: one a picture: row and column of the patch asked about.
+        weights: (B, K, H, W, D), what plays the part of attention; 0 for patches that come after the query.
+        visited: bool (B, K, H, W), the patches that come before the query on the route, and itself.
+    """
+
+    seen: Seen
+    scan: Scan
+    cell: tuple[float, float]
+    queries: tuple[tuple[int, int], ...]
+    weights: Tensor
+    visited: Tensor
+
+    @property
+    def contributions(self) -> Tensor:
+        """(B, K, H, W, D): w(q, j) · u_j, what of each patch is in the query's output."""
+        return self.weights * self.scan.on_grid(self.scan.u, 1)[:, None]
+
+    @property
+    def skip(self) -> Tensor:
+        """(B, K, D): D · u_q, what the query adds to its own output past the states."""
+        return torch.stack([self.scan.u[i, q] * self.scan.D for i, q in enumerate(self._flat)])
+
+    @property
+    def returned(self) -> Tensor:
+        """(B, D): what the scan returned for the query."""
+        return torch.stack([self.scan.y[i, q] for i, q in enumerate(self._flat)])
+
+    @property
+    def error(self) -> float:
+        """Largest difference between the sum of all contributions and what was returned, over the largest of these."""
+        total = self.contributions.sum((1, 2, 3)) + self.skip.sum(1)
+        return float((total - self.returned).abs().max() / self.returned.abs().max().clamp(min=1e-30))
+
+    @property
+    def _flat(self) -> list[int]:
+        return [row * self.scan.grid[1] + column for row, column in self.queries]
+
+    def routes(self, measure: Measure = "size") -> Tensor:
+        """(B, K, H, W): of each patch and route, one number; see `Measure`."""
+        return self._measured(self.weights if measure == "weight" else self.contributions, measure)
+
+    def merged(self, measure: Measure = "size") -> Tensor:
+        """(B, H, W): the same of what all routes bring together."""
+        return self._measured((self.weights if measure == "weight" else self.contributions).sum(1), measure)
+
+    def _measured(self, values: Tensor, measure: Measure) -> Tensor:
+        if measure == "weight":
+            return values.abs().mean(-1)
+        if measure == "size":
+            return values.norm(dim=-1)
+        if measure != "share":
+            raise ValueError(f"measure is {measure!r}; expected 'size', 'share' or 'weight'")
+        y = self.returned / self.returned.square().sum(-1, keepdim=True).clamp(min=1e-30)
+        return (values * y.view(-1, *[1] * (values.ndim - 2), y.shape[-1])).sum(-1)
+
+    @property
+    def skip_share(self) -> Tensor:
+        """(B,): the share of the skips in the query's output; with those of all contributions it makes 1."""
+        return (self.skip.sum(1) * self.returned).sum(-1) / self.returned.square().sum(-1).clamp(min=1e-30)
+
+    def in_pixels(self, values: Tensor) -> Tensor:
+        """Maps (..., H, W) in pixels of the pictures seen, each patch as the rectangle that it stands for."""
+        for dim, (pixels, side) in enumerate(zip(self.seen.size, self.cell, strict=True), start=-2):
+            places = ((torch.arange(pixels, device=values.device) + 0.5) / side).long().clamp(max=values.shape[dim] - 1)
+            values = values.index_select(dim, places)
+        return values
+
+    def frame(self, image: int = 0) -> tuple[float, float, float, float]:
+        """Left, top, width and height of the query's patch in pixels of the picture seen."""
+        row, column = self.queries[image]
+        left, top = column * self.cell[1], row * self.cell[0]
+        return left, top, min(self.cell[1], self.seen.size[1] - left), min(self.cell[0], self.seen.size[0] - top)
+
+    def reach(self) -> Tensor:
+        """(B, K): mean distance of what arrives, in pixels, weighted by its size."""
+        sizes = self.routes()
+        rows, columns = (torch.arange(n, device=sizes.device).to(sizes) for n in self.scan.grid)
+        distances = torch.stack([
+            torch.hypot((rows[:, None] - row) * self.cell[0], (columns - column) * self.cell[1])
+            for row, column in self.queries
+        ])  # fmt: skip
+        return (sizes * distances[:, None]).sum((2, 3)) / sizes.sum((2, 3)).clamp(min=1e-30)
+
+    def numbers(self, image: int = 0) -> dict[str, Any]:
+        """The figures of one picture in plain values, for JSON."""
+        shares = self.routes("share")[image].sum((1, 2))
+        return {
+            "block": self.scan.block,
+            "grid": list(self.scan.grid),
+            "patch": list(self.queries[image]),
+            "frame": list(self.frame(image)),
+            "routes": [
+                {"name": name, "share": float(share), "reach": float(reach)}
+                for name, share, reach in zip(self.scan.route_names, shares, self.reach()[image], strict=True)
+            ],
+            "skip_share": float(self.skip_share[image]),
+            "error": self.error,
+            "merged": self.merged()[image].tolist(),
+        }
+
+    def figure(self, image: int = 0, measure: Measure = "size") -> Figure:
+        """The picture with the query, the merged map and the four routes'."""
+        from vmamba.explain import figures as f
+
+        routes, merged = self.routes(measure)[image], self.merged(measure)[image]
+        routes = routes.masked_fill(~self.visited[image], float("nan"))
+        picture, height = self.seen.pictures[image], self.seen.size[0] / self.seen.size[1]
+        columns = 3
+        row, column = self.queries[image]
+        skip = float(self.skip_share[image])
+        figure = f.new_figure(
+            3.3 * columns + 0.9, 2 * (3.2 * height + 0.35) + 0.8,
+            f"What the patch in row {row + 1}, column {column + 1} of {self.scan.grid[0]}×{self.scan.grid[1]} is made"
+            f" of: {self.scan.label}",
+            f"Axes in pixels. The routes bring {1 - skip:.0%} of the output of the patch, its own skip {skip:.0%}."
+            f" Patches that a route has not met yet are left grey.",
+        )  # fmt: skip
+        panels = figure.subplots(2, columns)
+        f.show(panels[0, 0], picture, "the patch asked about")
+        signed = measure == "share"
+        colours = f.SIGNED if signed else f.HEAT
+        label = {"size": "size of the contribution", "share": "share of the output", "weight": "mean |weight|"}[measure]
+        norms = [f.scale(np.asarray(values), signed=signed) for values in (merged.cpu(), routes.nan_to_num().cpu())]
+        f.overlay(panels[0, 1], picture, _array(merged), norms[0], "all routes together", colours)
+        f.colour_bar(figure, panels[0, 1], norms[0], label, colours)
+        places = [panels[0, 2], *panels[1]]
+        names = self.scan.route_names
+        for k, axes in enumerate(places):
+            share = float(self.routes("share")[image, k].sum())
+            f.overlay(axes, picture, _array(routes[k]), norms[1], f"{names[k]}: {share:.0%} of the output", colours)
+        f.colour_bar(figure, panels[1, 2], norms[1], label, colours)
+        for axes in panels.flat:
+            f.mark(axes, *self.frame(image))
+        return figure
+
+    def save(self, path: str | os.PathLike[str], image: int = 0, measure: Measure = "size") -> None:
+        """Write the figure."""
+        from vmamba.explain import figures
+
+        figures.write(self.figure(image, measure), path)
+
+
+def _array(values: Tensor) -> NDArray[Any]:
+    return values.float().cpu().numpy()
+
+
+def activation_maps(
+    model: nn.Module,
+    pictures: AnyPictures,
+    query: tuple[float, float] | None = None,
+    block: int | str = -1,
+    size: int | tuple[int, int] | None = None,
+) -> ActivationMaps:
+    """What the output of one patch is made of: how much every patch contributes to it, along each route, exactly.
+
+    To ask more than once, `record_scans` looks at the pictures once, and its `maps` answers in milliseconds.
+
+    Args:
+        model: any network with SS2D in it.
+        pictures, size: see `see`.
+        query: the place asked about (x, y), in pixels of the pictures as they are given; None for the middle of what
+            the model sees.
+        block: the name of a block, or its number in the order of computation (negative ones count from the end).
+
+    Raises:
+        RecipeError: the query is outside a picture, there is no such block, or the model has no scans.
+        ImageError: a file cannot be used.
+    """
+    recording = record_scans(model, pictures, size)
+    seen = recording.seen
+    if query is None or isinstance(pictures, Seen):
+        return recording.maps(query, block)
+    return recording.maps([seen.locate(*query, i) for i in range(len(seen))], block)
+
+
+def maps_of(recording: Recording, block: int | str, queries: Sequence[tuple[int, int]]) -> ActivationMaps:
+    """The maps of one patch of each picture, by row and column."""
+    scan = recording.scan(block)
+    flat = [row * scan.grid[1] + column for row, column in queries]
+    weights = torch.stack([scan.weights(query, image) for image, query in enumerate(flat)])
+    visited = torch.stack([scan.steps <= scan.steps[:, query, None] for query in flat])
+    return ActivationMaps(
+        recording.seen, scan, recording.cell(block), tuple(queries), scan.on_grid(weights, 2), scan.on_grid(visited, 2)
+    )
