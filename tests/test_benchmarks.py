@@ -15,6 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from tasks.landscapes import make_landscapes
+from tasks.shapes import make_shapes
 
 from vmamba.nn import SS2D, VSSBlock
 from vmamba.ops import ss2d_scan
@@ -57,6 +60,61 @@ def test_a_short_run_learns_and_reports(learning, monkeypatch, tmp_path):
     assert contenders[0].curve[-1][1] > 0.9
     assert "| VMamba  | 0.71 " in table
     assert {path.name for path in tmp_path.iterdir()} == {"learning.json", "learning.md", "learning.png"}
+
+
+# --- dense.py --------------------------------------------------------------------------------------------------------
+
+
+def test_backbones_are_of_one_size(load):
+    dense = load("dense")
+    sizes = {name: sum(p.numel() for p in dense.backbone(name).parameters()) for name in dense.BACKBONES}
+    assert set(sizes) == {"VMamba", "Swin", "ConvNeXt", "ResNet"}
+    for name, size in sizes.items():
+        assert 0.85 < size / sizes["VMamba"] < 1.15, name
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "batch", "scores"),
+    [(make_landscapes, "--camvid", 8, ["mIoU", "mAcc"]), (make_shapes, "--bccd", 4, ["AP", "AP50"])],
+)
+def test_backbones_learn_in_turns_what_is_in_pictures(load, monkeypatch, tmp_path, make, option, batch, scores):
+    dense, ticks, seen = load("dense"), itertools.count(), {}
+    monkeypatch.setattr(dense, "time", SimpleNamespace(process_time=lambda: next(ticks)))  # a step takes a second
+    for kind in (dense.Streets, dense.BloodCells):
+        loss = kind.loss
+
+        def watched(self, model, chosen, loss=loss):
+            seen.setdefault(model, []).append(chosen)
+            return loss(self, model, chosen)
+
+        monkeypatch.setattr(kind, "loss", watched)
+    dense.main([option, str(make(tmp_path / "data")), "--tiny", "--minutes", "0.05", "--output", str(tmp_path / "out")])
+    (path,) = (tmp_path / "out").glob("*.json")
+    rows = json.loads(path.read_text())["tables"]["learning"]
+    assert {row["network"] for row in rows} == set(dense.BACKBONES)
+    for row in rows:
+        assert row["epochs"] == 3 * batch / (12 if option == "--camvid" else 8)
+        assert [seconds for seconds, _ in row["curve"]] == [1, 2, 3]
+        assert [name for name in row if name in scores] == scores
+        assert round(row["curve"][-1][1], 4) == row[scores[0]]
+        assert 0 <= row[scores[0]] <= row[scores[1]] <= 1
+    first, *others = seen.values()
+    assert len(others) == 3
+    for batches in others:  # every network learns from the same pictures
+        assert len(batches) == len(first) == 3
+        for mine, theirs in zip(batches, first, strict=True):
+            assert all(torch.equal(a[0], b[0]) for a, b in zip(mine, theirs, strict=True))
+    columns = 6 if option == "--camvid" else 5
+    assert Image.open(tmp_path / "out" / f"{path.stem}_pictures.png").width == columns * 428 + 8
+    assert len({*(tmp_path / "out").iterdir()}) == 4
+
+
+def test_data_that_are_not_there_are_named(load, tmp_path, capsys):
+    load("dense").main(["--camvid", str(tmp_path / "nowhere"), "--output", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert f"dense_streets is left out: there is no folder {tmp_path / 'nowhere'}" in said
+    assert "dense_blood_cells is left out: its folder was not named" in said
+    assert not [*tmp_path.iterdir()]
 
 
 # --- cpu.py and gpu.py -----------------------------------------------------------------------------------------------
