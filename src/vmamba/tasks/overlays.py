@@ -254,7 +254,10 @@ def _label(
 
 
 def with_legend(image: Image.Image, entries: Sequence[Entry], most: int = 32) -> Image.Image:
-    """The image with a legend below it, on a ground of its own; of more than ``most`` entries the rest is counted."""
+    """The image with a legend below it, on a ground of its own; of more than ``most`` entries the rest is counted.
+
+    The result is as wide as the image, or as one entry where that is wider.
+    """
     if not entries:
         return image
     if len(entries) > most:
@@ -263,10 +266,11 @@ def with_legend(image: Image.Image, entries: Sequence[Entry], most: int = 32) ->
     letters, line = font(size), round(1.75 * size)
     texts = [(name_of(entry.name), entry.note) for entry in entries]
     widths = [letters.getlength(name) + letters.getlength(f"  {note}") for name, note in texts]
-    column = min(round(max(widths) + 2.9 * size), image.width)
-    columns = max((image.width - round(size)) // column, 1)
+    column = round(max(widths) + 2.9 * size)
+    width = max(image.width, column)
+    columns = max((width - round(size)) // column, 1)
     rows = -(-len(entries) // columns)
-    sheet = Image.new("RGB", (image.width, image.height + rows * line + round(1.2 * size)), "white")
+    sheet = Image.new("RGB", (width, image.height + rows * line + round(1.2 * size)), "white")
     sheet.paste(image)
     draw = ImageDraw.Draw(sheet)
     for place, (entry, (name, note)) in enumerate(zip(entries, texts, strict=True)):
