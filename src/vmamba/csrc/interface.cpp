@@ -8,10 +8,16 @@
 
 #include "layers.h"
 #include "products.h"
+#include "roi_align.h"
 #include "scan.h"
 
-#define DECLARE(isa) \
-    namespace isa { extern const ScanKernels scan; extern const LayerKernels layers; extern const ProductKernels products; }
+#define DECLARE(isa)                        \
+    namespace isa {                         \
+    extern const ScanKernels scan;          \
+    extern const LayerKernels layers;       \
+    extern const ProductKernels products;   \
+    extern const RoIAlignKernels roi_align; \
+    }
 
 #if defined(VMAMBA_X86)
 namespace avx512_bf16 { extern const ProductKernels products; }
@@ -34,13 +40,14 @@ struct InstructionSet {
     const ScanKernels* scan;
     const LayerKernels* layers;
     const ProductKernels* products;
+    const RoIAlignKernels* roi_align;
 };
 
-#define ENTRY(isa) {#isa, &isa::scan, &isa::layers, &isa::products}
+#define ENTRY(isa) {#isa, &isa::scan, &isa::layers, &isa::products, &isa::roi_align}
 
 constexpr InstructionSet ALL[] = {  // the first that a processor has is the fastest
 #if defined(VMAMBA_X86)
-    {"avx512_bf16", &avx512::scan, &avx512::layers, &avx512_bf16::products},
+    {"avx512_bf16", &avx512::scan, &avx512::layers, &avx512_bf16::products, &avx512::roi_align},
     ENTRY(avx512),
     ENTRY(avx2),
 #endif
@@ -153,9 +160,10 @@ constexpr int64_t SUM_LENGTH = 16384;
 // A layer's tasks are shares of one size. Several for each thread: one that comes late, or is held up, does fewer.
 constexpr int64_t TASKS_PER_THREAD = 4;
 
-int32_t run(Layer* layer, void (*task)(const Layer&, int64_t, float*), size_t scratch = 0) {
-    layer->tasks = layer->threads > 1 ? layer->threads * TASKS_PER_THREAD : 1;
-    return !share<Layer>(*layer, layer->tasks, scratch, task);
+template <class Call>
+int32_t run(Call* p, void (*task)(const Call&, int64_t, float*), size_t scratch = 0) {
+    p->tasks = p->threads > 1 ? p->threads * TASKS_PER_THREAD : 1;
+    return !share<Call>(*p, p->tasks, scratch, task);
 }
 
 }  // namespace
@@ -168,7 +176,7 @@ int32_t run(Layer* layer, void (*task)(const Layer&, int64_t, float*), size_t sc
     EXPORT int32_t name(Structure* p)
 
 // Changes with the structures and the functions below, so that a library left over from another version is recognised.
-EXPORT int32_t vmamba_interface() { return 4; }
+EXPORT int32_t vmamba_interface() { return 5; }
 
 EXPORT const char* vmamba_kernels() { return chosen->name; }
 
@@ -246,4 +254,14 @@ COMPUTE(vmamba_gelu_backward, Layer) { return run(p, chosen->layers->gelu_backwa
 COMPUTE(vmamba_linear, Product) {
     const ProductKernels& products = *chosen->products;
     return !share<Product>(*p, products.tasks(*p), products.scratch(*p), products.multiply);
+}
+
+COMPUTE(vmamba_roi_align, RoIAlign) {
+    const RoIAlignKernels& roi_align = *chosen->roi_align;
+    return !share<RoIAlign>(*p, p->regions, roi_align.scratch(*p), roi_align.forward);
+}
+
+COMPUTE(vmamba_roi_align_backward, RoIAlign) {
+    const RoIAlignKernels& roi_align = *chosen->roi_align;
+    return run(p, roi_align.backward, roi_align.scratch(*p));
 }

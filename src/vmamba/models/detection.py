@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import roi_align
 
 from vmamba.models import boxes as bx
 from vmamba.models.feature_maps import DenseModel, FeatureMaps, check_images, conv_block
 from vmamba.nn import Linear
+from vmamba.ops.roi_align import laid_out, roi_align
 
 Size = Sequence[int]  # height, width
 Losses = dict[str, Tensor]
@@ -206,7 +206,7 @@ class MaskRCNN(DenseModel):
         predicted = [self.rpn_head(x) for x in maps]
         scores, deltas = zip(*predicted, strict=True)
         anchors = [bx.anchors(x.shape[2:], s, device=x.device) for x, s in zip(maps, self.strides, strict=True)]
-        maps = [x.contiguous() for x in maps]  # as RoIAlign wants them; once for both heads
+        maps = [laid_out(x) for x in maps]  # once for both heads
         keep = 1000 if targets is None else 2000
         with torch.no_grad():
             proposals = [
@@ -282,8 +282,7 @@ class MaskRCNN(DenseModel):
         for level, (x, stride) in enumerate(zip(maps[:-1], self.strides, strict=False)):
             here = (levels == level).nonzero().flatten()
             # In float32, for half the digits would not tell one place from the next.
-            pooled = roi_align(x.float(), rows[here], side, 1 / stride, sampling_ratio=0, aligned=True)
-            found.append(pooled.to(x.dtype))
+            found.append(roi_align(x.float(), rows[here], side, 1 / stride).to(x.dtype))
             places.append(here)
         return torch.cat(found).index_select(0, torch.cat(places).argsort())
 
@@ -385,7 +384,7 @@ def rpn_losses(
 def _mask_targets(masks: Tensor, boxes: Tensor, which: Tensor, side: int = 28) -> Tensor:
     """What of the true masks (m, H, W) is inside boxes (n, 4): (n, side, side) of 0 and 1, of mask `which` (n,)."""
     rows = torch.cat([which[:, None].to(boxes), boxes], 1)
-    return (roi_align(masks[:, None].to(boxes), rows, side, sampling_ratio=0, aligned=True)[:, 0] >= 0.5).to(boxes)
+    return (roi_align(masks[:, None].to(boxes), rows, side, 1.0)[:, 0] >= 0.5).to(boxes)
 
 
 def _own_class(logits: Tensor, labels: Tensor) -> Tensor:
