@@ -8,8 +8,11 @@ if TYPE_CHECKING:
     from vmamba.explain.activation_maps import ActivationMaps, activation_maps
     from vmamba.explain.images import Seen, see
     from vmamba.explain.scans import Recording, Scan, record_scans
+    from vmamba.explain.selectivity import Selectivity, selectivity
 
-__all__ = ["ActivationMaps", "Recording", "Scan", "Seen", "activation_maps", "record_scans", "see"]
+__all__ = [
+    "ActivationMaps", "Recording", "Scan", "Seen", "Selectivity", "activation_maps", "record_scans", "see", "selectivity",
+]  # fmt: skip
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy.attributes(
@@ -18,5 +21,6 @@ if not TYPE_CHECKING:
             "vmamba.explain.activation_maps": ["ActivationMaps", "activation_maps"],
             "vmamba.explain.images": ["Seen", "see"],
             "vmamba.explain.scans": ["Recording", "Scan", "record_scans"],
+            "vmamba.explain.selectivity": ["Selectivity", "selectivity"],
         },
     )

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vmamba.explain.images import AnyPictures, Seen
@@ -50,7 +49,7 @@ class ActivationMaps:
     weights: Tensor
     visited: Tensor
 
-    @property
+    @cached_property
     def contributions(self) -> Tensor:
         """(B, K, H, W, D): w(q, j) · u_j, what of each patch is in the query's output."""
         return self.weights * self.scan.on_grid(self.scan.u, 1)[:, None]
@@ -139,36 +138,40 @@ class ActivationMaps:
         }
 
     def figure(self, image: int = 0, measure: Measure = "size") -> Figure:
-        """The picture with the query, the merged map and the four routes'."""
+        """The picture with the query, the merged map, and those of the routes; sizes as shares of the output's."""
         from vmamba.explain import figures as f
 
         routes, merged = self.routes(measure)[image], self.merged(measure)[image]
+        if measure == "size":
+            length = self.returned[image].norm().clamp(min=1e-30)
+            routes, merged = routes / length, merged / length
+        signed = measure == "share"
+        norm = f.scale(f.array(torch.cat([routes, merged[None]])), signed=signed)
         routes = routes.masked_fill(~self.visited[image], float("nan"))
-        picture, height = self.seen.pictures[image], self.seen.size[0] / self.seen.size[1]
-        columns = 3
         row, column = self.queries[image]
         skip = float(self.skip_share[image])
-        figure = f.new_figure(
-            3.3 * columns + 0.9, 2 * (3.2 * height + 0.35) + 0.8,
-            f"What the patch in row {row + 1}, column {column + 1} of {self.scan.grid[0]}×{self.scan.grid[1]} is made"
-            f" of: {self.scan.label}",
-            f"Axes in pixels. The routes bring {1 - skip:.0%} of the output of the patch, its own skip {skip:.0%}."
-            f" Patches that a route has not met yet are left grey.",
+        shares = self.routes("share")[image].sum((1, 2)).tolist()
+        figure, panels, bar = f.picture_grid(
+            2, 3, self.seen.size,
+            f"What a patch is made of: {self.scan.label}, row {row + 1}, column {column + 1} of"
+            f" {self.scan.grid[0]}×{self.scan.grid[1]}",
+            f"The routes bring {f.percent(1 - skip)} of the patch's output, its own skip {f.percent(skip)}. Not yet"
+            " visited: left grey. Axes in pixels.",
         )  # fmt: skip
-        panels = figure.subplots(2, columns)
-        f.show(panels[0, 0], picture, "the patch asked about")
-        signed = measure == "share"
         colours = f.SIGNED if signed else f.HEAT
-        label = {"size": "size of the contribution", "share": "share of the output", "weight": "mean |weight|"}[measure]
-        norms = [f.scale(np.asarray(values), signed=signed) for values in (merged.cpu(), routes.nan_to_num().cpu())]
-        f.overlay(panels[0, 1], picture, _array(merged), norms[0], "all routes together", colours)
-        f.colour_bar(figure, panels[0, 1], norms[0], label, colours)
-        places = [panels[0, 2], *panels[1]]
-        names = self.scan.route_names
-        for k, axes in enumerate(places):
-            share = float(self.routes("share")[image, k].sum())
-            f.overlay(axes, picture, _array(routes[k]), norms[1], f"{names[k]}: {share:.0%} of the output", colours)
-        f.colour_bar(figure, panels[1, 2], norms[1], label, colours)
+        picture = self.seen.pictures[image]
+        f.show(panels[0, 0], picture, "the patch asked about")
+        f.overlay(panels[1, 0], picture, f.array(merged), norm, "all routes together", colours)
+        for axes, values, name, share in zip(
+            panels[:, 1:].flat, routes, self.scan.route_names, shares, strict=True
+        ):  # fmt: skip
+            f.overlay(axes, picture, f.array(values), norm, f"{name}: {f.percent(share)}", colours)
+        label = {
+            "size": "size of a patch's contribution, as a share of the output's",
+            "share": "share of the output",
+            "weight": "mean absolute weight",
+        }[measure]
+        f.colour_bar(figure, bar, norm, label, colours, form=None if measure == "weight" else f.percent)
         for axes in panels.flat:
             f.mark(axes, *self.frame(image))
         return figure
@@ -178,10 +181,6 @@ class ActivationMaps:
         from vmamba.explain import figures
 
         figures.write(self.figure(image, measure), path)
-
-
-def _array(values: Tensor) -> NDArray[Any]:
-    return values.float().cpu().numpy()
 
 
 def activation_maps(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vmamba.files import atomic_write, shown
 
@@ -16,10 +17,10 @@ try:
     from matplotlib import colormaps, patheffects
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize, PowerNorm
+    from matplotlib.colors import Colormap, Normalize, PowerNorm
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
-    from matplotlib.ticker import FixedLocator, FuncFormatter
+    from matplotlib.ticker import FixedLocator
 
     from vmamba.tasks.pictures import BLUE, GREY, INK, ORANGE, PALE
 except ImportError as error:
@@ -82,11 +83,16 @@ def show(axes: Axes, picture: NDArray[Any], title: str = "", size: tuple[int, in
     return shown_as
 
 
-def scale(values: NDArray[Any], power: float = 0.5, signed: bool = False, top: float | None = None) -> Normalize:
-    """From values to colours: from 0 to the largest, small ones lifted by a power; with a sign, evenly around 0."""
-    largest = float(np.abs(values).max(initial=0.0)) if top is None else top
-    largest = largest if np.isfinite(largest) and largest > 0 else 1.0
-    return Normalize(-largest, largest) if signed else PowerNorm(power, 0, largest, clip=True)
+def scale(values: NDArray[Any], power: float = 0.5, signed: bool = False, low: float = 0.0) -> Normalize:
+    """From values to colours: from `low` to the largest, small ones lifted by a power; with a sign, evenly around 0."""
+    largest = float(np.abs(values).max(initial=0.0))
+    largest = largest if np.isfinite(largest) and largest > low else low + 1.0
+    return Normalize(-largest, largest) if signed else PowerNorm(power, low, largest, clip=True)
+
+
+def ended(colours: str) -> Colormap:
+    """A colour map that leaves out what is infinite."""
+    return colormaps[colours].with_extremes(over="white")
 
 
 def overlay(
@@ -119,18 +125,57 @@ def overlay(
     axes.imshow(rgba, extent=(0, size[1], size[0], 0), interpolation="bilinear" if smooth else "nearest")
 
 
+def picture_grid(
+    rows: int, columns: int, size: tuple[int, int], title: str, note: str = "", side: float = 2.7
+) -> tuple[Figure, NDArray[Any], Axes]:
+    """A figure of equal panels for pictures of one size, and narrow axes at its right for a colour bar.
+
+    Args:
+        rows, columns: how many panels.
+        size: height and width of the pictures.
+        title, note: above and below.
+        side: inches of a panel's longer side.
+
+    Returns:
+        The figure, its panels (rows, columns), and the axes for the bar.
+    """
+    longest = max(size)
+    height, width = side * size[0] / longest, side * size[1] / longest
+    figure = new_figure((width + 0.2) * columns + 1.1, (height + 0.42) * rows + (0.75 if note else 0.45), title, note)
+    grid = figure.add_gridspec(rows, columns + 1, width_ratios=[*[1] * columns, 0.045])
+    panels = [[figure.add_subplot(grid[i, j]) for j in range(columns)] for i in range(rows)]
+    return figure, np.array(panels), figure.add_subplot(grid[:, columns])
+
+
 def colour_bar(
-    figure: Any, axes: Axes | Sequence[Axes], norm: Normalize, label: str, colours: str = HEAT, percent: bool = False
+    figure: Figure,
+    axes: Axes,
+    norm: Normalize,
+    label: str,
+    colours: str = HEAT,
+    form: Callable[[float], str] | None = None,
 ) -> None:
-    """What the colours beside `axes` mean."""
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, fraction=0.046, pad=0.02, shrink=0.9)
+    """What the colours mean, drawn on `axes`; with the values at even distances along it."""
+    bar = figure.colorbar(ScalarMappable(norm, colours), cax=axes)
     bar.outline.set_visible(False)
+    values = [float(norm.inverse(place)) for place in np.linspace(0, 1, 5)]
+    form = form or (lambda value: f"{value:.3g}")
+    bar.set_ticks(values, labels=[form(value) for value in values])
     bar.ax.tick_params(colors=GREY, length=0, labelsize=8)
     bar.set_label(text_of(label), color=GREY, fontsize=9)
-    top = norm.vmax or 1.0
-    if percent:
-        digits = max(0, int(np.ceil(-np.log10(top))) - 1)
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.{digits}%}"))
+
+
+def percent(share: float) -> str:
+    """A share as text: 12 %, 0.3 %, and no minus before a zero."""
+    size = abs(100 * share)
+    digits = 0 if size >= 9.95 or size < 1e-4 else min(max(1 - int(np.floor(np.log10(size))), 0), 4)
+    text = f"{100 * share:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{100 * share:.0f}"
+    return f"{text.removeprefix('-') if text == '-0' else text.replace('-', '−')} %"
+
+
+def array(values: Tensor) -> NDArray[Any]:
+    """A tensor as matplotlib takes it."""
+    return values.detach().float().cpu().numpy()
 
 
 def mark(axes: Axes, left: float, top: float, width: float, height: float, colour: str = "#00E5FF") -> None:
