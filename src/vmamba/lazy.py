@@ -33,6 +33,13 @@ def attributes(
         setattr(sys.modules[package], name, value)
         return value
 
+    class Package(ModuleType):
+        def __setattr__(self, name: str, value: Any) -> None:
+            # An import binds the module in its package, also where a function of the package has the same name.
+            if not (isinstance(value, ModuleType) and name in home_of):
+                super().__setattr__(name, value)
+
+    sys.modules[package].__class__ = Package
     return get, lambda: sorted({*vars(sys.modules[package]), *home_of, *modules})
 
 

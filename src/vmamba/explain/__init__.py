@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from vmamba.explain.selectivity import Selectivity, selectivity
 
 __all__ = [
-    "ActivationMaps", "Recording", "Scan", "Seen", "Selectivity", "activation_maps", "record_scans", "see", "selectivity",
+    "ActivationMaps", "Recording", "Scan", "Seen", "Selectivity", "activation_maps", "record_scans", "see",
+    "selectivity",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:
