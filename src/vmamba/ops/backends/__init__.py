@@ -2,8 +2,8 @@
 
 Every backend is a module with the same functions, held against `reference` by the same tests. One is chosen, in this
 order, by the `backend=` argument, by the `use_backend` context manager, by the environment variable `VMAMBA_BACKEND`,
-or automatically: the first of `BACKENDS` that can run on the tensor's device. "auto" in any of the first three places
-means the automatic choice.
+or automatically: the first of `BACKENDS` that can run on the tensor's device, and that has proven itself there where it
+has to (`proving`). "auto" in any of the first three places means the automatic choice.
 
 A compiled or exported graph keeps the backend that was chosen when it was traced.
 """
@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from vmamba.ops.backends import eager, native, reference, triton
+from vmamba.ops.backends import eager, native, proving, reference, triton
 
 ENVIRONMENT_VARIABLE = "VMAMBA_BACKEND"
 
@@ -33,23 +33,27 @@ class Backend:
         module: has `ss2d_scan`, `selective_scan` and, unless `traceable`, their `*_backward`.
         traceable: autograd and tracing go through the implementation itself, so it is called directly and not as a
             registered operator.
-        automatic: whether the automatic choice may take it.
+        automatic: for a device, a dtype and a pattern, None for one sequence, whether the automatic choice may take it.
         unavailable: for a device, why the backend cannot run there, or None when it can.
     """
 
     name: str
     module: ModuleType
     traceable: bool = False
-    automatic: bool = True
+    automatic: Callable[[torch.device, torch.dtype, str | None], bool] = lambda device, dtype, pattern: True
     unavailable: Callable[[torch.device], str | None] = lambda device: None
+
+
+def _is_proven_triton(device: torch.device, dtype: torch.dtype, pattern: str | None) -> bool:
+    return device.type == "cuda" and proving.is_proven(device, dtype, pattern)  # elsewhere it is interpreted, for tests
 
 
 BACKENDS: dict[str, Backend] = {
     "native": Backend("native", native, unavailable=native.unavailable),
-    # Asked for by name until its tests have passed on a GPU: a fast result that may be wrong is no default.
-    "triton": Backend("triton", triton, automatic=False, unavailable=triton.unavailable),
+    # A fast result that may be wrong is no default: on every card it is compared with eager's first.
+    "triton": Backend("triton", triton, automatic=_is_proven_triton, unavailable=triton.unavailable),
     "eager": Backend("eager", eager),
-    "reference": Backend("reference", reference, traceable=True, automatic=False),
+    "reference": Backend("reference", reference, traceable=True),
 }
 
 _override: ContextVar[str | None] = ContextVar("vmamba_backend", default=None)
@@ -75,8 +79,15 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def choose_backend(argument: str | None, device: torch.device) -> Backend:
+def choose_backend(
+    argument: str | None, device: torch.device, dtype: torch.dtype = torch.float32, pattern: str | None = None
+) -> Backend:
     """The backend for a call; see the module's docstring for the order of precedence.
+
+    Args:
+        argument: what the caller asked for, or None.
+        device, dtype: of the image or sequence.
+        pattern: of a grid's routes along rows and columns; None for the scan of one sequence.
 
     Raises:
         ValueError: no backend has the name asked for.
@@ -95,7 +106,8 @@ def choose_backend(argument: str | None, device: torch.device) -> Backend:
     if name == "auto":
         if device.type == "cpu":
             native.warn_once_if_missing()
-        return next(b for b in BACKENDS.values() if b.automatic and b.unavailable(device) is None)
+        able = (backend for backend in BACKENDS.values() if backend.unavailable(device) is None)
+        return next(backend for backend in able if backend.automatic(device, dtype, pattern))
     reason = BACKENDS[name].unavailable(device)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} (from {source}) cannot run on {device}: {reason}")

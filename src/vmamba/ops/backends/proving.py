@@ -1,0 +1,209 @@
+"""Proof that the Triton kernels compute on a card what the eager backend computes, before they are chosen there.
+
+The first time that a dtype and a pattern meet a card, both backends compute a few small scans, forward and backward.
+That happens in a process of its own, which a compiler that crashes or a kernel that writes where it must not takes
+down alone. The verdict stays in the user's cache directory, until the kernels, Triton, torch or the driver change.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from vmamba.files import atomic_write
+from vmamba.ops.arguments import ScanArguments, SS2DArguments
+from vmamba.ops.backends import eager, triton
+
+_PATIENCE = 600  # seconds for one proof, most of which goes into compiling
+# Height, width, channels and states: for each row of the table of configurations a grid, with blocks that are not full.
+_GRIDS = ((7, 7, 48, 1), (11, 13, 40, 3), (17, 19, 40, 1))
+_PROGRAM = "import sys; from vmamba.ops.backends import proving; proving.main(*sys.argv[1:])"
+_SEQUENCE = "one sequence"
+_verdicts: dict[tuple[torch.device, torch.dtype, str | None], bool] = {}
+
+
+# Tracers take the answer as a constant: a compiled graph is made after the proof, never with the proof inside.
+@torch.compiler.assume_constant_result
+def is_proven(device: torch.device, dtype: torch.dtype, pattern: str | None) -> bool:
+    """Whether the Triton kernels are known to be right; finds it out where it is not known yet.
+
+    Args:
+        device: a GPU that Triton runs on.
+        dtype: of the image; float64 is never proven, since eager computes it.
+        pattern: of a grid's routes along rows and columns; None for the scan of one sequence.
+
+    Returns:
+        False also while a CUDA graph is captured, if nothing is known yet; that is asked again later.
+    """
+    key = device, dtype, pattern
+    if dtype == torch.float64 or triton.unavailable(device) is not None:
+        return False
+    if key not in _verdicts:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        _verdicts[key] = _look_up_or_prove(device, dtype, pattern)
+    return _verdicts[key]
+
+
+def _look_up_or_prove(device: torch.device, dtype: torch.dtype, pattern: str | None) -> bool:
+    about = {**_circumstances(device), "dtype": str(dtype).removeprefix("torch."), "pattern": pattern or _SEQUENCE}
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
+    file = cache_folder() / f"{name}.json"
+    with ExitStack() as stack:
+        with suppress(OSError):  # where nothing can be written, each process proves it for itself
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{file}.lock", timeout=_PATIENCE))  # another process may be at it
+        fault = _read(file)
+        if fault is None:
+            fault = _prove(device, about)
+            with suppress(OSError), atomic_write(file) as verdict:
+                verdict.write(json.dumps(about | {"fault": fault}, indent=1).encode())
+    if fault:
+        warnings.warn(
+            f"the Triton kernels are not used for {about['dtype']} and {about['pattern']} on {about['card']}: "
+            f"{fault}. The eager backend computes instead, correct but slow. Please report this with the versions "
+            f"({', '.join(f'{key} {about[key]}' for key in ('triton', 'torch', 'driver'))}). "
+            f"The verdict is kept in {file}: delete it to try again. "
+            'vmamba.use_backend("triton") uses the kernels all the same',
+            stacklevel=2,
+        )
+    return not fault
+
+
+def cache_folder() -> Path:
+    """Where verdicts are kept: `$XDG_CACHE_HOME/vmamba/proofs`, by default in `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmamba" / "proofs"
+
+
+def _read(file: Path) -> str | None:
+    """What a file says is wrong with the kernels, "" if nothing; None if it says nothing."""
+    try:
+        fault = json.loads(file.read_text())["fault"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return fault if isinstance(fault, str) else None
+
+
+@functools.cache
+def _circumstances(device: torch.device) -> dict[str, Any]:
+    """All that a verdict depends on, beside dtype and pattern."""
+    import triton as compiler
+
+    code = hashlib.sha256()
+    for file in sorted(Path(triton.__file__).parent.glob("*.py")):
+        code.update(file.read_bytes())
+    about = {"kernels": code.hexdigest()[:16], "triton": compiler.__version__, "torch": torch.__version__}
+    if device.type != "cuda":
+        return about | {"card": f"{platform.machine()}, interpreted", "driver": "none"}
+    properties = torch.cuda.get_device_properties(device)
+    return about | {"card": f"{properties.name} ({properties.major}.{properties.minor})", "driver": _driver()}
+
+
+def _driver() -> str:
+    """The driver's version, as far as it can be known."""
+    for place in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        try:
+            return Path(place).read_text().splitlines()[0]
+        except (OSError, IndexError):
+            continue
+    return str(torch.version.hip or torch.version.cuda)
+
+
+# --- the proof -------------------------------------------------------------------------------------------------------
+
+
+def _prove(device: torch.device, about: dict[str, Any]) -> str:
+    """What is wrong with the kernels, found out in a process of its own; "" if nothing."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        what = f"{about['dtype']}, {about['pattern']}"
+        print(f"vmamba: trying the Triton kernels on {about['card']} ({what}), once", file=sys.stderr, flush=True)
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, sys.path)])
+    command = [sys.executable, "-c", _PROGRAM, str(device), about["dtype"], about["pattern"]]
+    try:
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            timeout=_PATIENCE, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"the comparison did not end in {_PATIENCE} seconds"
+    except OSError as error:
+        return f"no process could be started for the comparison ({error})"
+    try:
+        fault = json.loads(done.stdout.splitlines()[-1])["fault"]
+        assert isinstance(fault, str)
+    except (IndexError, ValueError, KeyError, TypeError, AssertionError):
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        how = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"failed ({done.returncode})"
+        return f"the comparison {how}: {last}"
+    return fault
+
+
+def compare(device: torch.device, dtype: torch.dtype, pattern: str) -> str:
+    """How the Triton backend's values and gradients differ from the eager one's in float64; "" if they do not.
+
+    They may by rounding: relative to the largest number of each result, 1e-4 for the values and 1e-3 for gradients, or
+    four units in the last place of the dtype.
+    """
+    rounding = 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
+    for arguments in _problems(device, dtype, pattern):
+        name = "ss2d_scan" if isinstance(arguments, SS2DArguments) else "selective_scan"
+        exact = type(arguments)._make(v.double() if isinstance(v, Tensor) else v for v in arguments)
+        expected = _as_tuple(getattr(eager, name)(exact))
+        found = _as_tuple(getattr(triton, name)(arguments))
+        grads = [torch.randn_like(value) for value in found]
+        expected += getattr(eager, f"{name}_backward")(*(grad.double() for grad in grads), exact)
+        found += getattr(triton, f"{name}_backward")(*grads, arguments)
+        values = ["y", "the last state"][: len(grads)]
+        labels = [*values, *(f"the gradient of {field}" for field in arguments._fields)]
+        for label, value, reference in zip(labels, found, expected, strict=False):
+            if not reference.numel():
+                continue
+            apart = ((value.double() - reference).abs().max() / reference.abs().max()).item()
+            if not apart <= max(1e-4 if label in values else 1e-3, rounding):  # NaN is not
+                return f"{label} is off by {apart:.1e} of its largest value, in {tuple(arguments.u.shape)}"
+    return ""
+
+
+def _as_tuple(value: Any) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _problems(device: torch.device, dtype: torch.dtype, pattern: str) -> Iterator[SS2DArguments | ScanArguments]:
+    torch.manual_seed(0)
+    normal = functools.partial(torch.randn, device=device)
+    for height, width, channels, N in _GRIDS:
+        A, R = -torch.rand(4, channels, N, device=device) - 0.1, 3
+        if pattern != _SEQUENCE:
+            shape = (2, height, width)
+            u, projected = normal(*shape, channels), normal(*shape, 4, R + 2 * N)
+            weight, bias = normal(4, channels, R) * R**-0.5, normal(4, channels) - 3
+            yield SS2DArguments(u.to(dtype), projected, weight, bias, A, normal(4, channels), pattern)
+        else:
+            shape = (2, channels, height * width)
+            u, delta, z = (normal(*shape).to(dtype) for _ in range(3))
+            B, C = (normal(2, 2, N, height * width) for _ in range(2))
+            yield ScanArguments(u, delta, A[0], B, C, normal(channels), z, normal(channels) - 3, True)
+
+
+def main(device: str, dtype: str, pattern: str) -> None:
+    """Compare, and print the verdict as a line of JSON."""
+    try:
+        fault = compare(torch.device(device), getattr(torch, dtype), pattern)
+    except Exception as error:
+        fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    print(json.dumps({"fault": fault}), flush=True)
