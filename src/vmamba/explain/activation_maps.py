@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.explain.images import AnyPictures, Seen
-from vmamba.explain.scans import Recording, Scan, record_scans
+from vmamba.explain.scans import Recording, Scan, in_pixels, record_scans
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,10 +99,7 @@ class ActivationMaps:
 
     def in_pixels(self, values: Tensor) -> Tensor:
         """Maps (..., H, W) in pixels of the pictures seen, each patch as the rectangle that it stands for."""
-        for dim, (pixels, side) in enumerate(zip(self.seen.size, self.cell, strict=True), start=-2):
-            places = ((torch.arange(pixels, device=values.device) + 0.5) / side).long().clamp(max=values.shape[dim] - 1)
-            values = values.index_select(dim, places)
-        return values
+        return in_pixels(values, self.cell, self.seen.size)
 
     def frame(self, image: int = 0) -> tuple[float, float, float, float]:
         """Left, top, width and height of the query's patch in pixels of the picture seen."""
@@ -161,11 +158,11 @@ class ActivationMaps:
         colours = f.SIGNED if signed else f.HEAT
         picture = self.seen.pictures[image]
         f.show(panels[0, 0], picture, "the patch asked about")
-        f.overlay(panels[1, 0], picture, f.array(merged), norm, "all routes together", colours)
+        f.overlay(panels[1, 0], picture, f.array(self.in_pixels(merged)), norm, "all routes together", colours)
         for axes, values, name, share in zip(
             panels[:, 1:].flat, routes, self.scan.route_names, shares, strict=True
         ):  # fmt: skip
-            f.overlay(axes, picture, f.array(values), norm, f"{name}: {f.percent(share)}", colours)
+            f.overlay(axes, picture, f.array(self.in_pixels(values)), norm, f"{name}: {f.percent(share)}", colours)
         label = {
             "size": "size of a patch's contribution, as a share of the output's",
             "share": "share of the output",

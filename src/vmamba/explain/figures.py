@@ -87,12 +87,12 @@ def scale(values: NDArray[Any], power: float = 0.5, signed: bool = False, low: f
     """From values to colours: from `low` to the largest, small ones lifted by a power; with a sign, evenly around 0."""
     largest = float(np.abs(values).max(initial=0.0))
     largest = largest if np.isfinite(largest) and largest > low else low + 1.0
-    return Normalize(-largest, largest) if signed else PowerNorm(power, low, largest, clip=True)
+    return Normalize(-largest, largest) if signed else PowerNorm(power, low, largest)
 
 
 def ended(colours: str) -> Colormap:
-    """A colour map that leaves out what is infinite."""
-    return colormaps[colours].with_extremes(over="white")
+    """A colour map in which what is infinite is grey."""
+    return colormaps[colours].with_extremes(over=PALE)
 
 
 def overlay(

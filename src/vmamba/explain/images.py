@@ -63,6 +63,11 @@ class Seen:
         """Height and width that the model sees."""
         return self.images.shape[2], self.images.shape[3]
 
+    def one(self, image: int) -> Seen:
+        """One of the pictures alone."""
+        this = slice(image, image + 1)
+        return Seen(self.images[this], self.pictures[this], self.names[this], self.parts[this], self.sizes[this])
+
     def locate(self, x: float, y: float, image: int = 0) -> tuple[float, float]:
         """Where a place of the picture given (x, y), in its pixels, is in the picture seen.
 

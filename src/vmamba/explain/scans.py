@@ -291,6 +291,14 @@ def _named(model: nn.Module, inside: list[str]) -> Iterator[None]:
         yield
 
 
+def in_pixels(values: Tensor, cell: tuple[float, float], size: tuple[int, int]) -> Tensor:
+    """Maps (..., H, W) of patches in pixels, (..., *size), each patch as the rectangle of `cell` that it stands for."""
+    for dim, (pixels, side) in enumerate(zip(size, cell, strict=True), start=-2):
+        places = ((torch.arange(pixels, device=values.device) + 0.5) / side).long().clamp(max=values.shape[dim] - 1)
+        values = values.index_select(dim, places)
+    return values
+
+
 def _stride(pixels: int, patches: int) -> float:
     """Pixels a patch: a power of two where that explains the grid, whose last patch may then be cut off or left out."""
     powers = [2**n for n in range(16)]

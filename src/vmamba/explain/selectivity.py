@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vmamba.errors import RecipeError
 from vmamba.explain.images import AnyPictures, Seen
-from vmamba.explain.scans import Recording, Scan, record_scans
+from vmamba.explain.scans import Recording, Scan, in_pixels, record_scans
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +71,7 @@ class Selectivity:
             (width + 0.25) * routes + 1.2, (height + 0.4) * 3 + 0.8,
             f"What each patch does to the states: {self.scan.label}",
             f"Means over channels and states; remembered until half of the states are down to {self.share:.0%}."
-            " White: to the end of the route. Axes in pixels.",
+            " Grey: to the end of the route. Axes in pixels.",
         )  # fmt: skip
         grid = figure.add_gridspec(3, routes + 1, width_ratios=[*[1] * routes, 0.05])
         rows = (
@@ -80,13 +80,13 @@ class Selectivity:
             ("remembered for, steps", self.steps[image], "YlGnBu_r", 0.5),
         )
         for row, (label, values, colours, power) in enumerate(rows):
-            values = f.array(values)
-            finite = values[(values < math.inf)]
+            values = f.array(in_pixels(values, self.cell, self.seen.size))
+            finite = values[values < math.inf]
             low = float(finite.min()) if label.startswith("kept") and finite.size else 0.0
             norm = f.scale(finite, power, low=low)
             for k, name in enumerate(self.scan.route_names):
                 axes = figure.add_subplot(grid[row, k])
-                f.show(axes, values[k], name if row == 0 else "", self.seen.size, norm=norm, cmap=f.ended(colours))
+                f.show(axes, values[k], name if row == 0 else "", norm=norm, cmap=f.ended(colours))
             form = "{:.0f}".format if label.endswith("steps") else None
             f.colour_bar(figure, figure.add_subplot(grid[row, routes]), norm, label, colours, form)
         return figure

@@ -1,0 +1,148 @@
+"""The whole matrix of who hears whom, for small grids: SS2D's, which it never writes down, beside a ViT's attention."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.utils.attention_extract import AttentionExtract
+from torch import Tensor, nn
+
+from vmamba.errors import RecipeError
+from vmamba.explain.images import AnyPictures, Seen, evaluating, see
+from vmamba.explain.scans import Recording, in_pixels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_PATCHES = 1024  # of a grid, for a matrix of its square
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMatrix:
+    """How much each patch of a grid gets from each, L = H·W patches counted row by row.
+
+    Attributes:
+        name: what to call it.
+        seen: one picture.
+        grid: H and W.
+        cell: height and width of a patch in pixels.
+        values: (L, L), from 0: row q holds what arrives in q, from everywhere. Of SS2D the size of the contribution,
+            Euclidean, of all routes together; of a ViT the mean of its heads' attention, between patches alone.
+        routes: of SS2D, (K, L, L), the same along each route.
+    """
+
+    name: str
+    seen: Seen
+    grid: tuple[int, int]
+    cell: tuple[float, float]
+    values: Tensor
+    routes: Tensor | None = None
+
+    def row(self, query: tuple[float, float]) -> Tensor:
+        """(H, W): what arrives in the patch at a place (x, y), in pixels of the picture seen."""
+        rows, columns = (
+            min(int(at / side), n - 1)
+            for at, side, n in zip(reversed(query), self.cell, self.grid, strict=True)
+        )  # fmt: skip
+        return self.values[rows * self.grid[1] + columns].unflatten(0, self.grid)
+
+    def figure(self, *others: AttentionMatrix, query: tuple[float, float] | None = None) -> Figure:
+        """The matrix, and others beside it; below each the row of one query, over the picture.
+
+        Args:
+            *others: of the same picture.
+            query: a place (x, y) in pixels of the picture seen; None for the middle.
+        """
+        from vmamba.explain import figures as f
+
+        every = [self, *others]
+        height, width = self.seen.size
+        place = (width / 2, height / 2) if query is None else query
+        figure = f.new_figure(
+            3.5 * len(every) + 0.3, 7.2, "Who hears whom: each row a listening patch, each column one that is heard",
+            "Above: patches counted row by row. Below: the row of the framed patch, over the picture. Each scaled to"
+            " its own largest value.",
+        )  # fmt: skip
+        panels = figure.subplots(2, len(every), squeeze=False)
+        for column, each in enumerate(every):
+            norm = f.scale(f.array(each.values))
+            f.show(panels[0, column], f.array(each.values), each.name, norm=norm, cmap=f.HEAT)
+            values = each.row(place)
+            over = f.array(in_pixels(values, each.cell, each.seen.size))
+            f.overlay(panels[1, column], each.seen.pictures[0], over, f.scale(over))
+            left, top = (int(at / side) * side for at, side in zip(place, reversed(each.cell), strict=True))
+            f.mark(panels[1, column], left, top, each.cell[1], each.cell[0])
+        return figure
+
+    def save(self, path: str | os.PathLike[str], *others: AttentionMatrix, query: Any = None) -> None:
+        """Write the figure."""
+        from vmamba.explain import figures
+
+        figures.write(self.figure(*others, query=query), path)
+
+
+def matrix_of(recording: Recording, block: int | str, image: int = 0) -> AttentionMatrix:
+    """The matrix of SS2D in one block: all `Scan.weights` times u, query by query.
+
+    Raises:
+        RecipeError: the grid has more than `MOST_PATCHES` patches.
+    """
+    scan = recording.scan(block)
+    length = len(scan.orders[0])
+    if length > MOST_PATCHES:
+        raise RecipeError(
+            f"the grid of {scan.label} has {length} patches, whose matrix has {length**2:,} entries; expected at most"
+            f" {MOST_PATCHES} patches: ask for a later block or a smaller size, or for the maps of one query"
+        )
+    merged, routes = [], []
+    for query in range(length):
+        contributions = scan.weights(query, image) * scan.u[image]
+        routes.append(contributions.norm(dim=-1))
+        merged.append(contributions.sum(0).norm(dim=-1))
+    return AttentionMatrix(
+        f"SS2D, {scan.label}", recording.seen.one(image), scan.grid, recording.cell(block), torch.stack(merged),
+        torch.stack(routes, 1),
+    )  # fmt: skip
+
+
+def vit_attention(
+    model: nn.Module, pictures: AnyPictures, block: int = -1, size: int | tuple[int, int] | None = None
+) -> AttentionMatrix:
+    """The attention of one block of a ViT of timm, mean of its heads, between the patches of one picture.
+
+    Args:
+        model: a vision transformer of timm, or another whose blocks have an `attn` with the attribute `fused_attn`.
+        pictures: the picture; of several, the first.
+        block: its number (negative ones count from the end).
+        size: see `see`.
+
+    Raises:
+        RecipeError: the model has no such attention, or no such block.
+        ImageError: the file cannot be used.
+    """
+    seen = see(model, pictures, size).one(0)
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    try:
+        for module in fused:  # the fused kernels keep no matrix
+            module.fused_attn = False
+        with evaluating(model), torch.no_grad():
+            found = AttentionExtract(model, names=["*.attn_drop"], mode="eval", method="hook")(seen.images)
+    finally:
+        for module in fused:
+            module.fused_attn = True
+    matrices: Sequence[Tensor] = [matrix for matrix in found.values() if matrix.ndim == 4]
+    patches: Any = getattr(getattr(model, "patch_embed", None), "dynamic_feat_size", None)
+    if not matrices or patches is None or not -len(matrices) <= block < len(matrices):
+        raise RecipeError(
+            f"{type(model).__name__} has {len(matrices)} blocks of attention over the whole picture, of which number"
+            f" {block} was asked for; expected a vision transformer such as timm's deit_tiny_patch16_224"
+        )
+    height, width = patches(seen.size)
+    values = matrices[block].mean(1)[0, -height * width :, -height * width :]  # without the tokens for classes
+    number = range(len(matrices))[block] + 1
+    cell = (seen.size[0] / height, seen.size[1] / width)
+    return AttentionMatrix(f"{type(model).__name__}, block {number}", seen, (height, width), cell, values)
