@@ -18,7 +18,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from vmamba.nn import SS2D, ConvDownsample, ConvStem, LayerNorm, PatchMerging, PatchStem, VSSBlock
-from vmamba.ops.operators import is_tracing_for_export
+from vmamba.ops.registration import is_tracing_for_export
 
 _STEMS = {"conv": ConvStem, "patch": PatchStem}
 _DOWNSAMPLES = {"conv": ConvDownsample, "merge": PatchMerging}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.nn.layers import GridConv2d, LayerNorm, Linear
-from vmamba.ops.operators import is_tracing_for_export
+from vmamba.ops.registration import is_tracing_for_export
 
 
 class ConvDownsample(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vmamba.ops import checks
 from vmamba.ops.precision import state_dtype
-from vmamba.ops.routes import get_routes
+from vmamba.ops.routes import count_routes
 
 
 class ScanArguments(NamedTuple):
@@ -93,7 +93,7 @@ class SS2DArguments(NamedTuple):
         checks.ndim("u", u, 4, "(B, H, W, D)")
         checks.ndim("A", A, 3, "(4, D, N)")
         checks.ndim("dt_proj_weight", weight, 3, "(4, D, R)")
-        K, channels, R, N = len(get_routes(pattern)), u.shape[3], weight.shape[2], A.shape[2]
+        K, channels, R, N = count_routes(pattern), u.shape[3], weight.shape[2], A.shape[2]
         checks.shape("dt_proj_weight", weight, (K, channels, R), "(4, D, R)")
         checks.shape("dt_proj_bias", bias, (K, channels), "(4, D)")
         checks.shape("A", A, (K, channels, N), "(4, D, N)")

@@ -17,15 +17,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from vmamba.ops.arguments import ScanArguments, SS2DArguments, empty_gradients
 from vmamba.ops.backends import BACKENDS, Backend, eager
+from vmamba.ops.exporting import keeps_scans
 from vmamba.ops.precision import without_autocast
-from vmamba.ops.registration import define, pull_back
+from vmamba.ops.registration import define, is_tracing_for_export, pull_back
+from vmamba.ops.routes import is_along_axes
 
 _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool"}
-
-
-def is_tracing_for_export() -> bool:
-    """Whether the graph being traced must stand without this package: torch.export, ONNX or torch.jit.trace."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def runs_eagerly(*values: Tensor | None) -> bool:
@@ -45,7 +42,7 @@ def call_operator(name: str, backend: Backend, arguments: ScanArguments | SS2DAr
     # Where nothing watches, the function itself: the dispatcher's detour costs as much as a small model's scan.
     if backend.traceable or (not torch.is_grad_enabled() and runs_eagerly(*arguments[:-1])):
         return getattr(backend.module, name)(arguments)
-    if is_tracing_for_export():
+    if is_tracing_for_export() and not (keeps_scans() and isinstance(arguments, SS2DArguments) and is_along_axes(arguments.pattern)):
         return getattr(eager, f"{name}_for_export")(arguments)
     return getattr(torch.ops.vmamba, name)(*arguments, backend.name)
 

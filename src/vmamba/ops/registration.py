@@ -19,6 +19,11 @@ from torch.autograd import forward_ad
 _LIBRARY = torch.library.Library("vmamba", "FRAGMENT")
 
 
+def is_tracing_for_export() -> bool:
+    """Whether the graph being traced must stand without this package: torch.export, ONNX or torch.jit.trace."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def define(
     schema: str,
     compute: Callable[..., Any],

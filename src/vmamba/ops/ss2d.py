@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from vmamba.ops import checks
 from vmamba.ops.arguments import SS2DArguments
-from vmamba.ops.backends import choose_backend
+from vmamba.ops.backends import Backend, choose_backend
 from vmamba.ops.layers import linear
 from vmamba.ops.operators import call_operator
 from vmamba.ops.precision import state_dtype, without_autocast
+from vmamba.ops.registration import is_tracing_for_export
+from vmamba.ops.routes import SEQUENCE, Pattern, is_along_axes, name_of, orders_for, permute
 
 Watcher = Callable[[SS2DArguments, Tensor], None]
 
@@ -42,7 +45,7 @@ def ss2d_scan(
     dt_proj_bias: Tensor,
     A: Tensor,
     D: Tensor,
-    pattern: str = "cross",
+    pattern: Pattern = "cross",
     *,
     backend: str | None = None,
 ) -> Tensor:
@@ -59,7 +62,7 @@ def ss2d_scan(
         dt_proj_bias: (4, D).
         A: (4, D, N), negative.
         D: (4, D).
-        pattern: the routes: "cross", "unidirectional" or "bidirectional".
+        pattern: the routes, a name in `PATTERNS` or a function from (H, W) to four orders (`register_pattern`).
         backend: "auto", or a name from `available_backends()`; None leaves the choice to `use_backend`, the environment
             variable VMAMBA_BACKEND and the device, in that order.
 
@@ -68,11 +71,11 @@ def ss2d_scan(
         is), also under autocast; on a GPU, the first projection of a bfloat16 `u` is bfloat16.
 
     Raises:
-        ValueError: a shape or device that does not fit, an unknown pattern or backend.
+        ValueError: a shape or device that does not fit, an unknown backend or pattern, or a function without orders.
         TypeError: an argument that is not a real floating-point tensor.
         RuntimeError: the backend asked for cannot run on this device.
     """
-    given = SS2DArguments(u, u, dt_proj_weight, dt_proj_bias, A, D, pattern)
+    given = SS2DArguments(u, u, dt_proj_weight, dt_proj_bias, A, D, name_of(pattern))
     routes, size = given.check_parameters()
     checks.shape("x_proj_weight", x_proj_weight, (routes, size, u.shape[-1]), "(4, R + 2N, D)")
     checks.real_on_one_device(
@@ -85,7 +88,31 @@ def ss2d_scan(
         dtype = u.dtype if is_low else state_dtype(x_proj_weight, *given[:-1])
         projected = linear(u.to(dtype), x_proj_weight.to(dtype).flatten(0, 1)).unflatten(-1, (routes, size))
         given = given._replace(projected=projected)
-        y: Tensor = call_operator("ss2d_scan", chosen, given)
+        y = _scan(chosen, given)
     if not torch.compiler.is_compiling() and (watcher := _watcher.get()) is not None:
         watcher(given, y)
     return y
+
+
+def _scan(backend: Backend, arguments: SS2DArguments) -> Tensor:
+    """The operator's result; for a pattern that is a function, that of one call for each route.
+
+    The route's order makes of the grid one of a single row, for which every backend has its kernel.
+    """
+    pattern = arguments.pattern
+    if backend.traceable or is_along_axes(pattern) or is_tracing_for_export():
+        result: Tensor = call_operator("ss2d_scan", backend, arguments)
+        return result
+    u, projected, weight, bias, A, D, _ = arguments
+    height, width = u.shape[1:3]
+    visited, steps = orders_for(pattern, u, height, width)
+    pixels = u.flatten(1, 2).to(state_dtype(*arguments[:-1]))  # in which the routes are added up
+    ys = []
+    for k, parameters in enumerate(projected.flatten(1, 2).unbind(2)):
+        row = permute(pixels, visited[k], steps[k], 1).unsqueeze(1)
+        parameters = permute(parameters, visited[k], steps[k], 1)[:, None, :, None]
+        this = slice(k, k + 1)
+        route = SS2DArguments(row, parameters, weight[this], bias[this], A[this], D[this], SEQUENCE)
+        y: Tensor = call_operator("ss2d_scan", backend, route)
+        ys.append(permute(y.squeeze(1), steps[k], visited[k], 1))
+    return functools.reduce(torch.add, ys).to(u.dtype).unflatten(1, (height, width))

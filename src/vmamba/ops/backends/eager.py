@@ -12,6 +12,7 @@ of the N is held at a time, so memory does not grow with N.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba.ops.arguments import ScanArguments, SS2DArguments, as_gradients, in_state_dtype
-from vmamba.ops.routes import Route, get_routes
+from vmamba.ops.exporting import keeps_scans, recurrence
+from vmamba.ops.routes import Route, get_routes, is_along_axes, orders_for
 
 _CHUNK = 16
 # A traced graph with an open length cannot stop when the sequence is covered: 2²⁰ positions are a 4096×4096 image at
@@ -39,6 +41,8 @@ def linear_recurrence(a: Tensor, b: Tensor, backwards: bool = False) -> Tensor:
     Returns:
         h, shaped as `b`.
     """
+    if keeps_scans():
+        return recurrence(a.flatten(2), b.flatten(2), backwards).view_as(b)
     # torch.jit.trace has tensors for sizes.
     solve = _by_doubling if isinstance(b.shape[1], (torch.SymInt, Tensor)) else _by_chunks
     return solve(a.flatten(2), b.flatten(2), backwards).view_as(b)
@@ -287,25 +291,41 @@ def ss2d_scan(arguments: SS2DArguments) -> Tensor:
 def ss2d_scan_for_export(arguments: SS2DArguments) -> Tensor:
     """`ss2d_scan` as a small graph: all routes and states in one recurrence, at their price in memory."""
     u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern = in_state_dtype(arguments)
-    height, width = u.shape[1:3]
     R, N = dt_proj_weight.shape[-1], A.shape[-1]
-    routes = get_routes(pattern)
+    walk, put_back = _walks(u, pattern)
 
-    def flipped(sequence: Tensor, route: Route) -> Tensor:
-        return sequence.flip(1) if route.backwards else sequence
-
-    x = torch.stack([flipped(_sequence(u, r.columns), r) for r in routes], dim=2)
-    parameters = [flipped(_sequence(projected[:, :, :, k], r.columns), r) for k, r in enumerate(routes)]
-    dt_low, B, C = torch.stack(parameters, dim=2).split([R, N, N], dim=-1)
+    x = torch.stack([walk(u, k) for k in range(len(A))], dim=2)
+    parameters = torch.stack([walk(projected[:, :, :, k], k) for k in range(len(A))], dim=2)
+    dt_low, B, C = parameters.split([R, N, N], dim=-1)
     delta = F.softplus(torch.einsum("blkr,kdr->blkd", dt_low, dt_proj_weight) + dt_proj_bias)
     # Every state is a group of its own: (batch, L, K·N, D) with one state.
     x_by_state, delta_by_state = (v.unsqueeze(3).expand(-1, -1, -1, N, -1).flatten(2, 3) for v in (x, delta))
     A_by_state = A.transpose(1, 2).flatten(0, 1).unsqueeze(-1)
     B, C = (v.flatten(2).unsqueeze(-1) for v in (B, C))
     y, _ = _scan(x_by_state, delta_by_state, A_by_state, B, C, backwards=False)
-    y = torch.addcmul(y.unflatten(2, (len(routes), N)).sum(3), x, D)
-    grids = [_grid(flipped(y_k, r), r.columns, height, width) for y_k, r in zip(y.unbind(2), routes, strict=True)]
+    y = torch.addcmul(y.unflatten(2, (len(A), N)).sum(3), x, D)
+    grids = [put_back(y_k, k) for k, y_k in enumerate(y.unbind(2))]
     return torch.stack(grids).sum(0).to(arguments.u.dtype)
+
+
+def _walks(u: Tensor, pattern: str) -> tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Tensor]]:
+    """For grids like `u`: from (batch, H, W, ...) to the sequence (batch, L, ...) of route k, and back."""
+    height, width = u.shape[1:3]
+    if not is_along_axes(pattern):
+        visited, steps = orders_for(pattern, u, height, width)
+        return (
+            lambda grid, k: grid.flatten(1, 2).index_select(1, visited[k]),
+            lambda sequence, k: sequence.index_select(1, steps[k]).unflatten(1, (height, width)),
+        )
+    routes = get_routes(pattern)
+
+    def flipped(sequence: Tensor, k: int) -> Tensor:
+        return sequence.flip(1) if routes[k].backwards else sequence
+
+    return (
+        lambda grid, k: flipped(_sequence(grid, routes[k].columns), k),
+        lambda sequence, k: _grid(flipped(sequence, k), routes[k].columns, height, width),
+    )
 
 
 def ss2d_scan_backward(grad_y: Tensor, arguments: SS2DArguments) -> tuple[Tensor, ...]:
