@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.utils.attention_extract import AttentionExtract
 from torch import Tensor, nn
 
 from vmamba.errors import RecipeError
@@ -126,15 +125,15 @@ def vit_attention(
     """
     seen = see(model, pictures, size).one(0)
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
-    try:
+    matrices: list[Tensor] = []
+    with evaluating(model), torch.no_grad(), ExitStack() as undo:
         for module in fused:  # the fused kernels keep no matrix
             module.fused_attn = False
-        with evaluating(model), torch.no_grad():
-            found = AttentionExtract(model, names=["*.attn_drop"], mode="eval", method="hook")(seen.images)
-    finally:
-        for module in fused:
-            module.fused_attn = True
-    matrices: Sequence[Tensor] = [matrix for matrix in found.values() if matrix.ndim == 4]
+            undo.callback(setattr, module, "fused_attn", True)
+        for name, module in model.named_modules():
+            if name.endswith(".attn_drop"):
+                undo.callback(module.register_forward_hook(lambda _, __, y: matrices.append(y)).remove)
+        model(seen.images)
     patches: Any = getattr(getattr(model, "patch_embed", None), "dynamic_feat_size", None)
     if not matrices or patches is None or not -len(matrices) <= block < len(matrices):
         raise RecipeError(

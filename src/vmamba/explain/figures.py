@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ def new_figure(width: float, height: float, title: str, note: str = "") -> Figur
     """An empty figure of so many inches, with a title at its upper left and a note, in grey, below that."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr]
-    figure.suptitle(text_of(title), fontsize=13, color=INK, x=0.01, ha="left")
-    if note:
-        figure.supxlabel(text_of(note), fontsize=9, color=GREY, x=0.01, ha="left")
+    for put, text, size, colour in ((figure.suptitle, title, 13, INK), (figure.supxlabel, note, 9, GREY)):
+        lines = textwrap.fill(text_of(text), round(width * 125 / size))  # letters, at their usual width
+        if text:
+            put(lines, fontsize=size, color=colour, x=0.01, ha="left", linespacing=1.3)
     return figure
 
 
