@@ -354,7 +354,7 @@ def test_another_backbone_of_timm_is_trained_and_read_back(whole, tmp_path):
     assert segmenter.segment(whole / "pictures/images/val/0.png").labels.shape == (44, 60)
 
 
-def test_a_classifier_gives_its_backbone(tmp_path):
+def test_models_for_other_tasks_give_their_backbone(tmp_path):
     small = {"depths": [1, 1, 1], "dims": [8, 12, 16]}
     classifier = vmamba.create_model("vmamba_femto_s2", num_classes=5, **small)
     save_checkpoint(classifier, tmp_path / "classifier.safetensors")
@@ -368,6 +368,20 @@ def test_a_classifier_gives_its_backbone(tmp_path):
     assert len(ours) == 3
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+    # And so does a model for another task; one for the same task gives all but its classifiers.
+    save_checkpoint(model, tmp_path / "segmenter.safetensors")
+    heir = ModelConfig(checkpoint=str(tmp_path / "segmenter.safetensors"), kwargs=small | {"channels": 8})
+    heir.name = "maskrcnn_vmamba_femto_s2"
+    detector = build_model(heir, seed=2, num_classes=4, hidden=8).eval()
+    heir.name = "upernet_vmamba_femto_s2"
+    segmenter = build_model(heir, seed=2, num_classes=4).eval()
+    with torch.inference_mode():
+        for a, b in zip(ours, detector.backbone.extractor(images), strict=True):
+            torch.testing.assert_close(a, b)
+    for layer, same in (("fpn_bottleneck.conv", True), ("conv_seg", False)):
+        theirs, own = (net.decode_head.get_submodule(layer).weight for net in (model, segmenter))
+        assert (theirs.shape == own.shape and torch.equal(theirs, own)) == same
 
 
 def test_the_published_recipes_name_every_published_model():

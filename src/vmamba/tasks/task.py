@@ -359,8 +359,8 @@ def build_model(config: ModelConfig, seed: int = 0, **arguments: Any) -> nn.Modu
     except TypeError as error:
         raise RecipeError(f"{config.name} cannot be built as configured under model: {error}") from error
     if config.checkpoint:
-        dense = isinstance(model, DenseModel) and identify_checkpoint(config.checkpoint).task == "classification"
-        target = model.backbone.extractor if dense else model  # a classifier's file holds a backbone
+        other = isinstance(model, DenseModel) and identify_checkpoint(config.checkpoint).task != model.task
+        target = model.backbone.extractor if other else model  # what models for different tasks share
         load_checkpoint(target, config.checkpoint, ema=config.ema_weights, reset_head=True)
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
