@@ -18,9 +18,11 @@ from models.dense import (
     unpacked,
     write_openmmlab,
 )
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import vmamba
+from vmamba.models.feature_maps import conv_block
 from vmamba.models.segmentation import FusionBlock, UPerNet, resized
 
 Restored = Callable[[str], UPerNet]
@@ -184,3 +186,35 @@ def test_enlarging_after_the_convolution_changes_nothing(sizes: tuple[tuple[int,
         assert torch.equal(block(maps), fast)
     # What training computes is the definition.
     assert_close(block(maps), plain, atol=0.0)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_norm_in_place_changes_nothing(kernel: int) -> None:
+    block, x = conv_block(8, 16, kernel, norm=True, relu=True).eval(), draw("x", (2, 8, 5, 7))
+    for name, tensor in block.bn.named_buffers():
+        if tensor.ndim:
+            tensor.copy_(draw(name, tensor.shape, std=0.2, mean=float(name == "running_var")))
+
+    def plain() -> Tensor:
+        return F.relu(block.bn(block.conv(x)))
+
+    with torch.inference_mode():
+        fast = block(x)
+        assert_close(fast, plain(), atol=2e-6)
+        assert fast.std() > 0.1
+        # What somebody looks at is not overwritten, and what they put in counts.
+        seen: list[Tensor] = []
+        handle = block.conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        block(x)
+        handle.remove()
+        assert torch.equal(seen[0], block.conv(x))
+        handle = block.bn.register_forward_hook(lambda module, inputs, output: output * 0)
+        assert not block(x).any()
+        handle.remove()
+        block.bn.train()
+        assert_close(block(x), plain(), atol=0.0)
+        block.bn.eval()
+        block.append(nn.Flatten())
+        assert block(x).shape == (2, 560)
+        block.bn = nn.Identity()
+        assert_close(block(x), F.relu(block.conv(x)).flatten(1), atol=0.0)

@@ -41,7 +41,8 @@ class FPN(nn.Module):
         """Maps (B, C, H, W), finest first, to as many of equal width and one more: every second cell of the last."""
         laterals = [lateral(x) for lateral, x in zip(self.lateral_convs, maps, strict=True)]
         for i in range(len(laterals) - 1, 0, -1):
-            laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], laterals[i - 1].shape[2:], mode="nearest")
+            finer = laterals[i - 1]
+            laterals[i - 1] = F.interpolate(laterals[i], finer.shape[2:], mode="nearest").add_(finer)
         outputs = [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=True)]
         return [*outputs, outputs[-1][:, :, ::2, ::2]]
 

@@ -13,7 +13,11 @@ import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from vmamba.nn import LayerNorm
+from vmamba.nn import LayerNorm, cpu
+from vmamba.ops.layers import applies, is_compiled, product_dtype, records
+
+for _kind in (nn.Conv2d, nn.BatchNorm2d):
+    cpu.known(_kind)
 
 
 class FeatureMaps(nn.Module):
@@ -63,7 +67,45 @@ class FeatureMaps(nn.Module):
         return [x.permute(0, 3, 1, 2) for x in maps]
 
 
-def conv_block(in_chans: int, out_chans: int, kernel: int, *, norm: bool = False, relu: bool = False) -> nn.Sequential:
+class ConvBlock(nn.Sequential):
+    """Convolution, BatchNorm and ReLU; in inference on the CPU the norm overwrites what the convolution gave.
+
+    Fresh memory is what a norm costs there: it takes longer to obtain than to fill.
+    """
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', H, W)."""
+        if [*self._modules] != ["conv", "bn", "relu"] or not may_overwrite(self.conv, self.bn, x):
+            return super().forward(x)
+        relu: nn.Module = self.get_submodule("relu")
+        return relu(normalise_(self.conv(x), self.bn))
+
+
+def may_overwrite(conv: nn.Conv2d, bn: nn.BatchNorm2d, *inputs: Tensor) -> bool:
+    """Whether nobody will miss what `conv` gives to `bn`, and `normalise_` is that norm."""
+    values = (*inputs, *conv.parameters(), *bn.parameters(), bn.running_mean, bn.running_var)
+    return (
+        not (is_compiled() or bn.training or bn.running_mean is None or bn.running_var is None or records(*values))
+        and all(applies(x, *values) and product_dtype(x) == x.dtype == torch.float32 for x in inputs)
+        and cpu.as_built(conv)
+        and cpu.as_built(bn)
+    )
+
+
+def normalise_(x: Tensor, bn: nn.BatchNorm2d) -> Tensor:
+    """BatchNorm with running statistics of x (B, C, H, W), in its memory."""
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    scale = (bn.running_var + bn.eps).rsqrt()
+    scale = scale if bn.weight is None else scale * bn.weight
+    offset = -bn.running_mean * scale if bn.bias is None else bn.bias - bn.running_mean * scale
+    return torch.addcmul(offset[:, None, None], x, scale[:, None, None], out=x)
+
+
+def conv_block(in_chans: int, out_chans: int, kernel: int, *, norm: bool = False, relu: bool = False) -> ConvBlock:
     """Convolution of the same output size, with a bias or BatchNorm, and ReLU; weights drawn as OpenMMLab's are."""
     conv = nn.Conv2d(in_chans, out_chans, kernel, padding=kernel // 2, bias=not norm)
     conv.to(memory_format=torch.channels_last)
@@ -75,7 +117,7 @@ def conv_block(in_chans: int, out_chans: int, kernel: int, *, norm: bool = False
         layers.append(("bn", nn.BatchNorm2d(out_chans)))
     if relu:
         layers.append(("relu", nn.ReLU(inplace=True)))
-    return nn.Sequential(OrderedDict(layers))
+    return ConvBlock(OrderedDict(layers))
 
 
 class DenseModel(nn.Module):

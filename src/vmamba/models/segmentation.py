@@ -9,11 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vmamba.models.feature_maps import DenseModel, FeatureMaps, check_images, conv_block
-from vmamba.nn import cpu
-from vmamba.ops.layers import applies, is_compiled, product, product_dtype, records
+from vmamba.models.feature_maps import (
+    ConvBlock,
+    DenseModel,
+    FeatureMaps,
+    check_images,
+    conv_block,
+    may_overwrite,
+    normalise_,
+)
+from vmamba.ops.layers import product
 
-cpu.known(nn.Conv2d)
 IGNORED = -1  # the label of pixels that belong to no class
 
 
@@ -60,10 +66,11 @@ class UPerHead(nn.Module):
         x = self.bottleneck(torch.cat([coarsest, *pooled], 1))
         pyramid = [x]
         for x_finer, lateral in zip(reversed(finer), reversed(self.lateral_convs), strict=True):
-            x = lateral(x_finer) + resized(x, x_finer.shape[2:])
+            x = resized(x, x_finer.shape[2:]).add_(lateral(x_finer))
             pyramid.insert(0, x)
-        outputs = [conv(x) for conv, x in zip(self.fpn_convs, pyramid, strict=False)] + pyramid[-1:]
-        return self.conv_seg(self.dropout(self.fpn_bottleneck(outputs)))
+        for i, conv in enumerate(self.fpn_convs):
+            pyramid[i] = conv(pyramid[i])
+        return self.conv_seg(self.dropout(self.fpn_bottleneck(pyramid)))
 
 
 class FusionBlock(nn.Module):
@@ -89,13 +96,13 @@ class FusionBlock(nn.Module):
             weights = self.conv.weight[:, finest.shape[1] :].split([y.shape[1] for y in coarser], 1)
             for y, weight in zip(coarser, weights, strict=True):
                 _add_enlarged_convolution(x, y, weight)
-        else:
-            x = self.conv(torch.cat([finest, *(resized(y, finest.shape[2:]) for y in coarser)], 1))
+            return self.relu(normalise_(x, self.bn))
+        x = self.conv(torch.cat([finest, *(resized(y, finest.shape[2:]) for y in coarser)], 1))
         return self.relu(self.bn(x))
 
     def _may_enlarge_later(self, maps: Sequence[Tensor]) -> bool:
-        plain = all(applies(x, self.conv.weight) and product_dtype(x) == x.dtype == torch.float32 for x in maps)
-        return plain and not is_compiled() and not records(*maps, self.conv.weight) and cpu.as_built(self.conv)
+        is_usual = self.conv.kernel_size == (3, 3) and self.conv.padding_mode == "zeros"
+        return is_usual and may_overwrite(self.conv, self.bn, *maps)
 
 
 def _add_enlarged_convolution(x: Tensor, y: Tensor, weight: Tensor) -> None:
@@ -203,7 +210,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(full, targets.long(), ignore_index=IGNORED, reduction="sum") / targets.numel()
 
 
-def _block(in_chans: int, out_chans: int, kernel: int) -> nn.Sequential:
+def _block(in_chans: int, out_chans: int, kernel: int) -> ConvBlock:
     return conv_block(in_chans, out_chans, kernel, norm=True, relu=True)
 
 

@@ -74,7 +74,8 @@ def _is_as_built(module: nn.Module) -> bool:
     if isinstance(module, nn.GELU):
         return module.approximate == "none"
     if isinstance(module, nn.Conv2d):  # one that keeps the grid's size
-        return (module.stride, module.padding, module.dilation) == ((1, 1), (1, 1), (1, 1))
+        halves = tuple(side // 2 for side in module.kernel_size)
+        return (module.stride, module.padding, module.dilation) == ((1, 1), halves, (1, 1))
     parts = getattr(kind, "PARTS", {})
     return all(
         child is None or (isinstance(child, parts.get(name, ())) and _is_as_built(child))
