@@ -173,14 +173,14 @@ CPU = Benchmark(
 # --- fresh processes -------------------------------------------------------------------------------------------------
 
 
-def fresh(*arguments: str, tree: tuple[str, str] | None = None) -> Any:
-    """What this program prints last in a process of its own, as JSON; with a tree's package and library."""
+def fresh(*arguments: str, tree: tuple[str, str] | None = None, program: str = __file__) -> Any:
+    """What a program prints last in a process of its own, as JSON; with a tree's package and library."""
     environment = dict(os.environ)
     if tree:
         environment["PYTHONPATH"] = os.pathsep.join([tree[0], *sys.path])
         environment["VMAMBA_NATIVE_LIBRARY"] = tree[1]
     # -S: no .pth files, among them that of an editable install, which would come before the tree.
-    command = [sys.executable, *["-S"] * (tree is not None or sys.flags.no_site), __file__, *arguments]
+    command = [sys.executable, *["-S"] * (tree is not None or sys.flags.no_site), program, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
@@ -189,15 +189,16 @@ def fresh(*arguments: str, tree: tuple[str, str] | None = None) -> Any:
 
 def measure_memory(bench: Bench, label: str, size: int) -> float:
     """Most resident MB of this process while it builds a model and runs it once, less what it held before."""
-
-    def status(field: str) -> int:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(field))
-
-    before = status("VmRSS")
+    before = resident_mb("VmRSS")
     image, _ = random_images(bench, 1, size)
     prepare(bench, label, EAGER, size).infer(image)
-    return (status("VmHWM") - before) / 1024
+    return resident_mb("VmHWM") - before
+
+
+def resident_mb(field: str) -> float:
+    """MB of this process in memory, now ("VmRSS") or at most ("VmHWM")."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
 
 
 def measure_ours(bench: Bench) -> dict[str, float]:

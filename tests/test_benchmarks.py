@@ -180,6 +180,23 @@ def test_cpu_benchmark_from_end_to_end(load, monkeypatch, tmp_path, capsys):
     assert "not met" in capsys.readouterr().out
 
 
+@pytest.mark.timeout(120)
+def test_dense_speed_from_end_to_end(load, monkeypatch, tmp_path):
+    dense = load("dense_speed")
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(dense, "fresh", lambda *arguments, program: 100.0 + arguments[1].endswith("Swin-T"))
+    dense.main(["--tiny", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "dense_speed.json").read_text())
+    assert results["skipped"] == {}
+    rows = {(row["network"], row["backbone"]): row for row in results["tables"]["dense"]}
+    assert len(rows) == 4
+    assert all(row["seconds"] > 0 and row["floor_seconds"] > 0 for row in rows.values())
+    figures = {figure["name"]: figure["value"] for figure in results["figures"]}
+    assert figures["UPerNet, peak memory, VMamba-T / Swin-T"] == 100 / 101
+    ours, swin = (rows["Mask R-CNN", label]["seconds"] for label in ("VMamba-T", "Swin-T"))
+    assert figures["Mask R-CNN, time, VMamba-T / Swin-T"] == ours / swin
+
+
 @pytest.mark.timeout(180)
 def test_cpu_benchmark_compares_two_trees(load, tmp_path, capsys):
     """With a copy of the package whose forward pass takes a tenth of a second longer."""
