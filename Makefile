@@ -14,7 +14,7 @@ demo: $(STAMP) ## train a small VMamba on Fashion-MNIST, test it, show its predi
 	@echo "The model is $(DEMO)/model.safetensors. Beside it: predictions.png, confusion_matrix.png, learning_curve.png."
 
 test: $(STAMP) ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP) ## style and types
 	$(BIN)/ruff check .
