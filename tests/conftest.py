@@ -14,6 +14,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Processes that test side by side share the cores.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(len(os.sched_getaffinity(0)) // workers, 1))
+
 # torch.export writes its trace to this logger, at length, and pytest would keep it all.
 logging.getLogger("torch.__trace").propagate = False
 
