@@ -128,25 +128,27 @@ def overlay(
 
 
 def picture_grid(
-    rows: int, columns: int, size: tuple[int, int], title: str, note: str = "", side: float = 2.7
-) -> tuple[Figure, NDArray[Any], Axes]:
-    """A figure of equal panels for pictures of one size, and narrow axes at its right for a colour bar.
+    rows: int, columns: int, size: tuple[int, int], title: str, note: str = "", side: float = 2.7, bar: bool = True
+) -> tuple[Figure, NDArray[Any], Axes | None]:
+    """A figure of equal panels for pictures of one size.
 
     Args:
         rows, columns: how many panels.
         size: height and width of the pictures.
         title, note: above and below.
         side: inches of a panel's longer side.
+        bar: whether there are narrow axes at the right, for a colour bar.
 
     Returns:
         The figure, its panels (rows, columns), and the axes for the bar.
     """
-    longest = max(size)
-    height, width = side * size[0] / longest, side * size[1] / longest
-    figure = new_figure((width + 0.2) * columns + 1.1, (height + 0.42) * rows + (0.75 if note else 0.45), title, note)
-    grid = figure.add_gridspec(rows, columns + 1, width_ratios=[*[1] * columns, 0.045])
+    height, width = (side * pixels / max(size) for pixels in size)
+    figure = new_figure(
+        (width + 0.2) * columns + (1.1 if bar else 0.1), (height + 0.42) * rows + (0.8 if note else 0.45), title, note
+    )
+    grid = figure.add_gridspec(rows, columns + bar, width_ratios=[*[1] * columns, *[0.045] * bar])
     panels = [[figure.add_subplot(grid[i, j]) for j in range(columns)] for i in range(rows)]
-    return figure, np.array(panels), figure.add_subplot(grid[:, columns])
+    return figure, np.array(panels), figure.add_subplot(grid[:, columns]) if bar else None
 
 
 def colour_bar(
