@@ -107,9 +107,13 @@ class Streets:
     def open(cls, root: Path, settings: Settings) -> Streets:
         """The training and the validation split, or two parts of the former."""
         known = open_masks(root, "train")
-        halves = [replace(known, pictures=known.pictures[p], masks=known.masks[p]) for p in parts(len(known))]
-        split = halves if settings.split == "held-out" else [known, open_masks(root, "val")]
-        return cls(*split, settings.seed, cls.tiny if settings.tiny else cls.usual)
+        if settings.split == "val":
+            judged = open_masks(root, "val")
+        else:
+            known, judged = (
+                replace(known, pictures=known.pictures[part], masks=known.masks[part]) for part in parts(len(known))
+            )
+        return cls(known, judged, settings.seed, cls.tiny if settings.tiny else cls.usual)
 
     @property
     def epoch(self) -> int:
@@ -124,15 +128,15 @@ class Streets:
         pairs = Samples(Pairs(self.known, segmentation_transform(self.augment, PRE)), self.seed)
         return endless(EpochLoader(pairs, self.recipe.batch, training=True, seed=self.seed))
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         return torch.stack([*model(PRE.normalise(images), labels).values()]).sum()
 
-    def _segmenter(self, model: nn.Module) -> Segmenter:
+    def _segmenter(self, model: Any) -> Segmenter:
         long, short = self.augment.scale
         return Segmenter(model, replace(PRE, img_size=(short, long)), self.known.class_names, "")
 
-    def judge(self, model: nn.Module) -> dict[str, float]:
+    def judge(self, model: Any) -> dict[str, float]:
         number, segmenter = len(self.known.class_names), self._segmenter(model)
         counts = torch.zeros(number**2, dtype=torch.int64)
         for index in range(len(self.judged)):
@@ -143,11 +147,10 @@ class Streets:
         found = scores(counts.view(number, number).numpy())
         return {name: found[name] for name in ("mIoU", "mAcc")}
 
-    def sheet(self, models: Mapping[str, nn.Module]) -> Image.Image:
+    def sheet(self, models: Mapping[str, Any]) -> Image.Image:
         """The same pictures as each network segments them."""
         names = self.known.class_names
-        colours, segmenters, rows = overlays.palette(len(names)), map(self._segmenter, models.values()), []
-        segmenters = [*segmenters]
+        colours, segmenters, rows = overlays.palette(len(names)), [*map(self._segmenter, models.values())], []
         for index in spread(len(self.judged)):
             image = overlays.easel(read_image(self.judged.name(index)))
             truth = self.judged.read(index)[1].numpy()
@@ -174,13 +177,14 @@ class BloodCells:
     def open(cls, root: Path, settings: Settings) -> BloodCells:
         """The training and the validation split, or two parts of the former."""
         known = open_objects(root / "train.json", root / "images")
-        halves = [
-            replace(known, pictures=known.pictures[part], annotations=known.annotations[part])
-            for part in parts(len(known))
-        ]
-        judged = open_objects(root / "val.json", root / "images", known.class_names)
-        split = halves if settings.split == "held-out" else [known, judged]
-        return cls(*split, settings.seed, cls.tiny if settings.tiny else cls.usual)
+        if settings.split == "val":
+            judged = open_objects(root / "val.json", root / "images", known.class_names)
+        else:
+            known, judged = (
+                replace(known, pictures=known.pictures[part], annotations=known.annotations[part])
+                for part in parts(len(known))
+            )
+        return cls(known, judged, settings.seed, cls.tiny if settings.tiny else cls.usual)
 
     @property
     def epoch(self) -> int:
@@ -197,15 +201,15 @@ class BloodCells:
         pictures = Samples(TrainingPictures(self.known, detection_transform(self.augment, PRE)), self.seed)
         return endless(EpochLoader(pictures, self.recipe.batch, training=True, seed=self.seed, collate=list))
 
-    def loss(self, model: nn.Module, batch: list[tuple[Tensor, Any]]) -> Tensor:
+    def loss(self, model: Any, batch: list[tuple[Tensor, Any]]) -> Tensor:
         images, sizes = padded([picture for picture, _ in batch], PRE)
         return torch.stack([*model(images, [target for _, target in batch], sizes=sizes).values()]).sum()
 
-    def _detector(self, model: nn.Module) -> Detector:
+    def _detector(self, model: Any) -> Detector:
         sides = fitted_sides(sorted(self.augment.short_sides)[len(self.augment.short_sides) // 2])
         return Detector(model, sides, self.known.class_names, self.known.category_ids, "")
 
-    def judge(self, model: nn.Module) -> dict[str, float]:
+    def judge(self, model: Any) -> dict[str, float]:
         detector = self._detector(model)
         entries = [
             found.to_coco(picture["id"])
@@ -215,9 +219,9 @@ class BloodCells:
         numbers = evaluate(self.judged, entries, "box").numbers
         return {"AP": float(numbers[0]), "AP50": float(numbers[1])}
 
-    def sheet(self, models: Mapping[str, nn.Module]) -> Image.Image:
+    def sheet(self, models: Mapping[str, Any]) -> Image.Image:
         """The same pictures with what each network finds in them."""
-        names, detectors, rows = self.known.class_names, [self._detector(model) for model in models.values()], []
+        names, detectors, rows = self.known.class_names, [*map(self._detector, models.values())], []
         for index in spread(len(self.judged)):
             picture, true = read_image(self.judged.name(index)), self.judged.read(index)[1]
             cells = [drawn(picture, true["boxes"].numpy(), true["labels"].numpy(), None, names)]

@@ -120,13 +120,8 @@ def curves(
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     for axis, (label, found) in zip(axes[0], panels.items(), strict=True):
         for name, points in found.items():
-            colour = next(colour for kind, colour in COLOURS.items() if name.startswith(kind))
-            x, y = zip(*points, strict=True)
             width = 2.6 if name.startswith("VMamba") else 1.6
-            axis.plot(x, y, lw=width, color=colour, marker="o" * logarithmic, label=name)
-            if not logarithmic:
-                place = {"textcoords": "offset points", "va": "center", "color": colour}
-                axis.annotate(f"{name}  {y[-1]:.1f}", (x[-1], y[-1]), (6, 0), **place)
+            axis.plot(*zip(*points, strict=True), lw=width, color=_colour(name), marker="o" * logarithmic, label=name)
         axis.set(xlabel=across, ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
@@ -139,9 +134,19 @@ def curves(
             axis.minorticks_off()
             axis.legend(fontsize=8)
         else:
-            last = [points[-1] for points in found.values()]
-            axis.set(xlim=(0, 1.22 * max(x for x, _ in last)), ylim=(min(y for _, y in last) - 8, None))
+            last = {name: points[-1] for name, points in found.items()}
+            right, bottom = max(x for x, _ in last.values()), min(y for _, y in last.values()) - 8
+            axis.set(xlim=(0, 1.22 * right), ylim=(max(bottom, 0), None))
+            bottom, top = axis.get_ylim()
+            at = top
+            for name, (x, y) in sorted(last.items(), key=lambda item: -item[1][1]):
+                at = min(y, at - 0.045 * (top - bottom))  # below the label before
+                axis.text(x + 0.015 * right, at, f"{name}  {y:.1f}", va="center", color=_colour(name))
     figure.suptitle(title, fontsize=10)
     figure.supxlabel(foot, fontsize=7, color="#666666")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _colour(name: str) -> str:
+    return next(colour for kind, colour in COLOURS.items() if name.startswith(kind))

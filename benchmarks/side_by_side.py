@@ -59,16 +59,21 @@ class Lesson(Protocol):
     """
 
     recipe: Recipe
-    epoch: int
+
+    @property
+    def epoch(self) -> int: ...
 
     def batches(self) -> Iterator[Any]:
         """Batches without end, prepared for training."""
+        ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Of a network in training on a batch."""
+        ...
 
     def judge(self, model: nn.Module) -> dict[str, float]:
         """Scores by name, from 0 to 1, of an evaluated network; the first is what counts."""
+        ...
 
 
 @dataclass
@@ -205,8 +210,9 @@ class Page:
     def write(self, contenders: Sequence[Contender], folder: Path) -> str:
         """Write NAME.json, NAME.md and NAME.png, the learning curves, into a folder; returns the page."""
         rows = sorted((contender.row() for contender in contenders), key=lambda row: -row["curve"][-1][1])
+        environment = describe()
         found = {
-            "environment": describe(), "settings": dict(self.settings), "notes": list(self.notes), "figures": [],
+            "environment": environment, "settings": dict(self.settings), "notes": list(self.notes), "figures": [],
             "skipped": {}, "tables": {"learning": rows},
         }  # fmt: skip
         text = page(self.title, self.program, found, {"learning": ("Results", self.headers)})
@@ -214,6 +220,6 @@ class Page:
         (folder / f"{self.name}.json").write_text(json.dumps(found, indent=1) + "\n")
         (folder / f"{self.name}.md").write_text(text)
         points = {row["network"]: [(x, 100 * y) for x, y in row["curve"]] for row in rows}
-        foot = sentence(found["environment"])
+        foot = sentence(environment)
         curves(folder / f"{self.name}.png", self.title, self.seconds, {self.label: points}, foot, logarithmic=False)
         return text
