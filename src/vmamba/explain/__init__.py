@@ -6,13 +6,16 @@ from vmamba import lazy
 
 if TYPE_CHECKING:
     from vmamba.explain.activation_maps import ActivationMaps, activation_maps
+    from vmamba.explain.attention import AttentionMatrix, vit_attention
+    from vmamba.explain.class_maps import ClassMaps, class_maps
     from vmamba.explain.images import Seen, see
     from vmamba.explain.scans import Recording, Scan, record_scans
     from vmamba.explain.selectivity import Selectivity, selectivity
+    from vmamba.explain.stage_maps import StageMaps, stage_maps
 
 __all__ = [
-    "ActivationMaps", "Recording", "Scan", "Seen", "Selectivity", "activation_maps", "record_scans", "see",
-    "selectivity",
+    "ActivationMaps", "AttentionMatrix", "ClassMaps", "Recording", "Scan", "Seen", "Selectivity", "StageMaps",
+    "activation_maps", "class_maps", "record_scans", "see", "selectivity", "stage_maps", "vit_attention",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:
@@ -20,8 +23,11 @@ if not TYPE_CHECKING:
         __name__,
         {
             "vmamba.explain.activation_maps": ["ActivationMaps", "activation_maps"],
+            "vmamba.explain.attention": ["AttentionMatrix", "vit_attention"],
+            "vmamba.explain.class_maps": ["ClassMaps", "class_maps"],
             "vmamba.explain.images": ["Seen", "see"],
             "vmamba.explain.scans": ["Recording", "Scan", "record_scans"],
             "vmamba.explain.selectivity": ["Selectivity", "selectivity"],
+            "vmamba.explain.stage_maps": ["StageMaps", "stage_maps"],
         },
     )

@@ -148,7 +148,7 @@ class ActivationMaps:
         row, column = self.queries[image]
         skip = float(self.skip_share[image])
         shares = self.routes("share")[image].sum((1, 2)).tolist()
-        figure, panels, bar = f.picture_grid(
+        figure, panels, (bar,) = f.picture_grid(
             2, 3, self.seen.size,
             f"What a patch is made of: {self.scan.label}, row {row + 1}, column {column + 1} of"
             f" {self.scan.grid[0]}×{self.scan.grid[1]}",

@@ -128,7 +128,7 @@ def vit_attention(
     matrices: list[Tensor] = []
     with evaluating(model), torch.no_grad(), ExitStack() as undo:
         for module in fused:  # the fused kernels keep no matrix
-            module.fused_attn = False
+            setattr(module, "fused_attn", False)  # noqa: B010
             undo.callback(setattr, module, "fused_attn", True)
         for name, module in model.named_modules():
             if name.endswith(".attn_drop"):

@@ -20,6 +20,7 @@ try:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Colormap, Normalize, PowerNorm
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import FixedLocator
 
@@ -35,8 +36,7 @@ COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe an
 
 def new_figure(width: float, height: float, title: str, note: str = "") -> Figure:
     """An empty figure of so many inches, with a title at its upper left and a note, in grey, below that."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr]
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06))
     for put, text, size, colour in ((figure.suptitle, title, 13, INK), (figure.supxlabel, note, 9, GREY)):
         lines = textwrap.fill(text_of(text), round(width * 125 / size))  # letters, at their usual width
         if text:
@@ -129,7 +129,7 @@ def overlay(
 
 def picture_grid(
     rows: int, columns: int, size: tuple[int, int], title: str, note: str = "", side: float = 2.7, bar: bool = True
-) -> tuple[Figure, NDArray[Any], Axes | None]:
+) -> tuple[Figure, NDArray[Any], list[Axes]]:
     """A figure of equal panels for pictures of one size.
 
     Args:
@@ -140,7 +140,7 @@ def picture_grid(
         bar: whether there are narrow axes at the right, for a colour bar.
 
     Returns:
-        The figure, its panels (rows, columns), and the axes for the bar.
+        The figure, its panels (rows, columns), and a list with the axes for the bar, or without.
     """
     height, width = (side * pixels / max(size) for pixels in size)
     figure = new_figure(
@@ -148,7 +148,7 @@ def picture_grid(
     )
     grid = figure.add_gridspec(rows, columns + bar, width_ratios=[*[1] * columns, *[0.045] * bar])
     panels = [[figure.add_subplot(grid[i, j]) for j in range(columns)] for i in range(rows)]
-    return figure, np.array(panels), figure.add_subplot(grid[:, columns]) if bar else None
+    return figure, np.array(panels), [figure.add_subplot(grid[:, columns])] if bar else []
 
 
 def colour_bar(
@@ -187,6 +187,16 @@ def mark(axes: Axes, left: float, top: float, width: float, height: float, colou
     shape = Rectangle((left, top), width, height, fill=False, edgecolor=colour, lw=1.6, zorder=5)
     shape.set_path_effects([patheffects.withStroke(linewidth=3.4, foreground="black")])
     axes.add_patch(shape)
+
+
+def outline(axes: Axes, region: NDArray[Any], colour: str = "#00E5FF") -> None:
+    """The outline of a region, bool (H, W), in pixels."""
+    height, width = region.shape
+    edge = np.pad(region.astype(np.float32), 1)
+    grid = np.arange(-0.5, width + 1), np.arange(-0.5, height + 1)
+    for ink, line in (("black", 2.2), (colour, 1.0)):
+        axes.contour(*grid, edge, levels=[0.5], colors=[ink], linewidths=line)
+    axes.set(xlim=(0, width), ylim=(height, 0))
 
 
 def write(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> None:

@@ -244,7 +244,7 @@ def record_scans(model: nn.Module, pictures: AnyPictures, size: int | tuple[int,
         name = "" if name == "ss2d" else name.removesuffix(".ss2d")
         while name in scans:  # a module that is used twice
             name += "'"
-        arguments = in_state_dtype(SS2DArguments(*(v.detach() if isinstance(v, Tensor) else v for v in arguments)))
+        arguments = in_state_dtype(SS2DArguments._make(v.detach() if isinstance(v, Tensor) else v for v in arguments))
         height, width = y.shape[1:3]
         patches = torch.arange(height * width, device=y.device).view(1, 1, height, width)
         orders = cross_scan(patches, arguments.pattern)[0, :, 0]

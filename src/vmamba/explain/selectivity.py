@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -80,13 +81,13 @@ class Selectivity:
             ("remembered for, steps", self.steps[image], "YlGnBu_r", 0.5),
         )
         for row, (label, values, colours, power) in enumerate(rows):
-            values = f.array(in_pixels(values, self.cell, self.seen.size))
-            finite = values[values < math.inf]
+            panels = f.array(in_pixels(values, self.cell, self.seen.size))
+            finite = panels[panels < math.inf]
             low = float(finite.min()) if label.startswith("kept") and finite.size else 0.0
             norm = f.scale(finite, power, low=low)
             for k, name in enumerate(self.scan.route_names):
                 axes = figure.add_subplot(grid[row, k])
-                f.show(axes, values[k], name if row == 0 else "", norm=norm, cmap=f.ended(colours))
+                f.show(axes, panels[k], name if row == 0 else "", norm=norm, cmap=f.ended(colours))
             form = "{:.0f}".format if label.endswith("steps") else None
             f.colour_bar(figure, figure.add_subplot(grid[row, routes]), norm, label, colours, form)
         return figure
@@ -123,7 +124,8 @@ def selectivity_of(recording: Recording, block: int | str, share: float) -> Sele
     if not 0 < share < 1:
         raise RecipeError(f"the share that counts as forgotten is {share}; expected one between 0 and 1, such as 0.37")
     scan, cell = recording.scan(block), recording.cell(block)
-    decay = sum(torch.exp(scan.delta * A).mean(-1) for A in scan.A.permute(2, 0, 1)[:, :, None]) / scan.A.shape[-1]
+    decays = (torch.exp(scan.delta * A).mean(-1) for A in scan.A.permute(2, 0, 1)[:, :, None])
+    decay = functools.reduce(torch.add, decays) / scan.A.shape[-1]
     found = [[_memory(scan, cell, share, image, k) for k in range(len(scan.orders))] for image in range(len(scan.y))]
     steps, pixels, kept = (torch.stack([torch.stack([r[i] for r in routes]) for routes in found]) for i in range(3))
     values = (scan.on_grid(each, 2) for each in (scan.delta.mean(-1), decay, steps, pixels, kept))

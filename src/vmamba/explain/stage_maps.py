@@ -67,7 +67,7 @@ class StageMaps:
         steep = _slope(grey).square()
         rows = []
         for x in self.maps:
-            at_stage = F.adaptive_avg_pool2d(steep, x.shape[2:]).sqrt()
+            at_stage = F.adaptive_avg_pool2d(steep, (x.shape[2], x.shape[3])).sqrt()
             rows.append(_correlation(_slope(x).flatten(1), at_stage.flatten(1)))
         return torch.stack(rows, 1)
 

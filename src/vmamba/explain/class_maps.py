@@ -1,0 +1,306 @@
+"""Class maps: which places of each stage spoke for a class, for the pixels of a mask, or for a found object.
+
+Grad-CAM (Selvaraju et al., 2017): at each place, the channels weighted by their mean gradient, Σ_c mean(∂s/∂x_c) · x_c;
+what is negative is left out. Gradient × activation: Σ_c ∂s/∂x_c · x_c, place by place, of either sign. Both by captum.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vmamba.errors import RecipeError
+from vmamba.explain.images import AnyPictures, Seen, evaluating, see
+from vmamba.models.detection import MaskRCNN
+from vmamba.models.feature_maps import DenseModel
+from vmamba.models.segmentation import UPerNet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Score = Callable[[Tensor], Tensor]  # from images (B, C, H, W) to what is explained, (B,)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassMaps:
+    """Which places of the stages spoke for what a model answered, for B pictures.
+
+    Attributes:
+        seen: the pictures.
+        targets: one a picture: what is explained, in words.
+        scores: (B,), the logit that is explained: of the class; its mean over the region; of the object's score.
+        regions: bool (B, H, W) in pixels of the pictures seen: the pixels of the mask, or of the object's box; None for
+            a class of the whole picture.
+        stages: the stages looked at, from 1.
+        grad_cam: one a stage: (B, h, w), 0 or more.
+        gradient_activation: one a stage: (B, h, w), of either sign.
+    """
+
+    seen: Seen
+    targets: tuple[str, ...]
+    scores: Tensor
+    regions: Tensor | None
+    stages: tuple[int, ...]
+    grad_cam: tuple[Tensor, ...]
+    gradient_activation: tuple[Tensor, ...]
+
+    def inside(self, image: int = 0) -> list[float] | None:
+        """Of each stage the share of Grad-CAM's map that lies in the region; None without a region."""
+        if self.regions is None:
+            return None
+        region = self.regions[image].float()[None, None]
+        shares = []
+        for cam in self.grad_cam:
+            weight = nn.functional.adaptive_avg_pool2d(region, (cam.shape[1], cam.shape[2]))[0, 0]
+            shares.append(float((cam[image] * weight).sum() / cam[image].sum().clamp(min=1e-30)))
+        return shares
+
+    def numbers(self, image: int = 0) -> dict[str, Any]:
+        """The figures of one picture in plain values, for JSON."""
+        about: dict[str, Any] = {"target": self.targets[image], "score": float(self.scores[image])}
+        if self.regions is not None:
+            about["region_share"] = float(self.regions[image].float().mean())
+        inside = self.inside(image)
+        about["stages"] = [
+            {"stage": stage, "grad_cam": self.grad_cam[i][image].tolist()} | ({"inside": inside[i]} if inside else {})
+            for i, stage in enumerate(self.stages)
+        ]
+        return about
+
+    def figure(self, image: int = 0) -> Figure:
+        """The picture, and for each stage both maps over it."""
+        from vmamba.explain import figures as f
+
+        picture, inside = self.seen.pictures[image], self.inside(image)
+        region = None if self.regions is None else f.array(self.regions[image])
+        figure, panels, _ = f.picture_grid(
+            2, len(self.stages) + 1, self.seen.size, f"What made this {self.targets[image]}",
+            "Grad-CAM: what spoke for it. Gradient × activation: red for, blue against. Each map scaled to its own"
+            f" largest value.{'' if region is None else ' Outlined: the pixels that are explained.'} Axes in pixels.",
+            side=2.5, bar=False,
+        )  # fmt: skip
+        f.show(panels[0, 0], picture, f"score {float(self.scores[image]):.2f} (logit)")
+        panels[1, 0].axis("off")
+        for y, label in ((0.97, "above: Grad-CAM"), (0.03, "beside: gradient × activation")):
+            panels[1, 0].text(1, y, label, ha="right", va="center", fontsize=10, color=f.INK)
+        for i, stage in enumerate(self.stages):
+            cam, signed = f.array(self.grad_cam[i][image]), f.array(self.gradient_activation[i][image])
+            title = f"stage {stage}: {cam.shape[0]}×{cam.shape[1]}"
+            title += f", {f.percent(inside[i])} inside" if inside else ""
+            f.overlay(panels[0, i + 1], picture, cam, f.scale(cam, power=1), title, smooth=True)
+            f.overlay(panels[1, i + 1], picture, signed, f.scale(signed, signed=True), "", f.SIGNED, smooth=True)
+        if region is not None:
+            for axes in [panels[0, 0], *panels[:, 1:].flat]:
+                f.outline(axes, region)
+        return figure
+
+    def save(self, path: str | os.PathLike[str], image: int = 0) -> None:
+        """Write the figure."""
+        from vmamba.explain import figures
+
+        figures.write(self.figure(image), path)
+
+
+def class_maps(
+    model: nn.Module,
+    pictures: AnyPictures,
+    target: int | None = None,
+    place: tuple[float, float] | None = None,
+    region: Tensor | None = None,
+    stages: Sequence[int] | None = None,
+    size: int | tuple[int, int] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> ClassMaps:
+    """What made this class, this mask, this object: which places of each stage spoke for it.
+
+    Args:
+        model: a classifier of ours or of timm, `UPerNet` or `MaskRCNN`.
+        pictures, size: see `see`. A model for segmentation or detection is shown one.
+        target: number of the class; by default the one that the model answers. Of a detector, number of the object,
+            the one with the highest score being 0.
+        place: instead: a place (x, y) in pixels of the picture given. For segmentation, the mask that hangs together
+            there is explained; for detection, the object with the smallest box around it.
+        region: for segmentation, bool (H, W) in pixels of the picture seen: the pixels whose class is explained; by
+            default all that the model gives to that class.
+        stages: numbers of the stages to look at, from 1; by default all.
+        class_names: names of the classes; by default those that the model has.
+
+    Raises:
+        RecipeError: there is no such class, object or stage; the model has no stages or no classes.
+        ImageError: a file cannot be used.
+    """
+    try:
+        from captum.attr import LayerGradCam, LayerGradientXActivation
+    except ImportError as error:
+        raise ImportError(f'class maps need one more package ({error}): pip install "vmamba[explain]"') from error
+    seen = see(model, pictures, size)
+    names = class_names or getattr(model, "class_names", None) or ()
+    at = None if place is None else place if isinstance(pictures, Seen) else seen.locate(*place)
+    with evaluating(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"), _tapped(model) as taps:
+        score, targets, regions = _goal(model, seen, target, at, region, names)
+        count = len(model.backbone.channels) if isinstance(model, DenseModel) else len(taps)
+        chosen = tuple(stages) if stages else tuple(range(1, count + 1))
+        if unknown := [stage for stage in chosen if not 1 <= stage <= count]:
+            raise RecipeError(f"there is no stage {unknown[0]}; this model has stages 1 to {count}")
+        images = seen.images.detach()
+        layers = taps if len(taps) < count else [taps[stage - 1] for stage in chosen]
+        cams = [LayerGradCam(score, layer).attribute(images, relu_attributions=True) for layer in layers]
+        products = LayerGradientXActivation(score, layers).attribute(images)
+        with torch.no_grad():
+            scores = score(images).float().cpu()
+    if len(taps) < count:  # one tap for all maps
+        cams, products = ([found[0][stage - 1] for stage in chosen] for found in (cams, products))
+    sums = [tuple(x.detach().sum(1).float().cpu() for x in found) for found in (cams, products)]
+    return ClassMaps(seen, targets, scores, regions, chosen, *sums)
+
+
+# --- what is explained -----------------------------------------------------------------------------------------------
+
+
+def _goal(
+    model: nn.Module, seen: Seen, target: int | None, at: Any, region: Tensor | None, names: Sequence[str]
+) -> tuple[Score, tuple[str, ...], Tensor | None]:
+    """The score that is explained, what it is in words, and the pixels that it is about."""
+    if isinstance(model, DenseModel) and len(seen) > 1:
+        raise RecipeError(f"{len(seen)} pictures were given; a model for {model.task} is shown one at a time")
+    if isinstance(model, UPerNet):
+        return _mask_goal(model, seen, target, at, region, names)
+    if isinstance(model, MaskRCNN):
+        return _object_goal(model, seen, target, at, names)
+    with torch.no_grad():
+        logits: Tensor = model(seen.images)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise RecipeError(f"{type(model).__name__} gives no logits (B, classes), of which one could be explained")
+    answers = logits.argmax(1) if target is None else torch.full_like(logits[:, 0], _known(target, logits.shape[1]))
+    answers = answers.long()
+    words = tuple(f"“{_name(int(i), names)}”" for i in answers)
+    return lambda images: model(images).gather(1, answers[:, None])[:, 0], words, None
+
+
+def _mask_goal(
+    model: UPerNet, seen: Seen, target: int | None, at: Any, region: Tensor | None, names: Sequence[str]
+) -> tuple[Score, tuple[str, ...], Tensor]:
+    with torch.no_grad():
+        labels = model(seen.images).argmax(1)
+    if target is None:
+        chosen = labels if region is None else labels[:, region.to(labels.device)]
+        target = int(labels[0, int(at[1]), int(at[0])]) if at else int(chosen.flatten().bincount().argmax())
+    _known(target, model.num_classes)
+    pixels = labels == target if region is None else region.to(labels.device, torch.bool)[None]
+    if at is not None and region is None:
+        pixels = _connected(pixels, int(at[0]), int(at[1]))
+    if pixels.shape[1:] != labels.shape[1:]:
+        raise RecipeError(f"the region is {tuple(pixels.shape[1:])}; expected {tuple(labels.shape[1:])}, one a pixel")
+    if not pixels.any():
+        found = ", ".join(_name(int(i), names) for i in labels.unique())
+        raise RecipeError(f"no pixel of the picture is “{_name(target, names)}”; the model finds: {found}")
+    weight = pixels.float() / pixels.sum()
+
+    def score(images: Tensor) -> Tensor:
+        logits: Tensor = model(images)
+        return (logits[:, target] * weight).sum((1, 2))
+
+    return score, (f"mask of “{_name(target, names)}”",), pixels.cpu()
+
+
+def _connected(pixels: Tensor, x: int, y: int) -> Tensor:
+    """Of a mask, bool (1, H, W), the part that hangs together with one pixel, over corners too."""
+    part, before = torch.zeros_like(pixels), 0
+    part[0, y, x] = pixels[0, y, x]
+    while before < (size := int(part.sum())):
+        before = size
+        part = (nn.functional.max_pool2d(part.float(), 3, 1, 1) > 0) & pixels
+    return part
+
+
+def _object_goal(
+    model: MaskRCNN, seen: Seen, target: int | None, at: Any, names: Sequence[str]
+) -> tuple[Score, tuple[str, ...], Tensor]:
+    with torch.no_grad():
+        found: dict[str, Tensor] = model(seen.images)[0]
+    boxes = found["boxes"]
+    if target is None and at is not None:
+        point = boxes.new_tensor(at)
+        holds = ((boxes[:, :2] <= point) & (point < boxes[:, 2:])).all(1).nonzero().flatten()
+        areas = (boxes[holds, 2:] - boxes[holds, :2]).prod(1)
+        target = int(holds[areas.argmin()]) if len(holds) else len(boxes)
+    target = target or 0
+    if not 0 <= target < len(boxes):
+        where = f"at ({at[0]:.0f}, {at[1]:.0f})" if at is not None else f"number {target}"
+        raise RecipeError(f"there is no object {where}; the model finds {len(boxes)} objects in the picture")
+    box, label = boxes[target], int(found["labels"][target])
+    rows, columns = (torch.arange(n, device=box.device) + 0.5 for n in seen.size)
+    inside = ((rows >= box[1]) & (rows < box[3]))[:, None] & (columns >= box[0]) & (columns < box[2])
+    region = found["masks"][target].bool() if "masks" in found and found["masks"][target].any() else inside
+
+    def score(images: Tensor) -> Tensor:
+        probability = model(images)[0]["scores"][target]
+        return torch.logit(probability.clamp(1e-6, 1 - 1e-6))[None]
+
+    return score, (f"“{_name(label, names)}”, object {target}",), region[None].cpu()
+
+
+def _known(target: int, classes: int) -> int:
+    if not 0 <= target < classes:
+        raise RecipeError(f"there is no class {target}; the model has classes 0 to {classes - 1}")
+    return target
+
+
+def _name(index: int, names: Sequence[str]) -> str:
+    return names[index] if index < len(names) else f"class {index}"
+
+
+# --- where it is looked at -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _tapped(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Modules that the outputs of the stages, as (B, C, H, W), pass through: what captum takes for layers.
+
+    One for each stage; of a dense model one for all of them, through which they pass together.
+    """
+    source: Any = getattr(model, "_orig_mod", model)
+    with ExitStack() as hooks:
+        if isinstance(source, DenseModel):
+            taps: list[nn.Module] = [_Together()]
+            hooks.callback(source.backbone.register_forward_hook(lambda _, __, maps: list(taps[0](*maps))).remove)
+        else:
+            info = getattr(source, "feature_info", None)
+            places = {entry["reduction"]: entry["module"] for entry in info or () if entry.get("module")}
+            coarse = {stride: name for stride, name in places.items() if stride >= 4} if len(places) > 4 else places
+            if not coarse:
+                raise RecipeError(
+                    f"{type(model).__name__} does not say where its stages are; expected a model of ours, or one of"
+                    " timm with feature_info"
+                )
+            taps = [nn.Identity() for _ in coarse]
+            for tap, name in zip(taps, coarse.values(), strict=True):
+                hooks.callback(source.get_submodule(name).register_forward_hook(_tapping(source, tap)).remove)
+        yield taps
+
+
+class _Together(nn.Module):
+    def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        return maps
+
+
+def _tapping(model: Any, tap: nn.Module) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """A hook that passes a stage's output through `tap`, whatever its layout."""
+
+    def hook(_: nn.Module, __: Any, x: Tensor) -> Tensor:
+        if x.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NHWC":
+            return tap(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if x.ndim == 3:  # tokens, behind those that are no patches
+            first = getattr(model, "num_prefix_tokens", 0)
+            height = width = round((x.shape[1] - first) ** 0.5)
+            grid = tap(x[:, first:].transpose(1, 2).unflatten(2, (height, width)))
+            return torch.cat([x[:, :first], grid.flatten(2).transpose(1, 2)], 1)
+        return tap(x)
+
+    return hook
