@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from vmamba.models.checkpoints import identify_checkpoint, load_checkpoint
     from vmamba.models.registry import create_model, list_models
     from vmamba.models.vmamba import VMamba
-    from vmamba.ops import available_backends, cross_merge, cross_scan, selective_scan, ss2d_scan, use_backend
+    from vmamba.ops import (
+        available_backends,
+        cross_merge,
+        cross_scan,
+        register_pattern,
+        scan_orders,
+        selective_scan,
+        ss2d_scan,
+        use_backend,
+    )
 
 __version__ = "0.1.0"
 
@@ -25,6 +34,8 @@ __all__ = [
     "identify_checkpoint",
     "list_models",
     "load_checkpoint",
+    "register_pattern",
+    "scan_orders",
     "selective_scan",
     "ss2d_scan",
     "use_backend",
@@ -38,7 +49,8 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
             "vmamba.models.registry": ["create_model", "list_models"],
             "vmamba.models.vmamba": ["VMamba"],
             "vmamba.ops": [
-                "available_backends", "cross_merge", "cross_scan", "selective_scan", "ss2d_scan", "use_backend",
+                "available_backends", "cross_merge", "cross_scan", "register_pattern", "scan_orders", "selective_scan",
+                "ss2d_scan", "use_backend",
             ],
         },
         modules=["data", "errors", "explain", "files", "models", "nn", "ops", "tasks"],

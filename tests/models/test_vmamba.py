@@ -511,8 +511,8 @@ def test_clear_errors():
         vmamba.VMamba(stem="mlp")
     with pytest.raises(ValueError, match="differ in length"):
         vmamba.VMamba(depths=(1, 2))
-    with pytest.raises(ValueError, match="pattern is 'spiral'"):
-        vmamba.VMamba(pattern="spiral")
+    with pytest.raises(ValueError, match="pattern is 'zigzag'"):
+        vmamba.VMamba(pattern="zigzag")
     with pytest.raises(ValueError, match="init is 'v3'"):
         vmamba.VMamba(init="v3")
     with pytest.raises(RuntimeError, match="vmamba_nano has no published weights"):

@@ -29,6 +29,7 @@ from vmamba.models.weight_files import (
     check_sums,
     read_weight_file,
 )
+from vmamba.ops import PATTERNS
 
 __all__ = [
     "Checkpoint",
@@ -153,10 +154,13 @@ def save_checkpoint(model: nn.Module, path: StrPath, metadata: Mapping[str, Any]
         metadata: what to store beside the weights, as JSON: "class_names", "mean", "std", "model_kwargs" (arguments of
             `create_model` beyond number of classes and channels), and anything of your own. What the model knows
             (variant, num_classes, in_chans, img_size, model_kwargs, ...) is filled in.
+
+    Raises:
+        TypeError: the metadata holds what JSON cannot, such as a scan pattern that was not registered by a name.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**default_metadata(model), **(metadata or {})}, ensure_ascii=False)
+    text = json.dumps({**default_metadata(model), **(metadata or {})}, ensure_ascii=False, default=_named)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _network(model).items()}
     with replacing(path) as partial:
         # Not save_file(): that leaves a file which only its owner may read, whatever the umask.
@@ -169,6 +173,9 @@ def default_metadata(model: nn.Module) -> dict[str, Any]:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     own = {name: getattr(model, name, None) for name in ("num_classes", "in_chans", "img_size")}
     arguments = get_model_args(model) if hasattr(model, "_model_args") else {}
+    backbone = next((module for module in model.modules() if isinstance(module, VMamba)), None)
+    if backbone is not None and (backbone.pattern != "cross" or "pattern" in arguments):
+        arguments["pattern"] = backbone.pattern  # which may have been set since it was built
     known: dict[str, Any] = {
         "variant": getattr(model, "variant", cfg.get("architecture")),
         "task": getattr(model, "task", None),
@@ -178,6 +185,15 @@ def default_metadata(model: nn.Module) -> dict[str, Any]:
         **{name: cfg.get(name) for name in ("mean", "std", "interpolation", "crop_pct")},
     }
     return {"format": METADATA_FORMAT, **{name: value for name, value in known.items() if value is not None}}
+
+
+def _named(value: object) -> str:
+    """What a file holds in place of a scan pattern that is a function: the name it is registered by."""
+    name = next((name for name, pattern in PATTERNS.items() if pattern is value), None)
+    if name is None:
+        advice = ": register it by a name, vmamba.register_pattern(name, function)" if callable(value) else ""
+        raise TypeError(f"a file cannot hold {value!r}{advice}")
+    return name
 
 
 class Checkpoint:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vmamba.nn import SS2D, ConvDownsample, ConvStem, LayerNorm, PatchMerging, PatchStem, VSSBlock
 from vmamba.ops.registration import is_tracing_for_export
+from vmamba.ops.routes import Pattern, check_pattern
 
 _STEMS = {"conv": ConvStem, "patch": PatchStem}
 _DOWNSAMPLES = {"conv": ConvDownsample, "merge": PatchMerging}
@@ -49,7 +50,8 @@ class VMamba(nn.Module):
         num_classes: outputs of the classifier; 0 for none.
         global_pool: pooling before the classifier, as in timm ("avg", "max", "avgmax", "catavgmax", "" for none).
         depths, dims: blocks and channels per stage.
-        d_state, ssm_ratio, conv_bias, gated, init, pattern: see `vmamba.nn.SS2D`.
+        d_state, ssm_ratio, conv_bias, gated, init: see `vmamba.nn.SS2D`.
+        pattern: the routes of the scans, as for `vmamba.nn.SS2D`: one pattern, or one for each block.
         mlp_ratio: see `vmamba.nn.VSSBlock`.
         stem, stem_stride: "conv" or "patch"; 4, 2 or 1.
         downsample: "conv" or "merge".
@@ -85,7 +87,7 @@ class VMamba(nn.Module):
         stem_stride: Literal[1, 2, 4] = 4,
         downsample: Literal["conv", "merge"] = "conv",
         init: Literal["v0", "v1", "v2"] = "v0",
-        pattern: str = "cross",
+        pattern: Pattern | Sequence[Pattern] = "cross",
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -122,6 +124,7 @@ class VMamba(nn.Module):
 
         self.stem = _STEMS[stem](in_chans, dims[0], stem_stride, **dd)
         rates = (drop_path_rate * block / max(sum(depths) - 1, 1) for block in itertools.count())
+        patterns = iter(_one_each(pattern, sum(depths)))
         stages = []
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             between: nn.Module = nn.Identity()
@@ -139,7 +142,7 @@ class VMamba(nn.Module):
                     conv_bias=conv_bias,
                     gated=gated,
                     init=init,
-                    pattern=pattern,
+                    pattern=next(patterns),
                 )
                 for rate in itertools.islice(rates, depth)
             ]
@@ -190,6 +193,25 @@ class VMamba(nn.Module):
                 reset()
             if isinstance(module, nn.Linear):
                 _init_linear(module)
+
+    @property
+    def pattern(self) -> Pattern | list[Pattern]:
+        """The routes of the scans: one pattern where all blocks have the same, else one for each block."""
+        patterns = [module.pattern for module in self.modules() if isinstance(module, SS2D)]
+        return patterns if any(one != patterns[0] for one in patterns) else next(iter(patterns), "cross")
+
+    def set_pattern(self, pattern: Pattern | Sequence[Pattern]) -> None:
+        """Let the scans follow other routes from now on, with the same weights.
+
+        Args:
+            pattern: as for `vmamba.nn.SS2D`: one pattern, or one for each block.
+
+        Raises:
+            ValueError: a pattern is unknown, or there are not as many as blocks.
+        """
+        scans = [module for module in self.modules() if isinstance(module, SS2D)]
+        for scan, its_pattern in zip(scans, _one_each(pattern, len(scans)), strict=True):
+            scan.pattern = its_pattern
 
     def __prepare_scriptable__(self) -> None:
         raise RuntimeError(
@@ -311,6 +333,16 @@ class VMamba(nn.Module):
             ValueError: `x` is not such a batch, or is smaller than the total stride (32 for the published models).
         """
         return self.forward_head(self.forward_features(x))
+
+
+def _one_each(pattern: Pattern | Sequence[Pattern], blocks: int) -> Sequence[Pattern]:
+    """A known pattern for each block."""
+    patterns = [pattern] * blocks if isinstance(pattern, str) or callable(pattern) else list(pattern)
+    if len(patterns) != blocks:
+        raise ValueError(f"pattern is {pattern!r}, {len(patterns)} patterns; expected one, or {blocks}, one a block")
+    for one in patterns:
+        check_pattern(one)
+    return patterns
 
 
 @torch.fx.wrap

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from vmamba.nn import cpu
 from vmamba.nn.layers import ConvSiLU, LayerNorm, Linear
-from vmamba.ops import PATTERNS, ss2d_scan
+from vmamba.ops import ss2d_scan
 from vmamba.ops.precision import state_dtype
+from vmamba.ops.routes import Pattern, check_pattern, name_of
 
 # One node each in a torch.fx graph, as timm's and torchvision's feature extractors make them.
 torch.fx.wrap("ss2d_scan")
@@ -34,7 +35,8 @@ class SS2D(nn.Module):
         gated: whether the result is multiplied by SiLU of a second projection of the input.
         dropout: rate of the dropout after the last projection.
         init: how the state space parameters start, "v0", "v1" or "v2" (`reset_scan_parameters`).
-        pattern: the routes, a key of `vmamba.ops.PATTERNS`.
+        pattern: the routes, a name in `vmamba.ops.PATTERNS` or a function from (H, W) to four orders over the grid
+            (`vmamba.register_pattern`); it may be set anew at any time.
 
     Parameters of the scan, with R = ⌈C / 16⌉:
         x_proj_weight: (4, R + 2N, D), makes dt_low, B and C of each route.
@@ -56,14 +58,13 @@ class SS2D(nn.Module):
         gated: bool = False,
         dropout: float = 0.0,
         init: Literal["v0", "v1", "v2"] = "v0",
-        pattern: str = "cross",
+        pattern: Pattern = "cross",
         **dd: Any,
     ) -> None:
         super().__init__()
         if init not in ("v0", "v1", "v2"):
             raise ValueError(f"init is {init!r}; expected 'v0', 'v1' or 'v2'")
-        if pattern not in PATTERNS:
-            raise ValueError(f"pattern is {pattern!r}; expected one of {', '.join(map(repr, PATTERNS))}")
+        check_pattern(pattern)
         if d_state < 1:
             raise ValueError(f"d_state is {d_state}; expected at least 1 state per channel")
         inner, rank = int(ssm_ratio * dim), math.ceil(dim / 16)
@@ -107,6 +108,10 @@ class SS2D(nn.Module):
             nn.init.uniform_(self.dt_proj_weight, 0.0, 0.1)
             nn.init.uniform_(self.dt_proj_bias, 0.0, 0.1)
 
+    def extra_repr(self) -> str:
+        """What its parts do not show."""
+        return f"pattern={self.pattern!r}, d_state={self.A_log.shape[-1]}"
+
     def forward(self, x: Tensor) -> Tensor:
         """Mix the pixels of (B, H, W, C); returns (B, H, W, C)."""
         return self.dropout(self.out_proj(self.gated_norm(*self.mix(self.in_proj(x)))))
@@ -119,7 +124,9 @@ class SS2D(nn.Module):
     def scan(self, u: Tensor) -> Tensor:
         """Scan (B, H, W, D) along the four routes and add the results, (B, H, W, D)."""
         A = -torch.exp(self.A_log.to(state_dtype(self.A_log)))
-        return ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, self.pattern)
+        # By a name, since graphs hold no functions.
+        pattern = self.pattern if isinstance(self.pattern, str) else name_of(self.pattern)
+        return ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, pattern)
 
     def gated_norm(self, y: Tensor, gate: Tensor | None) -> Tensor:
         """The scans' result (..., D), normalised and gated."""
