@@ -4,14 +4,28 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
+GARMENTS := runs/garments
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo demo-dense test lint bench sanitize clean
 
 demo: $(STAMP) ## train a small VMamba on Fashion-MNIST, test it, show its predictions
 	$(BIN)/vmamba train --config configs/fashion_mnist/demo.yaml --run $(DEMO) --overwrite true
 	$(BIN)/vmamba validate
 	$(BIN)/vmamba predict examples/images --topk 1
 	@echo "The model is $(DEMO)/model.safetensors. Beside it: predictions.png, confusion_matrix.png, learning_curve.png."
+
+demo-dense: $(GARMENTS)/classes.txt ## segmentation and detection: train on garments, measure, show what is found
+	$(BIN)/vmamba train --config configs/segmentation/garments.yaml --overwrite true
+	$(BIN)/vmamba validate --checkpoint $(GARMENTS)_segmentation/model.safetensors
+	$(BIN)/vmamba train --config configs/coco/garments.yaml --overwrite true
+	$(BIN)/vmamba validate --checkpoint $(GARMENTS)_detection/model.safetensors
+	for task in segmentation detection; do $(BIN)/vmamba predict $(GARMENTS)/images/val/000*.jpg \
+	  --checkpoint $(GARMENTS)_$$task/model.safetensors --pictures $(GARMENTS)_$$task || exit; done
+	@echo "The models are $(GARMENTS)_*/model.safetensors. Beside them: samples.png, per_class*.png, overlays/ and masks/."
+
+$(GARMENTS)/classes.txt: examples/garments.py | $(STAMP)
+	rm -rf $(GARMENTS)
+	$(BIN)/python examples/garments.py $(GARMENTS)
 
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
