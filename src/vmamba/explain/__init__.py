@@ -9,13 +9,18 @@ if TYPE_CHECKING:
     from vmamba.explain.attention import AttentionMatrix, vit_attention
     from vmamba.explain.class_maps import ClassMaps, class_maps
     from vmamba.explain.images import Seen, see
+    from vmamba.explain.receptive_field import ReceptiveField, draw_receptive_fields, receptive_field
+    from vmamba.explain.resolution import AccuracyBySize, accuracy_by_size, draw_accuracy_by_size
+    from vmamba.explain.scaling import Cost, Scaling, draw_scaling, scaling
     from vmamba.explain.scans import Recording, Scan, record_scans
     from vmamba.explain.selectivity import Selectivity, selectivity
     from vmamba.explain.stage_maps import StageMaps, stage_maps
 
 __all__ = [
-    "ActivationMaps", "AttentionMatrix", "ClassMaps", "Recording", "Scan", "Seen", "Selectivity", "StageMaps",
-    "activation_maps", "class_maps", "record_scans", "see", "selectivity", "stage_maps", "vit_attention",
+    "AccuracyBySize", "ActivationMaps", "AttentionMatrix", "ClassMaps", "Cost", "ReceptiveField", "Recording",
+    "Scaling", "Scan", "Seen", "Selectivity", "StageMaps", "accuracy_by_size", "activation_maps", "class_maps",
+    "draw_accuracy_by_size", "draw_receptive_fields", "draw_scaling", "receptive_field", "record_scans", "scaling",
+    "see", "selectivity", "stage_maps", "vit_attention",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:
@@ -26,6 +31,9 @@ if not TYPE_CHECKING:
             "vmamba.explain.attention": ["AttentionMatrix", "vit_attention"],
             "vmamba.explain.class_maps": ["ClassMaps", "class_maps"],
             "vmamba.explain.images": ["Seen", "see"],
+            "vmamba.explain.receptive_field": ["ReceptiveField", "draw_receptive_fields", "receptive_field"],
+            "vmamba.explain.resolution": ["AccuracyBySize", "accuracy_by_size", "draw_accuracy_by_size"],
+            "vmamba.explain.scaling": ["Cost", "Scaling", "draw_scaling", "scaling"],
             "vmamba.explain.scans": ["Recording", "Scan", "record_scans"],
             "vmamba.explain.selectivity": ["Selectivity", "selectivity"],
             "vmamba.explain.stage_maps": ["StageMaps", "stage_maps"],

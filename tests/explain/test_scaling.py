@@ -1,0 +1,136 @@
+"""What models cost against the size of the images, where the answer is known, and accuracy by size."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import vmamba
+from vmamba.data.config import DataConfig
+from vmamba.data.sources import open_split
+from vmamba.explain.memory import peak_memory
+from vmamba.explain.resolution import accuracy_by_size, at_size
+from vmamba.explain.scaling import Cost, fitted_exponents, scaling
+
+VIT = {"img_size": 64, "depth": 1, "embed_dim": 32, "num_heads": 1}
+SIZES = (64, 128, 256)
+
+
+def test_exponents_are_slopes():
+    costs = [Cost(size, 3 * size**2, 7, 1e-9 * size**4, None) for size in SIZES]
+    assert fitted_exponents(costs) == pytest.approx({"flops": 1, "params": 0, "seconds": 2})
+    bent = [Cost(side, flops, 1) for side, flops in ((1, 1), (10, 100), (100, 10**6))]
+    assert fitted_exponents(bent)["flops"] == pytest.approx(1.5)
+    assert fitted_exponents(bent[1:])["flops"] == pytest.approx(2)
+
+
+def test_ours_is_linear_and_attention_is_not():
+    """Counted: every number of the exponents follows from the definition of the networks."""
+    models = {"ours": "vmamba_femto_s2", "vit": timm.models.VisionTransformer(**VIT)}
+    ours, vit = scaling(models, SIZES, rounds=0, memory=False)
+    assert [cost.size for cost in ours.costs] == list(SIZES)
+    assert ours.exponents["flops"] == pytest.approx(1, abs=1e-3)
+    assert ours.exponents["params"] == 0
+    assert {cost.params for cost in ours.costs} == {
+        sum(p.numel() for p in vmamba.create_model("vmamba_femto_s2").parameters())
+    }
+    tokens = [(size // 16) ** 2 + 1 for size in SIZES]
+    linear = [32 * (768 * (n - 1) + 12 * 32 * n) + 32_000 for n in tokens]
+    assert [cost.flops for cost in vit.costs] == [a + 2 * 32 * n**2 for a, n in zip(linear, tokens, strict=True)]
+    assert 1 < vit.exponents["flops"] < vit.last_exponents["flops"] < 2
+    assert vit.numbers()["costs"][0]["seconds"] is None
+    assert models["vit"].patch_embed.img_size == (64, 64)
+
+
+class Listener(nn.Module):
+    """Notes the sizes of the images that it is given."""
+
+    in_chans = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.calls: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(x.shape[-1])
+        return nn.functional.conv2d(x, self.weight.expand(1, 1, 1, 1))
+
+
+def test_models_take_turns_and_functions_make_them():
+    made: dict[int, Listener] = {}
+    first, second = scaling(
+        {"a": lambda size: made.setdefault(size, Listener()), "b": "vmamba_femto_s2"}, (16, 32), 3, memory=False
+    )
+    assert list(made) == [16, 32]
+    assert made[16].calls == [16] * 4  # one is not counted; none for the count, which is of a copy
+    assert all(cost.seconds > 0 for cost in first.costs + second.costs)
+    assert math.isfinite(second.exponents["seconds"])
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="two sizes"):
+        scaling(["vmamba_femto"], (32,))
+    with pytest.raises(ValueError, match="no model 'vmamba_enormous'"):
+        scaling(["vmamba_enormous"], (32, 64))
+
+
+def test_peak_memory_is_what_a_pass_needs():
+    """In a process of its own: a layer whose output takes 64 MiB, whatever this process holds."""
+    held = torch.ones(2**26)
+    layer = nn.Sequential(nn.Conv2d(1, 64, 1), nn.AdaptiveAvgPool2d(1))
+    assert peak_memory(layer, (1, 1, 512, 512)) == pytest.approx(2**26, rel=0.1)
+    assert held.sum() == 2**26
+    layer.hook = lambda: None
+    with pytest.raises(ValueError, match="define its class in a module"):
+        peak_memory(layer, (1, 1, 8, 8))
+
+
+# --- accuracy --------------------------------------------------------------------------------------------------------
+
+
+class Brightness(nn.Module):
+    """Says 1 for bright images, and for all that are smaller than 32 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.sizes: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(tuple(x.shape))
+        bright = (x.mean((1, 2, 3)) > 0) | torch.tensor(x.shape[-1] < 32)
+        return torch.stack((~bright, bright), 1).float()
+
+
+def test_accuracy_is_counted_at_every_size(tmp_path: Path):
+    pictures = [(np.full((40, 50, 3), 255 * label, np.uint8), label) for label in (0, 1, 1, 0, 0)]
+    model = Brightness()
+    (found,) = accuracy_by_size({"x": model}, pictures, (48, 16, 32), batch_size=3)
+    assert (found.sizes, found.accuracies, found.images) == ((16, 32, 48), (0.4, 1.0, 1.0), 5)
+    assert model.sizes == [(n, 3, size, size) for size in (16, 32, 48) for n in (3, 2)]
+
+    for index, (pixels, label) in enumerate(pictures):
+        folder = tmp_path / "val" / ("dark", "light")[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    split = open_split(DataConfig(root=str(tmp_path)), training=False)
+    assert accuracy_by_size({"x": model}, split, (16, 32))[0].accuracies == (0.4, 1.0)
+    with pytest.raises(ValueError, match="0 pictures"):
+        accuracy_by_size({"x": model}, [], (16,))
+
+
+def test_fixed_sizes_are_interpolated_in_a_copy():
+    vit, ours = timm.models.VisionTransformer(**VIT), vmamba.create_model("vmamba_femto_s2")
+    assert at_size(ours, (50, 70)) is ours
+    assert at_size(vit, (64, 64)) is vit
+    larger = at_size(vit, (96, 128))
+    assert larger(torch.zeros(1, 3, 96, 128)).shape == (1, 1000)
+    assert vit.pos_embed.shape[1] == 17
