@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ __all__ = ["to_our_names", "without_wrappers"]
 
 _ROUTES = 4  # the leading dimension of the scan's parameters
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
-_RENAMED = tuple(
+_RENAMED: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
     (re.compile(theirs), ours)
     for theirs, ours in (
         (r"^patch_embed\.(?:0|proj)\.", "stem.conv1."),
@@ -19,9 +19,7 @@ _RENAMED = tuple(
         (r"^patch_embed\.5\.", "stem.conv2."),
         (r"^patch_embed\.7\.", "stem.norm2."),
         # Theirs ends a stage with the downsampling that begins our next one.
-        (r"^layers\.0\.downsample\.", "stages.1.downsample."),
-        (r"^layers\.1\.downsample\.", "stages.2.downsample."),
-        (r"^layers\.2\.downsample\.", "stages.3.downsample."),
+        (r"^layers\.(\d+)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample."),
         (r"^layers\.", "stages."),
         (r"\.downsample\.1\.", ".downsample.conv."),
         (r"\.downsample\.3\.", ".downsample.norm."),
