@@ -16,6 +16,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from vmamba import __version__
 from vmamba.cli import commands
 from vmamba.errors import CheckpointError, DataError, ImageError, NonFiniteError, RecipeError
+from vmamba.explain.config import ExplainConfig
 from vmamba.files import shown
 from vmamba.tasks import settings_of
 from vmamba.tasks.recipe import InfoConfig, ModelsConfig, PredictConfig, TrainConfig, ValidateConfig
@@ -68,6 +69,16 @@ COMMANDS = {
         "vmamba_tiny_s1l8 --format csv --output classes.csv'.",
         "PATH [PATH ...] [--SETTING VALUE ...]",
         {"paths": {"nargs": "+", "help": "image files, folders (searched for images), or quoted patterns"}},
+    ),
+    "explain": Command(
+        ExplainConfig,
+        "see what a model sees",
+        "Show what happens inside a model: the maps of its stages, what a patch is made of along each of the four "
+        "routes, how long patches are remembered, what made the answer. Writes figures, and their numbers into "
+        "explain.json. Examples: 'vmamba explain photo.jpg --query 120,80'; 'vmamba explain photo.jpg --pretrained "
+        "vmamba_tiny_s1l8 --what activation,matrix --block 6'; 'vmamba explain --what depth --labelled flowers'.",
+        "[PHOTO ...] [--SETTING VALUE ...]",
+        {"photos": {"nargs": "*", "help": "image files, folders (searched for images), or quoted patterns"}},
     ),
     "models": Command(
         ModelsConfig,

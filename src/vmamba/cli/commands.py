@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmamba.cli.tables import Table, brief, contents, csv_text, flops, write
 from vmamba.errors import CheckpointError
+from vmamba.explain.config import ExplainConfig
 from vmamba.files import shown
 from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, InfoConfig, ModelsConfig, PredictConfig
 from vmamba.tasks.runs import report
@@ -67,6 +68,27 @@ def predict(config: PredictConfig, paths: Sequence[str]) -> int:
         header, right = predictor.outcome.columns, predictor.outcome.right
         write(csv_text(header, rows) if config.format == "csv" else Table(header, rows, right), config.output)
     return 1 if problems or any(result.error for result in results) else 0
+
+
+def explain(config: ExplainConfig, photos: Sequence[str]) -> int:
+    """Look inside a model, and say where the figures are."""
+    from vmamba.data.images import find_images
+    from vmamba.explain import report as explaining
+
+    files, problems = find_images(photos)
+    for problem in problems:
+        report(problem)
+    if photos and not files:
+        return 1
+    failed = bool(problems)
+    for step in explaining.explain(config, files):
+        for figure in step.figures:
+            print(figure, flush=True)
+        if step.error:
+            report(step.error)
+            failed = True
+    report(f"the numbers are in {shown(os.path.join(config.output, 'explain.json'))}")
+    return int(failed)
 
 
 def models(config: ModelsConfig) -> int:

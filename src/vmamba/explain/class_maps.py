@@ -85,10 +85,9 @@ class ClassMaps:
             f" largest value.{'' if region is None else ' Outlined: the pixels that are explained.'} Axes in pixels.",
             side=2.5, bar=False,
         )  # fmt: skip
-        f.show(panels[0, 0], picture, f"score {float(self.scores[image]):.2f} (logit)")
+        f.show(panels[0, 0], picture, f"logit {float(self.scores[image]):.2f};  Grad-CAM →")
         panels[1, 0].axis("off")
-        for y, label in ((0.97, "above: Grad-CAM"), (0.03, "beside: gradient × activation")):
-            panels[1, 0].text(1, y, label, ha="right", va="center", fontsize=10, color=f.INK)
+        panels[1, 0].text(1, 0.5, "gradient × activation →", ha="right", va="center", fontsize=10, color=f.INK)
         for i, stage in enumerate(self.stages):
             cam, signed = f.array(self.grad_cam[i][image]), f.array(self.gradient_activation[i][image])
             title = f"stage {stage}: {cam.shape[0]}×{cam.shape[1]}"

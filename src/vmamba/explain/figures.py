@@ -94,7 +94,7 @@ def scale(values: NDArray[Any], power: float = 0.5, signed: bool = False, low: f
 
 def ended(colours: str) -> Colormap:
     """A colour map in which what is infinite is grey."""
-    return colormaps[colours].with_extremes(over=PALE)
+    return colormaps[colours].with_extremes(over=PALE, bad=PALE)  # what is infinite is bad to imshow
 
 
 def overlay(

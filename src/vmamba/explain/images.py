@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from vmamba.data.images import any_image
 from vmamba.data.transforms import Preprocessing, fitted_size, resize_bilinear_uint8
 from vmamba.errors import CheckpointError, RecipeError
 from vmamba.files import shown
-from vmamba.models.detection import MaskRCNN
+from vmamba.models.feature_maps import DenseModel
 from vmamba.models.segmentation import UPerNet
 from vmamba.tasks.detector import fitted_sides
 from vmamba.tasks.prediction import preprocessing_of
@@ -197,27 +198,38 @@ def _prepared(model: nn.Module, picture: Any, name: str, size: Any, pre: Preproc
             shape = f"{picture.dtype} {tuple(picture.shape)}"
             raise TypeError(f"{name} is a tensor, {shape}; expected uint8 (3, H, W) or (1, H, W), or floats (C, H, W)")
         picture = to_pil_image(picture.cpu())
-    pre = pre or _preprocessing(model, size)
+    pre = pre or preprocessing_for(model, size)
     image = any_image(picture, pre.in_chans)
     own = image.height, image.width
-    if isinstance(model, (UPerNet, MaskRCNN)):
+    if isinstance(model, DenseModel):
         height, width = fitted_size(*own, max(pre.img_size), min(pre.img_size))
         pixels = resize_bilinear_uint8(pil_to_tensor(image), (max(height, _LEAST), max(width, _LEAST)))
         part = Part(0, 0, image.width, image.height)
     else:
-        pre = pre if size is None else replace(pre, img_size=(size, size) if isinstance(size, int) else tuple(size))
         pixels, part = _cropped(image, pre)
     return Seen(pre.normalise(pixels[None]), _rgb(pixels), (name,), (part,), (own,))
 
 
-def _preprocessing(model: nn.Module, size: Any) -> Preprocessing:
+def preprocessing_for(
+    model: nn.Module, size: int | tuple[int, int] | None = None, stored: dict[str, Any] | None = None
+) -> Preprocessing:
+    """What a model of any task expects of pictures.
+
+    Args:
+        model: one of ours or of timm's.
+        size: see `see`.
+        stored: metadata of the model's file, if it has any.
+
+    Raises:
+        CheckpointError: it takes images of other than 1 or 3 channels.
+    """
+    asked = SimpleNamespace(img_size=size)
     if isinstance(model, UPerNet):
-        pre = segmentation_preprocessing(model)
-        short = size if size is None or isinstance(size, int) else min(size)
-        return replace(pre, img_size=(short, 4 * short if isinstance(size, int) else max(size))) if short else pre
-    if isinstance(model, MaskRCNN):
-        return replace(preprocessing_of(model), img_size=fitted_sides(size))
-    return preprocessing_of(model)
+        return segmentation_preprocessing(model, asked, stored)
+    if isinstance(model, DenseModel):
+        sides = fitted_sides(size or (stored or {}).get("sides"))
+        return replace(preprocessing_of(model, stored=stored), img_size=sides)
+    return preprocessing_of(model, asked, stored)
 
 
 def _cropped(image: Image.Image, pre: Preprocessing) -> tuple[Tensor, Part]:

@@ -78,12 +78,12 @@ class Selectivity:
         rows = (
             ("step Δ", self.delta[image], f.HEAT, 1.0),
             ("kept at each step, exp(ΔA)", self.decay[image], "viridis", 1.0),
-            ("remembered for, steps", self.steps[image], "YlGnBu_r", 0.5),
+            ("remembered for, steps", self.steps[image], "YlGnBu", 1.0),
         )
         for row, (label, values, colours, power) in enumerate(rows):
             panels = f.array(in_pixels(values, self.cell, self.seen.size))
             finite = panels[panels < math.inf]
-            low = float(finite.min()) if label.startswith("kept") and finite.size else 0.0
+            low = float(finite.min()) if row and len(finite) else 0.0
             norm = f.scale(finite, power, low=low)
             for k, name in enumerate(self.scan.route_names):
                 axes = figure.add_subplot(grid[row, k])

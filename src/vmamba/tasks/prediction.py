@@ -146,11 +146,20 @@ def load_predictor(config: PredictConfig) -> Predictor:
     """
     weights = load_weights(config.checkpoint, config.pretrained, config.ema)
     predictor: Predictor = parts_of(weights.task).load("predictor").from_weights(weights, config)
-    try:
-        predictor.model.to(default_device() if config.device == "auto" else config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"device {config.device!r} cannot be used: {error}") from error
+    moved(predictor.model, config.device)
     return predictor
+
+
+def moved(model: nn.Module, device: str) -> nn.Module:
+    """The model on a device: "auto" for the first accelerator that torch finds, or the CPU.
+
+    Raises:
+        RecipeError: the device cannot be used.
+    """
+    try:
+        return model.to(default_device() if device == "auto" else device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"device {device!r} cannot be used: {error}") from error
 
 
 def default_device() -> torch.device:

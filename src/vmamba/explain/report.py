@@ -1,0 +1,250 @@
+"""What `vmamba explain` does: figures into a folder, and their numbers into one JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from torch import nn
+
+from vmamba.data.config import DataConfig
+from vmamba.data.sources import open_split
+from vmamba.errors import ImageError, RecipeError
+from vmamba.explain import figures
+from vmamba.explain.config import ExplainConfig, listed
+from vmamba.explain.images import Seen, preprocessing_for, see
+from vmamba.explain.scans import Recording, record_scans
+from vmamba.files import atomic_write, shown
+from vmamba.models.feature_maps import DenseModel
+from vmamba.nn import SS2D
+from vmamba.tasks.prediction import Weights, class_names, load_weights, moved
+from vmamba.tasks.segmenter import output_names
+
+PHOTO_PARTS: dict[str, str] = {
+    "stages": "vmamba.explain.report:stages",
+    "activation": "vmamba.explain.report:activation",
+    "memory": "vmamba.explain.report:memory",
+    "matrix": "vmamba.explain.report:matrix",
+    "class": "vmamba.explain.report:classes",
+}
+"""What can be seen of a photo: functions from a `Look` to numbers for JSON, by their word in ``--what``."""
+MODEL_PARTS: dict[str, str] = {"depth": "vmamba.explain.report:depth"}
+"""What can be seen of a model: functions from an `Explanation` and the photos to numbers for JSON."""
+
+
+class Step(NamedTuple):
+    """One thing that was looked at: of a photo, or of the model as a whole."""
+
+    subject: str
+    part: str
+    figures: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass
+class Explanation:
+    """A run of `vmamba explain`.
+
+    Attributes:
+        weights: the model, on its device.
+        config: the settings.
+        written: the figures written since the last step.
+    """
+
+    weights: Weights
+    config: ExplainConfig
+    written: list[str] = field(default_factory=list)
+
+    def step(self, subject: str, part: str) -> Step:
+        """What has been done since the last step."""
+        done = Step(subject, part, tuple(self.written))
+        self.written.clear()
+        return done
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.weights.model
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names of the classes."""
+        stored = self.weights.metadata.get("class_names") or getattr(self.model, "class_names", None) or []
+        return class_names(stored, self.model)
+
+    def see(self, photo: str) -> Seen:
+        """What the model sees of a photo."""
+        pre = preprocessing_for(self.model, self.config.img_size, self.weights.metadata)
+        return see(self.model, photo, pre=pre)
+
+    def write(self, figure: Figure, name: str) -> str:
+        """Write a figure as NAME.png; returns its path."""
+        path = Path(self.config.output) / f"{name}.png"
+        figures.write(figure, path)
+        self.written.append(shown(path))
+        return shown(path)
+
+
+@dataclass
+class Look:
+    """One photo, looked at.
+
+    Attributes:
+        of: the run.
+        seen: the photo, as the model sees it.
+        folder: where its figures go, inside the run's folder.
+    """
+
+    of: Explanation
+    seen: Seen
+    folder: str
+
+    @cached_property
+    def recording(self) -> Recording:
+        """The scans of one pass."""
+        return record_scans(self.of.model, self.seen)
+
+    @property
+    def query(self) -> tuple[float, float] | None:
+        """The place asked about, in pixels of the photo as it is seen."""
+        place = self.of.config.place
+        return None if place is None else self.seen.locate(*place)
+
+    def blocks(self) -> list[str]:
+        """The blocks asked about; else the last of each stage, of networks without stages the last of all."""
+        asked = listed(self.of.config.block)
+        if asked:
+            numbers = [int(name) if name.lstrip("-").isdigit() else name for name in asked]
+            return [self.recording.scan(name).block for name in numbers]
+        last = {self.recording.scan(name).label.partition(",")[0]: name for name in self.recording.blocks}
+        named = [name for stage, name in last.items() if stage.startswith("stage ")]
+        return named or [self.recording.blocks[-1]]
+
+    def write(self, figure: Figure, name: str) -> str:
+        """Write a figure of the photo."""
+        return self.of.write(figure, f"{self.folder}/{name}")
+
+
+def explain(config: ExplainConfig, photos: Sequence[str]) -> Iterator[Step]:
+    """Look at photos one after another, and write figures and explain.json into ``config.output``.
+
+    Yields:
+        What has been looked at. A photo that cannot be read is a step with an error, and the others are done.
+
+    Raises:
+        RecipeError: settings that are wrong, or that ask for what the model does not have.
+        CheckpointError: the model's file cannot be used.
+    """
+    _ = config.place  # refused before any work
+    parts = listed(config.what)
+    known = [*PHOTO_PARTS, *MODEL_PARTS]
+    if unknown := [part for part in parts if part not in known]:
+        raise RecipeError(f"what names {unknown[0]!r}; expected some of {', '.join(known)}, with commas between")
+    if not photos and {*parts} <= {*PHOTO_PARTS}:
+        raise RecipeError("no photos were named; expected one or more image files")
+    weights = load_weights(config.checkpoint, config.pretrained, config.ema)
+    run = Explanation(weights._replace(model=moved(weights.model, config.device)), config)
+    parts = parts or _possible(run.model)
+    found: list[dict[str, Any]] = []
+    for photo, name in zip(photos, output_names(photos), strict=True):
+        about: dict[str, Any] = {"file": shown(photo)}
+        found.append(about)
+        try:
+            look = Look(run, run.see(photo), name.removesuffix(".png"))
+        except ImageError as error:
+            about["error"] = str(error)
+            yield Step(photo, "", error=str(error))
+            continue
+        about |= {"size": look.seen.sizes[0], "seen": look.seen.size, "part": look.seen.parts[0]}
+        for part in filter(PHOTO_PARTS.__contains__, parts):
+            about[part] = resolve_name(PHOTO_PARTS[part])(look)
+            yield run.step(photo, part)
+    whole: dict[str, Any] = {}
+    for part in filter(MODEL_PARTS.__contains__, parts):
+        whole[part] = resolve_name(MODEL_PARTS[part])(run, photos)
+        yield run.step(weights.source, part)
+    path = Path(config.output) / "explain.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    variant = str(getattr(run.model, "variant", None) or type(run.model).__name__)
+    result = {"model": variant, "weights": shown(weights.source), "photos": found, **whole}
+    with atomic_write(path) as file:
+        file.write(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace"))
+
+
+def _possible(model: nn.Module) -> list[str]:
+    scanning = any(isinstance(module, SS2D) for module in model.modules())
+    answering = isinstance(model, DenseModel) or getattr(model, "num_classes", 0) > 0
+    return ["stages", *["activation", "memory"] * scanning, *["class"] * answering]
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def stages(look: Look) -> dict[str, Any]:
+    """Stage maps of a photo."""
+    from vmamba.explain.stage_maps import stage_maps
+
+    found = stage_maps(look.of.model, look.seen)
+    return {"figure": look.write(found.figure(), "stages"), "stages": found.numbers()}
+
+
+def activation(look: Look) -> list[dict[str, Any]]:
+    """What the patch at the query is made of, in each of the blocks."""
+    found = [look.recording.maps(look.query, block) for block in look.blocks()]
+    return [{"figure": look.write(m.figure(), _file("activation", m.scan.label))} | m.numbers() for m in found]
+
+
+def memory(look: Look) -> list[dict[str, Any]]:
+    """How long each patch is remembered, in each of the blocks."""
+    found = [look.recording.selectivity(block, look.of.config.share) for block in look.blocks()]
+    return [{"figure": look.write(s.figure(), _file("memory", s.scan.label))} | s.numbers() for s in found]
+
+
+def matrix(look: Look) -> list[dict[str, Any]]:
+    """The whole matrix of who hears whom: of the blocks asked about, or of the last of the stages that are small."""
+    from vmamba.explain.attention import MOST_PATCHES
+
+    scans = [look.recording.scan(block) for block in look.blocks()]
+    if not look.of.config.block:
+        scans = [scan for scan in scans if len(scan.orders[0]) <= MOST_PATCHES] or scans[-1:]
+    results = []
+    for scan in scans:
+        found = look.recording.matrix(scan.block)
+        path = look.write(found.figure(query=look.query), _file("matrix", scan.label))
+        results.append({"figure": path, "block": scan.block, "grid": scan.grid, "heard": found.values.sum(0).tolist()})
+    return results
+
+
+def classes(look: Look) -> dict[str, Any]:
+    """What made the answer."""
+    from vmamba.explain.class_maps import class_maps
+
+    place = look.query if look.of.config.query and isinstance(look.of.model, DenseModel) else None
+    found = class_maps(look.of.model, look.seen, look.of.config.target, place, class_names=look.of.names)
+    return {"figure": look.write(found.figure(), "class")} | found.numbers()
+
+
+def depth(run: Explanation, photos: Sequence[str]) -> dict[str, Any]:
+    """Edges and meaning against depth, on labelled pictures."""
+    from vmamba.explain.depth import draw_depth, depth_profiles
+
+    config = run.config
+    if config.labelled is None:
+        raise RecipeError("depth is measured on pictures with known classes: name their folder with --labelled")
+    models = {shown(run.weights.source): run.model}
+    for other in listed(config.beside):
+        weights = load_weights(other) if Path(other).exists() else load_weights(name=other)
+        models[shown(other)] = moved(weights.model, config.device)
+    split = open_split(DataConfig(root=config.labelled), training=False)
+    found = depth_profiles(models, split, config.limit, config.img_size)
+    return {"figure": run.write(draw_depth(found), "depth"), "models": [vars(profile) for profile in found]}
+
+
+def _file(kind: str, label: str) -> str:
+    return f"{kind}_{label.replace(', ', '_').replace(' ', '').replace('.', '_').replace('/', '_')}"
