@@ -6,17 +6,19 @@
 
 #include <atomic>
 
+#include "enlarging.h"
 #include "layers.h"
 #include "products.h"
 #include "roi_align.h"
 #include "scan.h"
 
-#define DECLARE(isa)                        \
-    namespace isa {                         \
-    extern const ScanKernels scan;          \
-    extern const LayerKernels layers;       \
-    extern const ProductKernels products;   \
-    extern const RoIAlignKernels roi_align; \
+#define DECLARE(isa)                         \
+    namespace isa {                          \
+    extern const ScanKernels scan;           \
+    extern const LayerKernels layers;        \
+    extern const ProductKernels products;    \
+    extern const RoIAlignKernels roi_align;  \
+    extern const EnlargingKernels enlarging; \
     }
 
 #if defined(VMAMBA_X86)
@@ -41,13 +43,15 @@ struct InstructionSet {
     const LayerKernels* layers;
     const ProductKernels* products;
     const RoIAlignKernels* roi_align;
+    const EnlargingKernels* enlarging;
 };
 
-#define ENTRY(isa) {#isa, &isa::scan, &isa::layers, &isa::products, &isa::roi_align}
+#define ENTRY(isa) {#isa, &isa::scan, &isa::layers, &isa::products, &isa::roi_align, &isa::enlarging}
 
 constexpr InstructionSet ALL[] = {  // the first that a processor has is the fastest
 #if defined(VMAMBA_X86)
-    {"avx512_bf16", &avx512::scan, &avx512::layers, &avx512_bf16::products, &avx512::roi_align},
+    {"avx512_bf16", &avx512::scan, &avx512::layers, &avx512_bf16::products, &avx512::roi_align,
+     &avx512::enlarging},
     ENTRY(avx512),
     ENTRY(avx2),
 #endif
@@ -176,7 +180,7 @@ int32_t run(Call* p, void (*task)(const Call&, int64_t, float*), size_t scratch 
     EXPORT int32_t name(Structure* p)
 
 // Changes with the structures and the functions below, so that a library left over from another version is recognised.
-EXPORT int32_t vmamba_interface() { return 5; }
+EXPORT int32_t vmamba_interface() { return 6; }
 
 EXPORT const char* vmamba_kernels() { return chosen->name; }
 
@@ -264,4 +268,9 @@ COMPUTE(vmamba_roi_align, RoIAlign) {
 COMPUTE(vmamba_roi_align_backward, RoIAlign) {
     const RoIAlignKernels& roi_align = *chosen->roi_align;
     return run(p, roi_align.backward, roi_align.scratch(*p));
+}
+
+COMPUTE(vmamba_add_enlarged, Enlarging) {
+    const EnlargingKernels& enlarging = *chosen->enlarging;
+    return !share<Enlarging>(*p, p->batch * p->height, enlarging.scratch(*p), enlarging.add);
 }

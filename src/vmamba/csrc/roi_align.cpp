@@ -8,7 +8,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "roi_align.h"
 
@@ -90,14 +89,6 @@ struct Region {
     }
 };
 
-// step(i, valid, is_full) for each vector of the channels [begin, end).
-template <class Step>
-inline void each_vector(int64_t begin, int64_t end, Step step) {
-    int64_t i = begin;
-    for (; i + LANES <= end; i += LANES) step(i, int64_t(LANES), std::true_type());
-    if (i < end) step(i, end - i, std::false_type());
-}
-
 size_t scratch(const RoIAlign& p) { return p.side * p.side * p.channels * sizeof(float); }
 
 void forward(const RoIAlign& p, int64_t task, float* sums) {
@@ -110,11 +101,10 @@ void forward(const RoIAlign& p, int64_t task, float* sums) {
         region.each_sample(bin / p.side, bin % p.side, [&](const int64_t* places, const float* weights) {
             const float* from[4];
             for (int k = 0; k < 4; k++) from[k] = image + places[k] * channels;
-            each_vector(0, channels, [&](int64_t i, int64_t valid, auto full) {
-                constexpr bool FULL = decltype(full)::value;
-                Floats value = load_part<FULL>(from[0] + i, valid) * weights[0];
-                for (int k = 1; k < 4; k++) value += load_part<FULL>(from[k] + i, valid) * weights[k];
-                store_part<FULL>(sum + i, load_part<FULL>(sum + i, valid) + value, valid);
+            each_vector(channels, [&](int64_t i, int64_t valid, auto kind) {
+                Floats value = load_part<kind.FULL>(from[0] + i, valid) * weights[0];
+                for (int k = 1; k < 4; k++) value += load_part<kind.FULL>(from[k] + i, valid) * weights[k];
+                store_part<kind.FULL>(sum + i, load_part<kind.FULL>(sum + i, valid) + value, valid);
             });
         });
     }
@@ -140,10 +130,9 @@ void backward(const RoIAlign& p, int64_t task, float* kept) {
             region.each_sample(bin / p.side, bin % p.side, [&](const int64_t* places, const float* weights) {
                 for (int k = 0; k < 4; k++) {
                     float* to = image + places[k] * p.channels;
-                    each_vector(0, width, [&](int64_t i, int64_t valid, auto full) {
-                        constexpr bool FULL = decltype(full)::value;
-                        Floats value = load_part<FULL>(of_bin + i, valid) * weights[k] / region.count;
-                        store_part<FULL>(to + i, load_part<FULL>(to + i, valid) + value, valid);
+                    each_vector(width, [&](int64_t i, int64_t valid, auto kind) {
+                        Floats value = load_part<kind.FULL>(of_bin + i, valid) * weights[k] / region.count;
+                        store_part<kind.FULL>(to + i, load_part<kind.FULL>(to + i, valid) + value, valid);
                     });
                 }
             });

@@ -75,6 +75,17 @@ inline void store_part(T* p, Floats v, int64_t valid) {
     memcpy(p, whole, valid * sizeof(T));
 }
 
+// step(i, valid, kind) for each vector of `count` values, whose `kind.FULL` says whether it fills all lanes.
+struct Whole { static constexpr bool FULL = true; };
+struct Part { static constexpr bool FULL = false; };
+
+template <class Step>
+inline void each_vector(int64_t count, Step step) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) step(i, int64_t(LANES), Whole());
+    if (i < count) step(i, count - i, Part());
+}
+
 inline Floats splat(float x) { return x - Floats{}; }
 
 // Both return x where it is NaN.

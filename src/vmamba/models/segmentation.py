@@ -18,8 +18,11 @@ from vmamba.models.feature_maps import (
     may_overwrite,
     normalise_,
 )
+from vmamba.ops.backends.native import enlarging as native
 from vmamba.ops.layers import product
 
+# Products that are enlarged at a time, 16 MB.
+_STRETCH = 2**22
 IGNORED = -1  # the label of pixels that belong to no class
 
 
@@ -77,8 +80,8 @@ class FusionBlock(nn.Module):
     """Convolution, BatchNorm and ReLU on maps that are enlarged to the first one's size and put side by side.
 
     The convolution mixes channels and enlarging mixes pixels, so they can change places: a coarse map goes through the
-    convolution's taps at its own size, and what comes out is enlarged and shifted, both at once, by products with
-    interpolation matrices. In inference on the CPU that is done, since it takes a third of the multiplications.
+    convolution's taps at its own size, and what comes out is enlarged and shifted, both at once. In inference on the
+    CPU that is done, since it takes a third of the multiplications.
     """
 
     def __init__(self, in_chans: int, out_chans: int) -> None:
@@ -101,26 +104,18 @@ class FusionBlock(nn.Module):
         return self.relu(self.bn(x))
 
     def _may_enlarge_later(self, maps: Sequence[Tensor]) -> bool:
-        is_usual = self.conv.kernel_size == (3, 3) and self.conv.padding_mode == "zeros"
-        return is_usual and may_overwrite(self.conv, self.bn, *maps)
+        conv = self.conv
+        is_usual = (conv.kernel_size, conv.groups, conv.padding_mode) == ((3, 3), 1, "zeros") and conv.bias is None
+        return native.reason_unavailable() is None and is_usual and may_overwrite(self.conv, self.bn, *maps)
 
 
 def _add_enlarged_convolution(x: Tensor, y: Tensor, weight: Tensor) -> None:
     """Add to x (B, O, H, W) the 3×3 convolution with `weight` (O, C, 3, 3) of y (B, C, h, w) enlarged to (H, W)."""
-    (height, width), (rows, columns) = x.shape[2:], y.shape[2:]
-    taps = weight.permute(2, 3, 0, 1).flatten(1, 2)  # (3 vertical, 3 horizontal · O, C)
-    across = _enlarging(columns, width).transpose(1, 2).flatten(1)
-    down = _enlarging(rows, height).flatten(1)
-    for result, image in zip(x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1), strict=True):
-        pixels = image.flatten(0, 1)
-        wide = torch.stack([across @ product(pixels, tap).view(rows, 3 * columns, -1) for tap in taps])
-        result.view(height, -1).addmm_(down, wide.view(3 * rows, -1))
-
-
-def _enlarging(old: int, new: int) -> Tensor:
-    """(new, 3, old): enlarges a line of `old` pixels linearly and shifts it by -1, 0 or 1, with zeros coming in."""
-    matrix = F.interpolate(torch.eye(old)[None], new, mode="linear", align_corners=False)[0].t()
-    return F.pad(matrix, (0, 0, 1, 1)).unfold(0, 3, 1).transpose(1, 2)
+    grid, pixels = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)
+    channels = max(16, _STRETCH // (9 * y[:, 0].numel()) // 16 * 16)
+    for first in range(0, len(weight), channels):
+        taps = weight[first : first + channels].permute(2, 3, 0, 1).flatten(0, 2)  # (3·3·channels, C)
+        native.add_enlarged(grid, product(pixels, taps).unflatten(3, (3, 3, -1)), first)
 
 
 class FCNHead(nn.Module):
