@@ -174,6 +174,8 @@ def resize_bilinear_uint8(image: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         uint8 (..., *size).
     """
+    if tuple(size) == image.shape[-2:]:
+        return image
     top, bottom, (w0, w1) = _taps(size[0], image.shape[-2], image.device)
     left, right, (v0, v1) = _taps(size[1], image.shape[-1], image.device)
     rows = image.contiguous().int()
