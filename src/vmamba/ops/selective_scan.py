@@ -106,7 +106,7 @@ def selective_scan(
 
     arguments = ScanArguments(u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))
     arguments.check()
-    chosen = choose_backend(backend, u.device)
+    chosen = choose_backend(backend, u.device, u.dtype)
     with without_autocast(u.device):
         y, last_state = call_operator("selective_scan", chosen, arguments)
     return (y, last_state) if return_last_state else y

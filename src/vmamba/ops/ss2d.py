@@ -81,7 +81,10 @@ def ss2d_scan(
     checks.real_on_one_device(
         u=u, x_proj_weight=x_proj_weight, dt_proj_weight=dt_proj_weight, dt_proj_bias=dt_proj_bias, A=A, D=D
     )
-    chosen = choose_backend(backend, u.device)
+    is_fused = is_along_axes(given.pattern)
+    chosen = choose_backend(
+        backend, u.device, u.dtype if is_fused else state_dtype(u), given.pattern if is_fused else SEQUENCE
+    )
     with without_autocast(u.device):
         # A GPU multiplies bfloat16 at many times float32's speed, and adds up in float32; float16 could overflow.
         is_low = u.is_cuda and u.dtype == torch.bfloat16

@@ -10,8 +10,11 @@ import warnings
 
 import pytest
 import torch
+from scans import ss2d_arguments
 
+from vmamba.ops import ss2d_scan
 from vmamba.ops.backends import choose_backend, proving, triton, use_backend
+from vmamba.ops.routes import SEQUENCE
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 FLOAT = torch.float32
@@ -41,9 +44,9 @@ def agrees(monkeypatch, tmp_path):
 
 
 @interpreted
-@pytest.mark.parametrize(("pattern", "dtype"), [("cross", torch.bfloat16), (None, FLOAT)])
+@pytest.mark.parametrize(("pattern", "dtype"), [("cross", torch.bfloat16), (SEQUENCE, FLOAT), (None, FLOAT)])
 def test_right_kernels_agree(pattern, dtype):
-    assert proving.compare(CPU, dtype, pattern or proving._SEQUENCE) == ""
+    assert proving.compare(CPU, dtype, pattern or proving._NO_GRID) == ""
 
 
 def _spoilt(function, index, spoil):
@@ -193,6 +196,26 @@ def test_proven_kernels_are_the_default_on_a_gpu(monkeypatch):
         assert choose_backend(None, GPU, torch.bfloat16, "cross").name == "eager"
     monkeypatch.setenv("VMAMBA_BACKEND", "eager")
     assert choose_backend(None, GPU, torch.bfloat16, "cross").name == "eager"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "asked"),
+    [
+        ("bidirectional", torch.bfloat16, (torch.bfloat16, "bidirectional")),
+        ("diagonal", torch.bfloat16, (FLOAT, SEQUENCE)),  # taken apart into float32 sequences
+    ],
+)
+def test_what_the_operator_asks_for(monkeypatch, pattern, dtype, asked):
+    questions = []
+
+    def ask(argument, device, *question):
+        questions.append(question)
+        return choose_backend("eager", device)
+
+    monkeypatch.setattr(sys.modules["vmamba.ops.ss2d"], "choose_backend", ask)
+    u, *others = ss2d_arguments(1, 3, 4, 2, 1, 1)
+    ss2d_scan(u.to(dtype), *others, pattern=pattern)
+    assert questions == [asked]
 
 
 @pytest.mark.usefixtures("_a_gpu")

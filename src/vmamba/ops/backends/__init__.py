@@ -33,7 +33,7 @@ class Backend:
         module: has `ss2d_scan`, `selective_scan` and, unless `traceable`, their `*_backward`.
         traceable: autograd and tracing go through the implementation itself, so it is called directly and not as a
             registered operator.
-        automatic: for a device, a dtype and a pattern, None for one sequence, whether the automatic choice may take it.
+        automatic: whether the automatic choice may take it on a device, for a dtype and a pattern; see `proving`.
         unavailable: for a device, why the backend cannot run there, or None when it can.
     """
 
@@ -87,7 +87,7 @@ def choose_backend(
     Args:
         argument: what the caller asked for, or None.
         device, dtype: of the image or sequence.
-        pattern: of a grid's routes along rows and columns; None for the scan of one sequence.
+        pattern: of a grid's routes along rows and columns; None for `selective_scan`.
 
     Raises:
         ValueError: no backend has the name asked for.

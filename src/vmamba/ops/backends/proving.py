@@ -27,12 +27,13 @@ from torch import Tensor
 from vmamba.files import atomic_write
 from vmamba.ops.arguments import ScanArguments, SS2DArguments
 from vmamba.ops.backends import eager, triton
+from vmamba.ops.routes import SEQUENCE, get_routes
 
 _PATIENCE = 600  # seconds for one proof, most of which goes into compiling
 # Height, width, channels and states: for each row of the table of configurations a grid, with blocks that are not full.
 _GRIDS = ((7, 7, 48, 1), (11, 13, 40, 3), (17, 19, 40, 1))
 _PROGRAM = "import sys; from vmamba.ops.backends import proving; proving.main(*sys.argv[1:])"
-_SEQUENCE = "one sequence"
+_NO_GRID = "selective_scan"
 _verdicts: dict[tuple[torch.device, torch.dtype, str | None], bool] = {}
 
 
@@ -44,7 +45,7 @@ def is_proven(device: torch.device, dtype: torch.dtype, pattern: str | None) -> 
     Args:
         device: a GPU that Triton runs on.
         dtype: of the image; float64 is never proven, since eager computes it.
-        pattern: of a grid's routes along rows and columns; None for the scan of one sequence.
+        pattern: of a grid's routes along rows and columns; None for `selective_scan`.
 
     Returns:
         False also while a CUDA graph is captured, if nothing is known yet; that is asked again later.
@@ -60,7 +61,7 @@ def is_proven(device: torch.device, dtype: torch.dtype, pattern: str | None) -> 
 
 
 def _look_up_or_prove(device: torch.device, dtype: torch.dtype, pattern: str | None) -> bool:
-    about = {**_circumstances(device), "dtype": str(dtype).removeprefix("torch."), "pattern": pattern or _SEQUENCE}
+    about = {**_circumstances(device), "dtype": str(dtype).removeprefix("torch."), "pattern": pattern or _NO_GRID}
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
     file = cache_folder() / f"{name}.json"
     with ExitStack() as stack:
@@ -186,13 +187,14 @@ def _as_tuple(value: Any) -> tuple[Tensor, ...]:
 def _problems(device: torch.device, dtype: torch.dtype, pattern: str) -> Iterator[SS2DArguments | ScanArguments]:
     torch.manual_seed(0)
     normal = functools.partial(torch.randn, device=device)
+    K, R = 1 if pattern == _NO_GRID else len(get_routes(pattern)), 3
     for height, width, channels, N in _GRIDS:
-        A, R = -torch.rand(4, channels, N, device=device) - 0.1, 3
-        if pattern != _SEQUENCE:
-            shape = (2, height, width)
-            u, projected = normal(*shape, channels), normal(*shape, 4, R + 2 * N)
-            weight, bias = normal(4, channels, R) * R**-0.5, normal(4, channels) - 3
-            yield SS2DArguments(u.to(dtype), projected, weight, bias, A, normal(4, channels), pattern)
+        A = -torch.rand(K, channels, N, device=device) - 0.1
+        if pattern != _NO_GRID:
+            shape = (2, 1, height * width) if pattern == SEQUENCE else (2, height, width)
+            u, projected = normal(*shape, channels), normal(*shape, K, R + 2 * N)
+            weight, bias = normal(K, channels, R) * R**-0.5, normal(K, channels) - 3
+            yield SS2DArguments(u.to(dtype), projected, weight, bias, A, normal(K, channels), pattern)
         else:
             shape = (2, channels, height * width)
             u, delta, z = (normal(*shape).to(dtype) for _ in range(3))
