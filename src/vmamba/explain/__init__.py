@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from vmamba.explain.activation_maps import ActivationMaps, activation_maps
     from vmamba.explain.attention import AttentionMatrix, vit_attention
     from vmamba.explain.class_maps import ClassMaps, class_maps
+    from vmamba.explain.depth import DepthProfile, depth_profiles, draw_depth
     from vmamba.explain.images import Seen, see
     from vmamba.explain.receptive_field import ReceptiveField, draw_receptive_fields, receptive_field
     from vmamba.explain.resolution import AccuracyBySize, accuracy_by_size, draw_accuracy_by_size
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
     from vmamba.explain.stage_maps import StageMaps, stage_maps
 
 __all__ = [
-    "AccuracyBySize", "ActivationMaps", "AttentionMatrix", "ClassMaps", "Cost", "ReceptiveField", "Recording",
-    "Scaling", "Scan", "Seen", "Selectivity", "StageMaps", "accuracy_by_size", "activation_maps", "class_maps",
-    "draw_accuracy_by_size", "draw_receptive_fields", "draw_scaling", "receptive_field", "record_scans", "scaling",
-    "see", "selectivity", "stage_maps", "vit_attention",
+    "AccuracyBySize", "ActivationMaps", "AttentionMatrix", "ClassMaps", "Cost", "DepthProfile", "ReceptiveField",
+    "Recording", "Scaling", "Scan", "Seen", "Selectivity", "StageMaps", "accuracy_by_size", "activation_maps",
+    "class_maps", "depth_profiles", "draw_accuracy_by_size", "draw_depth", "draw_receptive_fields", "draw_scaling",
+    "receptive_field", "record_scans", "scaling", "see", "selectivity", "stage_maps", "vit_attention",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:
@@ -30,6 +31,7 @@ if not TYPE_CHECKING:
             "vmamba.explain.activation_maps": ["ActivationMaps", "activation_maps"],
             "vmamba.explain.attention": ["AttentionMatrix", "vit_attention"],
             "vmamba.explain.class_maps": ["ClassMaps", "class_maps"],
+            "vmamba.explain.depth": ["DepthProfile", "depth_profiles", "draw_depth"],
             "vmamba.explain.images": ["Seen", "see"],
             "vmamba.explain.receptive_field": ["ReceptiveField", "draw_receptive_fields", "receptive_field"],
             "vmamba.explain.resolution": ["AccuracyBySize", "accuracy_by_size", "draw_accuracy_by_size"],

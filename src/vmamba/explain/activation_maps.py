@@ -162,14 +162,8 @@ class ActivationMaps:
         for axes, values, name, share in zip(
             panels[:, 1:].flat, routes, self.scan.route_names, shares, strict=True
         ):  # fmt: skip
-            f.overlay(
-                axes,
-                picture,
-                f.array(self.in_pixels(values)),
-                norm,
-                f"{name}: {f.percent(share)} of the output",
-                colours,
-            )
+            title = f"{name}: {f.percent(share)} of the output"
+            f.overlay(axes, picture, f.array(self.in_pixels(values)), norm, title, colours)
         label = {
             "size": "size of a patch's contribution, as a share of the output's",
             "share": "share of the output",

@@ -232,7 +232,7 @@ def classes(look: Look) -> dict[str, Any]:
 
 def depth(run: Explanation, photos: Sequence[str]) -> dict[str, Any]:
     """Edges and meaning against depth, on labelled pictures."""
-    from vmamba.explain.depth import draw_depth, depth_profiles
+    from vmamba.explain.depth import depth_profiles, draw_depth
 
     config = run.config
     if config.labelled is None:
