@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from vmamba import __version__
+from vmamba.app import ExploreConfig
 from vmamba.cli import commands
 from vmamba.errors import CheckpointError, DataError, ImageError, NonFiniteError, RecipeError
 from vmamba.explain.config import ExplainConfig
@@ -35,7 +37,7 @@ class Command:
         help: what it does, in a few words.
         description: the same at length.
         usage: how it is called, after its name.
-        arguments: what is given without a flag: arguments of `add_argument` by name.
+        arguments: what is given without a flag, or with one of an unusual kind: arguments of `add_argument` by name.
     """
 
     config: type
@@ -79,6 +81,24 @@ COMMANDS = {
         "vmamba_tiny_s1l8 --what activation,matrix --block 6'; 'vmamba explain --what depth --labelled flowers'.",
         "[PHOTO ...] [--SETTING VALUE ...]",
         {"photos": {"nargs": "*", "help": "image files, folders (searched for images), or quoted patterns"}},
+    ),
+    "explore": Command(
+        ExploreConfig,
+        "look inside a model on a web page",
+        "Serve a page on this machine that shows what happens inside a model: what each patch hears along each of the "
+        "four routes, stage maps, predictions. It needs no network, and leaves no files. Examples: 'vmamba explore'; "
+        "'vmamba explore --checkpoint a.safetensors b.pth --port 8000 --no-open'.",
+        "[--checkpoint FILE ...] [--pretrained NAME ...] [--no-open] [--SETTING VALUE ...]",
+        {
+            "--checkpoint": {"nargs": "+", "default": [], "metavar": "FILE", "help": "models to offer first"},
+            "--pretrained": {
+                "nargs": "+",
+                "default": [],
+                "metavar": "NAME",
+                "help": "models whose published weights to offer, downloaded if need be; those in the cache are anyway",
+            },
+            "--open": {"action": BooleanOptionalAction, "default": True, "help": "whether to open it in the browser"},
+        },
     ),
     "models": Command(
         ModelsConfig,
@@ -136,7 +156,7 @@ def _run(argv: Sequence[str], name: str) -> int:
     command = COMMANDS[name]
     settings = settings or command.config
     config = settings(**{field.name: given[field.name] for field in fields(settings)})
-    return getattr(commands, name)(config, *(given[argument] for argument in command.arguments))
+    return getattr(commands, name)(config, *(given[argument.lstrip("-")] for argument in command.arguments))
 
 
 def _flush(name: str) -> None:

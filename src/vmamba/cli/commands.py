@@ -15,6 +15,7 @@ from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, InfoConfig,
 from vmamba.tasks.runs import report
 
 if TYPE_CHECKING:
+    from vmamba.app import ExploreConfig
     from vmamba.models.registry import Entry
 
 
@@ -89,6 +90,18 @@ def explain(config: ExplainConfig, photos: Sequence[str]) -> int:
             failed = True
     report(f"the numbers are in {shown(os.path.join(config.output, 'explain.json'))}")
     return int(failed)
+
+
+def explore(config: ExploreConfig, checkpoints: Sequence[str], pretrained: Sequence[str], opens: bool) -> int:
+    """Serve the page until an interrupt."""
+    from vmamba.app.models import Catalogue
+    from vmamba.app.page import Page, serve
+    from vmamba.data.images import find_images
+
+    catalogue = Catalogue(checkpoints, pretrained, config.runs)
+    examples = find_images([config.examples])[0] if os.path.isdir(config.examples) else []
+    serve(Page(catalogue, examples), config.host, config.port, opens)
+    return 0
 
 
 def models(config: ModelsConfig) -> int:

@@ -1,0 +1,256 @@
+"""What the page answers to a visitor, well-behaved or not, without a browser."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import re
+import threading
+
+import gradio as gr
+import numpy as np
+import pytest
+import torch
+from app.conftest import CLASSES
+from PIL import Image
+
+import vmamba
+from vmamba.app import drawing, guard, texts
+from vmamba.app.models import Catalogue
+from vmamba.app.session import RefusedError, Session
+from vmamba.app.tabs import TABS, routes
+from vmamba.cli import main
+from vmamba.errors import CheckpointError, RecipeError
+from vmamba.explain.activation_maps import maps_of
+from vmamba.models.checkpoints import save_checkpoint
+
+
+def event(**data: object) -> gr.EventData:
+    return gr.EventData(None, data)
+
+
+def sent(data: bytes, name: str = "mine.png") -> gr.EventData:
+    return event(name=name, size=len(data), data=base64.b64encode(data).decode())
+
+
+def png(width: int, height: int, colour: str = "red") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture
+def session(page) -> Session:
+    return page.start(None)[0]
+
+
+def pixels(address: str) -> np.ndarray:
+    """The picture that an address holds."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))))
+
+
+def test_it_begins_with_the_demo_and_every_text_in_both_languages(page, session):
+    assert page.catalogue.first == "trained " + str(next(iter(page.catalogue.choices.values())).name)
+    assert session.loaded.choice.task == "classification"
+    assert (session.stage, session.block, session.grid) == (1, 1, (8, 8))
+    for english, chinese in texts.TEXTS.values():
+        assert re.findall(r"{\w+[^}]*}", english).sort() == re.findall(r"{\w+[^}]*}", chinese).sort()
+        assert re.search(r"[\u4e00-\u9fff]", chinese)
+        assert not re.search(r"[\u4e00-\u9fff]", english)
+
+
+def test_runs_come_first_and_untrained_models_say_so(page, desk, capsys):
+    catalogue = Catalogue(runs=desk / "runs")
+    assert "broken" in capsys.readouterr().err
+    labels = [label for label, _ in catalogue.labels("en")]
+    assert labels[0].endswith("demo · classification")
+    assert "vmamba_tiny_s1l8 · untrained, random weights" in labels
+    assert not any("published" in label for label in labels)
+    twice = [catalogue.load("untrained vmamba_femto").model, Catalogue(runs=desk).load("untrained vmamba_femto").model]
+    for one, other in zip(*(model.state_dict().values() for model in twice), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(CheckpointError):
+        Catalogue([str(desk / "secret.txt")], runs=desk)
+    with pytest.raises(RecipeError, match="no published weights"):
+        Catalogue(pretrained=["vmamba_femto"], runs=desk)
+
+
+def test_published_weights_are_offered_once_they_are_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    url = vmamba.models.registry.ENTRIES["vmamba_tiny_s1l8"].url
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / url.rpartition("/")[2]).touch()
+    labels = [label for label, _ in Catalogue(runs=tmp_path).labels("zh")]
+    assert labels[0] == "vmamba_tiny_s1l8 · 官方发布权重"
+    assert sum("官方发布权重" in label for label in labels) == 1
+
+
+def test_a_click_shows_the_numbers_of_the_library(page, session):
+    session, panel, style = page.choose_patch(session, event(row=2, column=5))
+    maps = maps_of(session.recording, session.name, [(2, 5)])
+    assert 'data-at-row="2" data-at-column="5"' in panel
+    merged = pixels(re.search(r"url\((data:[^)]+)\)", style)[1])
+    assert merged.shape == (8, 8, 4)
+    expected = maps.merged()[0].numpy()
+    assert np.array_equal(merged, drawing.heat_rgba(expected / expected.max()))
+    heats = [pixels(address) for address in re.findall(r"url\((data:[^)]+)\)", panel)]
+    for k, heat in enumerate(heats):  # what a route has not met is veiled, and nothing else
+        assert np.array_equal((heat == (128, 128, 128, 170)).all(2), ~maps.visited[0, k].numpy())
+    sizes = maps.routes()[0].sum((1, 2))
+    for share in sizes / sizes.sum():
+        assert f"{float(share):.0%} of what it hears" in panel
+
+
+def test_a_click_takes_no_new_pass_through_the_network(page, session, monkeypatch):
+    monkeypatch.setattr(type(session.loaded.model), "forward", lambda *_: pytest.fail("a new pass"))
+    assert page.choose_patch(session, event(row=0, column=0))[0].recording is session.recording
+    assert page.choose_block(session, event(stage="0", block="0"))[0].recording is session.recording
+
+
+def test_the_patch_stays_in_its_place_when_the_block_changes(page, session):
+    session = page.choose_patch(session, event(row=7, column=2))[0]
+    assert session.grid == (8, 8)
+    finer = page.choose_block(session, event(stage=0, block=0))[0]
+    assert (finer.grid, finer.row, finer.column) == ((16, 16), 15, 5)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{"row": 8, "column": 0}, {"row": -1, "column": 0}, {"row": "x", "column": 0}, {"row": 1.5, "column": 0},
+     {"row": [1], "column": 0}, {"row": "9" * 5000, "column": 0}, {"row": True, "column": 0}, {"column": 0}, {}],
+)  # fmt: skip
+def test_patches_and_blocks_that_do_not_exist_are_refused(page, session, choice):
+    with pytest.raises(RefusedError):
+        page.choose_patch(session, event(**choice))
+    with pytest.raises(RefusedError):
+        page.choose_block(session, event(stage=choice.get("row"), block=choice.get("column")))
+
+
+def test_models_that_are_not_in_the_list_are_refused(page, session, desk):
+    for key in ("runs/demo", str(desk / "runs/demo/model.safetensors"), "/etc/passwd", None, 3, ["a"], {"a": 1}):
+        with pytest.raises(RefusedError) as caught:
+            page.choose_model(session, key)
+        assert caught.value.key == "no_model"
+
+
+def test_a_picture_that_is_sent_in_takes_the_place_of_the_other(page, session):
+    mine = page.choose_picture(session, sent(png(64, 48)))[0]
+    assert mine.picture.size == (64, 48)
+    assert np.array_equal(mine.recording.seen.pictures[0], np.full((32, 32, 3), (255, 0, 0)))
+    assert mine.number != session.number
+    assert page.choose_picture(None, event(example="1"))[0].picture.size == (48, 40)
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        (sent(b"no picture"), "bad_picture"), (sent(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9"), "bad_picture"),
+        (sent(b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'), "bad_picture"),
+        (sent(b""), "bad_picture"), (sent(png(8000, 6000)), "bad_picture"), (event(), "no_data"),
+        (event(name="a", size=3, data="not base64!"), "no_data"), (event(data=["a"]), "no_data"),
+        (event(data={"path": "/etc/passwd"}), "no_data"), (event(example="99"), "no_data"),
+        (event(example="../a.png"), "no_data"), (event(example=-1), "no_data"),
+        (event(name="a", size=guard.MOST_BYTES + 1), "too_large"),
+        (event(data=base64.b64encode(bytes(guard.MOST_BYTES + 1)).decode()), "too_large"),
+    ],
+)  # fmt: skip
+def test_what_is_no_picture_is_refused(page, session, given, key):
+    with pytest.raises(RefusedError) as caught:
+        page.choose_picture(session, given)
+    assert caught.value.key == key
+
+
+def test_refusals_are_told_in_words_and_accidents_without_their_insides(page, session, monkeypatch, capsys):
+    choose = next(fn.fn for fn in page.blocks.fns.values() if fn.fn.__name__ == "choose_picture")
+    with pytest.raises(gr.Error) as caught:
+        choose(session, sent(b"no picture", "<script>.png"))
+    assert '<span lang="en">This picture cannot be used.</span><span lang="zh">无法使用这张图片。</span>' in str(
+        caught.value
+    )
+    assert "&lt;script&gt;.png: not an image" in str(caught.value)
+    monkeypatch.setattr("vmamba.app.page.received_picture", lambda sent: 1 / 0)
+    with pytest.raises(gr.Error) as caught:
+        choose(session, sent(png(9, 9)))
+    assert "ZeroDivisionError" not in str(caught.value)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_names_that_others_chose_are_shown_and_not_run(page, session):
+    assert "red &lt;b&gt;" in TABS["prediction"].draw(session)
+    assert "red <b>" not in TABS["prediction"].draw(session)
+
+
+def test_predictions_are_those_of_the_network(page, session):
+    panel = TABS["prediction"].draw(session)
+    with torch.inference_mode():
+        best = session.loaded.model(session.recording.seen.images)[0].softmax(0)
+    assert f"{float(best.max()):.1%}</b>" in panel
+    assert len(CLASSES) == panel.count('class="bar"')
+
+
+def test_visitors_at_the_same_time_do_not_see_each_others_pictures(page):
+    """Two threads, one model: the recordings are those that each gets alone."""
+    pictures = [png(40, 40, "red"), png(40, 40, "blue")]
+    alone = [page.choose_picture(None, sent(picture))[0].recording for picture in pictures]
+    together: dict[int, list[Session]] = {0: [], 1: []}
+
+    def visit(number: int) -> None:
+        together[number] += [page.choose_picture(None, sent(pictures[number]))[0] for _ in range(8)]
+
+    visitors = [threading.Thread(target=visit, args=(number,)) for number in together]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join()
+    for number, sessions in together.items():
+        assert len(sessions) == 8
+        for one in sessions:
+            assert one.recording.blocks == alone[number].blocks
+            for name in one.recording.blocks:
+                assert torch.equal(one.recording.scan(name).y, alone[number].scan(name).y)
+
+
+def test_a_session_holds_one_picture_and_one_pass(session):
+    held = [field.name for field in dataclasses.fields(session)]
+    assert held == ["loaded", "picture", "number", "recording", "stages", "stage", "block", "row", "column"]
+
+
+@pytest.mark.parametrize("name", list(TABS))
+def test_every_tab_of_a_grey_picture_of_odd_sides_is_finite_and_in_both_languages(page, name, tmp_path):
+    (tmp_path / "runs/grey").mkdir(parents=True)
+    kwargs = {"depths": [1, 1], "dims": [8, 16], "d_state": 2}
+    model = vmamba.create_model("vmamba_femto", num_classes=2, in_chans=1, **kwargs)
+    metadata = {"img_size": [27, 35], "model_kwargs": kwargs, "crop_pct": 1.0}
+    save_checkpoint(model, tmp_path / "runs/grey/model.safetensors", metadata)
+    session = page.start(None)[0].with_model(Catalogue(runs=tmp_path / "runs").load(f"trained {tmp_path}/runs/grey"))
+    assert session.grid == (7, 9)
+    session = session.with_patch(6, 8)
+    panel = TABS[name].draw(session) + routes(session)[1]
+    assert "nan" not in re.sub(r"base64,[^)\"]+", "", panel)
+    assert panel.count('lang="en"') == panel.count('lang="zh"') > 0
+
+
+def test_charts_put_their_points_where_the_numbers_are():
+    line = drawing.Line("a", "#000", [1, 10, 100, 1000], [0.0, 0.5, float("nan"), 1.0])
+    svg = drawing.chart([line], "x", "y", log="x", percent=True)
+    points = [tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]+)"', svg)[1].split()]
+    (left, bottom), (middle, half), (right, top) = points
+    assert half == pytest.approx((bottom + top) / 2, abs=0.1)
+    assert (middle - left) / (right - left) == pytest.approx(1 / 3, abs=1e-3)
+    assert all(f">{text}</text>" in svg for text in ("0%", "100%", "1", "10", "100", "1 k"))
+    assert drawing.chart([drawing.Line("a", "#000", [0], [1])], "x", "y", log="xy") == ""
+
+
+def test_a_port_in_use_is_told_in_a_line(page, address, desk, capsys, monkeypatch):
+    monkeypatch.chdir(desk)
+    port = address.rpartition(":")[2]
+    assert main(["explore", "--no-open", "--port", port]) == 1
+    assert f"nothing can listen on port {port} of 127.0.0.1" in capsys.readouterr().err
+
+
+def test_without_gradio_the_extra_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    monkeypatch.delitem(__import__("sys").modules, "vmamba.app.page")
+    assert main(["explore", "--no-open"]) == 1
+    assert 'pip install "vmamba[explore]"' in capsys.readouterr().err
