@@ -85,11 +85,12 @@ def region_levels(boxes: Tensor, levels: int, finest: float = 56.0) -> Tensor:
     Args:
         boxes: (n, 4).
         levels: number of maps.
-        finest: a box of this side, or smaller than twice that, belongs to the finest map.
+        finest: a box of this side, or smaller than twice that, belongs to the finest map, and so does one that is not
+            a number.
     """
     scale = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     # 1e-6 inside the logarithm, not outside as in torchvision: it decides for sides just below a power of two.
-    return (scale / finest + 1e-6).log2().floor().clamp(0, levels - 1).long()
+    return (scale / finest + 1e-6).log2().floor().nan_to_num(0.0).clamp(0, levels - 1).long()
 
 
 def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, iou: float) -> Tensor:

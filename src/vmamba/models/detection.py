@@ -279,13 +279,12 @@ class MaskRCNN(DenseModel):
         picture = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(regions)])
         rows = torch.cat([picture, boxes], 1)
         levels = bx.region_levels(boxes, len(maps) - 1, finest=14 * self.strides[0])
-        found, places = [], []
+        pooled = maps[0].new_empty(len(rows), maps[0].shape[1], side, side)
         for level, (x, stride) in enumerate(zip(maps[:-1], self.strides, strict=False)):
             here = (levels == level).nonzero().flatten()
             # In float32, for half the digits would not tell one place from the next.
-            found.append(roi_align(x.float(), rows[here], side, 1 / stride).to(x.dtype))
-            places.append(here)
-        return torch.cat(found).index_select(0, torch.cat(places).argsort())
+            pooled.index_copy_(0, here, roi_align(x.float(), rows[here], side, 1 / stride).to(x.dtype))
+        return pooled
 
     def _detect(
         self,
