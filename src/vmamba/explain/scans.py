@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vmamba.errors import RecipeError
 from vmamba.explain.images import AnyPictures, Seen, evaluating, see
 from vmamba.models.feature_maps import DenseModel
-from vmamba.ops import cross_scan
+from vmamba.ops import scan_orders
 from vmamba.ops.arguments import SS2DArguments, in_state_dtype
 from vmamba.ops.ss2d import watch_scans
 
@@ -244,14 +244,14 @@ def record_scans(model: nn.Module, pictures: AnyPictures, size: int | tuple[int,
         name = "" if name == "ss2d" else name.removesuffix(".ss2d")
         while name in scans:  # a module that is used twice
             name += "'"
-        arguments = in_state_dtype(SS2DArguments._make(v.detach() if isinstance(v, Tensor) else v for v in arguments))
+        # Copies: what comes after the scan may write over its result, and training over the parameters.
+        arguments = in_state_dtype(
+            SS2DArguments._make(v.detach().clone() if isinstance(v, Tensor) else v for v in arguments)
+        )
         height, width = y.shape[1:3]
-        patches = torch.arange(height * width, device=y.device).view(1, 1, height, width)
-        orders = cross_scan(patches, arguments.pattern)[0, :, 0]
-        # Copies: what comes after the scan may write over its result.
-        arguments = arguments._replace(u=arguments.u.clone())
-        scans[name] = Scan(name, arguments, y.detach().flatten(1, 2).to(arguments.u.dtype, copy=True), orders,
-                           (height, width))  # fmt: skip
+        orders = scan_orders(arguments.pattern, height, width, y.device)
+        result = y.detach().flatten(1, 2).to(arguments.u.dtype, copy=True)
+        scans[name] = Scan(name, arguments, result, orders, (height, width))
 
     network = model.backbone if isinstance(model, DenseModel) else model
     with (
