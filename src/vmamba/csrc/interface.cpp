@@ -8,17 +8,19 @@
 
 #include "enlarging.h"
 #include "layers.h"
+#include "nms.h"
 #include "products.h"
 #include "roi_align.h"
 #include "scan.h"
 
-#define DECLARE(isa)                         \
-    namespace isa {                          \
-    extern const ScanKernels scan;           \
-    extern const LayerKernels layers;        \
-    extern const ProductKernels products;    \
-    extern const RoIAlignKernels roi_align;  \
-    extern const EnlargingKernels enlarging; \
+#define DECLARE(isa)                             \
+    namespace isa {                              \
+    extern const ScanKernels scan;               \
+    extern const LayerKernels layers;            \
+    extern const ProductKernels products;        \
+    extern const RoIAlignKernels roi_align;      \
+    extern const EnlargingKernels enlarging;     \
+    extern const SuppressionKernels suppression; \
     }
 
 #if defined(VMAMBA_X86)
@@ -44,14 +46,16 @@ struct InstructionSet {
     const ProductKernels* products;
     const RoIAlignKernels* roi_align;
     const EnlargingKernels* enlarging;
+    const SuppressionKernels* suppression;
 };
 
-#define ENTRY(isa) {#isa, &isa::scan, &isa::layers, &isa::products, &isa::roi_align, &isa::enlarging}
+#define ENTRY(isa) \
+    {#isa, &isa::scan, &isa::layers, &isa::products, &isa::roi_align, &isa::enlarging, &isa::suppression}
 
 constexpr InstructionSet ALL[] = {  // the first that a processor has is the fastest
 #if defined(VMAMBA_X86)
     {"avx512_bf16", &avx512::scan, &avx512::layers, &avx512_bf16::products, &avx512::roi_align,
-     &avx512::enlarging},
+     &avx512::enlarging, &avx512::suppression},
     ENTRY(avx512),
     ENTRY(avx2),
 #endif
@@ -180,7 +184,7 @@ int32_t run(Call* p, void (*task)(const Call&, int64_t, float*), size_t scratch 
     EXPORT int32_t name(Structure* p)
 
 // Changes with the structures and the functions below, so that a library left over from another version is recognised.
-EXPORT int32_t vmamba_interface() { return 6; }
+EXPORT int32_t vmamba_interface() { return 7; }
 
 EXPORT const char* vmamba_kernels() { return chosen->name; }
 
@@ -273,4 +277,10 @@ COMPUTE(vmamba_roi_align_backward, RoIAlign) {
 COMPUTE(vmamba_add_enlarged, Enlarging) {
     const EnlargingKernels& enlarging = *chosen->enlarging;
     return !share<Enlarging>(*p, p->batch * p->height, enlarging.scratch(*p), enlarging.add);
+}
+
+// Each box waits for the one before it: one thread.
+COMPUTE(vmamba_nms, Suppression) {
+    chosen->suppression->suppress(*p);
+    return 0;
 }

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_iou
+
+from vmamba.ops.nms import nms
 
 NEGATIVE, LEFT_OUT = -1, -2  # in place of the number of a true box
 _MAX_LOG_RATIO = math.log(1000 / 16)  # a box is at most this much larger or smaller than the one it is relative to
