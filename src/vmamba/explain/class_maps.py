@@ -174,8 +174,8 @@ def _goal(
         return _object_goal(model, seen, target, at, names)
     with torch.no_grad():
         logits: Tensor = model(seen.images)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise RecipeError(f"{type(model).__name__} gives no logits (B, classes), of which one could be explained")
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or getattr(model, "num_classes", None) == 0:
+        raise RecipeError(f"{type(model).__name__} has no classes, of which one could be explained")
     answers = logits.argmax(1) if target is None else torch.full_like(logits[:, 0], _known(target, logits.shape[1]))
     answers = answers.long()
     words = tuple(f"“{_name(int(i), names)}”" for i in answers)
@@ -187,6 +187,8 @@ def _mask_goal(
 ) -> tuple[Score, tuple[str, ...], Tensor]:
     with torch.no_grad():
         labels = model(seen.images).argmax(1)
+    if region is not None and region.shape != labels.shape[1:]:
+        raise RecipeError(f"the region is {tuple(region.shape)}; expected {tuple(labels.shape[1:])}, one a pixel")
     if target is None:
         chosen = labels if region is None else labels[:, region.to(labels.device)]
         target = int(labels[0, int(at[1]), int(at[0])]) if at else int(chosen.flatten().bincount().argmax())
@@ -194,8 +196,6 @@ def _mask_goal(
     pixels = labels == target if region is None else region.to(labels.device, torch.bool)[None]
     if at is not None and region is None:
         pixels = _connected(pixels, int(at[0]), int(at[1]))
-    if pixels.shape[1:] != labels.shape[1:]:
-        raise RecipeError(f"the region is {tuple(pixels.shape[1:])}; expected {tuple(labels.shape[1:])}, one a pixel")
     if not pixels.any():
         found = ", ".join(_name(int(i), names) for i in labels.unique())
         raise RecipeError(f"no pixel of the picture is “{_name(target, names)}”; the model finds: {found}")
@@ -271,7 +271,10 @@ def _tapped(model: nn.Module) -> Iterator[list[nn.Module]]:
             hooks.callback(source.backbone.register_forward_hook(lambda _, __, maps: list(taps[0](*maps))).remove)
         else:
             info = getattr(source, "feature_info", None)
-            places = {entry["reduction"]: entry["module"] for entry in info or () if entry.get("module")}
+            entries = [entry for entry in info or () if entry.get("module")]
+            # After its last block a ViT reads the class's token alone: the patches had their say before.
+            entries = entries[:-1] if getattr(source, "global_pool", None) == "token" else entries
+            places = {entry["reduction"]: entry["module"] for entry in entries}
             coarse = {stride: name for stride, name in places.items() if stride >= 4} if len(places) > 4 else places
             if not coarse:
                 raise RecipeError(

@@ -1,0 +1,131 @@
+"""Class maps: captum's, on whatever layout a network has, of classes, masks and found objects."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import vmamba
+from vmamba import explain
+from vmamba.errors import RecipeError
+
+IMAGES = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
+SWIN = {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": 12, "num_heads": (1, 1, 1, 1)}
+
+
+def test_the_maps_are_those_of_the_definition():
+    torch.manual_seed(0)
+    model = vmamba.create_model("vmamba_femto_s2", num_classes=5)
+    found = explain.class_maps(model, IMAGES, target=3)
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+    model.eval()
+    x = model.stem(IMAGES)
+    for i, stage in enumerate(model.stages):
+        x = stage(x).detach().requires_grad_()
+        y = model.stages[i + 1 :](x)
+        logits = model.forward_head(model.norm(y))[:, 3]
+        (gradient,) = torch.autograd.grad(logits.sum(), x)
+        torch.testing.assert_close(found.scores, logits.detach(), rtol=1e-4, atol=1e-5)
+        cam = (gradient.mean((1, 2), keepdim=True) * x).sum(-1).relu()
+        largest = float(cam.detach().max())
+        torch.testing.assert_close(found.grad_cam[i], cam.detach(), rtol=1e-3, atol=1e-3 * largest)
+        product = (gradient * x).sum(-1).detach()
+        limit = 1e-3 * float(product.abs().max())
+        torch.testing.assert_close(found.gradient_activation[i], product, rtol=1e-3, atol=limit)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "grids"),
+    [
+        ("resnet10t", {}, [(16, 16), (8, 8), (4, 4), (2, 2)]),
+        ("swin_tiny_patch4_window7_224", SWIN,
+         [(16, 16), (8, 8), (4, 4), (2, 2)]),
+        ("vit_tiny_patch16_224", {"img_size": 64, "depth": 2}, [(4, 4)]),
+    ],
+)  # fmt: skip
+def test_other_networks_of_timm(name, options, grids):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4, **options)
+    images = torch.randn(2, 3, 64, 64)
+    found = explain.class_maps(model, images)
+    assert [tuple(cam.shape[1:]) for cam in found.grad_cam] == grids
+    with torch.no_grad():
+        best = model.eval()(images).max(1)
+    assert found.targets == tuple(f"“class {i}”" for i in best.indices.tolist())
+    torch.testing.assert_close(found.scores, best.values)
+    assert all(cam.min() >= 0 for cam in found.grad_cam)
+    assert all(x.abs().max() > 0 for x in found.gradient_activation)
+
+
+def test_masks_and_regions():
+    torch.manual_seed(0)
+    model = vmamba.create_model("upernet", backbone="vmamba_femto_s2", num_classes=4, channels=8).eval()
+    image = IMAGES[:1]
+    with torch.no_grad():
+        logits = model(image)
+    labels = logits.argmax(1)[0]
+    found = explain.class_maps(model, image, place=(30, 20), class_names=list("abcd"))
+    target = int(labels[20, 30])
+    region = found.regions[0]
+    assert region[20, 30]
+    assert (labels[region] == target).all()
+    around = torch.nn.functional.max_pool2d(region[None].float(), 3, 1, 1)[0] > 0
+    assert (labels[around & ~region] != target).all()  # all that hangs together
+    assert found.targets == (f"mask of “{'abcd'[target]}”",)
+    assert float(found.scores) == pytest.approx(float(logits[0, target][region].mean()), rel=1e-4)
+    chosen = torch.zeros(32, 40, dtype=torch.bool)
+    chosen[:4, :6] = True
+    given = explain.class_maps(model, image, target=target, region=chosen, stages=[2])
+    assert given.stages == (2,)
+    assert len(given.grad_cam) == 1
+    assert given.grad_cam[0].shape == (1, 8, 10)
+    weight = torch.nn.functional.adaptive_avg_pool2d(chosen[None].float(), (8, 10))[0]
+    share = float((given.grad_cam[0][0] * weight).sum() / given.grad_cam[0].sum())
+    assert given.inside() == pytest.approx([share])
+    with pytest.raises(RecipeError, match="one at a time"):
+        explain.class_maps(model, IMAGES)
+    with pytest.raises(RecipeError, match=r"region is \(3, 3\); expected \(32, 40\)"):
+        explain.class_maps(model, image, region=chosen[:3, :3])
+
+
+def test_objects():
+    torch.manual_seed(0)
+    model = vmamba.create_model(
+        "maskrcnn", backbone="vmamba_femto_s2", num_classes=2, channels=8, hidden=16, score_thr=0.0, max_per_img=5
+    ).eval()
+    with torch.no_grad():
+        objects = model(IMAGES[:1])[0]
+    found = explain.class_maps(model, IMAGES[:1], target=1)
+    assert float(found.scores.sigmoid()) == pytest.approx(float(objects["scores"][1]), rel=1e-4)
+    assert found.targets == (f"“class {int(objects['labels'][1])}”, object 1",)
+    assert [x.abs().max() > 0 for x in found.gradient_activation] == [True] * 3
+    with pytest.raises(RecipeError, match="no object number 5; the model finds 5 objects"):
+        explain.class_maps(model, IMAGES[:1], target=5)
+
+
+def test_wrong_questions_and_the_figure(tmp_path):
+    torch.manual_seed(0)
+    model = vmamba.create_model("vmamba_femto_s2", num_classes=3)
+    with pytest.raises(RecipeError, match="no class 3; the model has classes 0 to 2"):
+        explain.class_maps(model, IMAGES, target=3)
+    with pytest.raises(RecipeError, match="no stage 4; this model has stages 1 to 3"):
+        explain.class_maps(model, IMAGES, stages=[4])
+    with pytest.raises(RecipeError, match="no classes"):
+        explain.class_maps(vmamba.create_model("vmamba_femto_s2", num_classes=0), IMAGES)
+    found = explain.class_maps(model, IMAGES, target=2, class_names=["a", "b", "$c^"])
+    figure = found.figure(1)
+    assert figure._suptitle.get_text() == r"What made this “\$c^”"
+    assert [axes.get_title(loc="left") for axes in figure.axes[1:4]] == [
+        "stage 1: 16×20",
+        "stage 2: 8×10",
+        "stage 3: 4×5",
+    ]
+    found.save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert min(image.size) > 400
+    numbers = found.numbers(1)
+    assert numbers["score"] == float(found.scores[1])
+    assert numbers["stages"][1]["grad_cam"] == found.grad_cam[1][1].tolist()
