@@ -38,6 +38,7 @@ lint: $(STAMP) ## style and types
 bench: $(STAMP) ## the benchmarks of this machine; tables and plots under benchmarks/results/
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/dense_speed.py
 
 sanitize: $(STAMP) ## the CPU kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(PYTHON) -m venv $(VENV)/build && $(VENV)/build/bin/python -m pip install --quiet cmake ninja
