@@ -18,8 +18,8 @@ class ExplainConfig:
     ema: bool = False
     """Of a checkpoint that holds both, take the averaged weights."""
     what: str | None = None
-    """What to look at, with commas between: stages, activation, memory, matrix, class, depth; null for those of the
-    first three and class that the model allows."""
+    """What to look at, with commas between: stages, activation, memory, matrix, class, depth, patterns; null for those
+    of the first three and class that the model allows."""
     query: str | None = None
     """The place x,y that is asked about, in pixels of the photo; null for the middle of what the model sees."""
     block: str | None = None

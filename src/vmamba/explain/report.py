@@ -34,7 +34,10 @@ PHOTO_PARTS: dict[str, str] = {
     "class": "vmamba.explain.report:classes",
 }
 """What can be seen of a photo: functions from a `Look` to numbers for JSON, by their word in ``--what``."""
-MODEL_PARTS: dict[str, str] = {"depth": "vmamba.explain.report:depth"}
+MODEL_PARTS: dict[str, str] = {
+    "depth": "vmamba.explain.report:depth",
+    "patterns": "vmamba.explain.scan_patterns:report",
+}
 """What can be seen of a model: functions from an `Explanation` and the photos to numbers for JSON."""
 
 

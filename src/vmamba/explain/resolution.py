@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,8 @@ def _right(model: nn.Module, pictures: Any, size: int, batch_size: int, what: st
 def at_size(model: nn.Module, size: Sequence[int]) -> nn.Module:
     """The model itself if it takes images of any size, else a copy whose positions are interpolated to this one.
 
+    A Swin's windows stay as large as they are: timm alone would let them grow with the image, and their cost with it.
+
     Args:
         model: one of ours or of timm's.
         size: height and width.
@@ -111,5 +114,8 @@ def at_size(model: nn.Module, size: Sequence[int]) -> nn.Module:
     if fixed is None or tuple(fixed) == tuple(size) or not hasattr(model, "set_input_size"):
         return model
     model = copy.deepcopy(model)
-    model.set_input_size(img_size=tuple(size))  # type: ignore[operator]
+    resize: Any = model.set_input_size
+    windows = [module.window_size for module in model.modules() if hasattr(module, "window_size")]
+    kept = {"window_size": windows[0]} if windows and "window_size" in inspect.signature(resize).parameters else {}
+    resize(img_size=tuple(size), **kept)
     return model

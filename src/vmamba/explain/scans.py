@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vmamba.errors import RecipeError
 from vmamba.explain.images import AnyPictures, Seen, evaluating, see
+from vmamba.explain.scan_patterns import route_names
 from vmamba.models.feature_maps import DenseModel
 from vmamba.ops import scan_orders
 from vmamba.ops.arguments import SS2DArguments, in_state_dtype
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
     from vmamba.explain.activation_maps import ActivationMaps
     from vmamba.explain.attention import AttentionMatrix
     from vmamba.explain.selectivity import Selectivity
-
-_ROUTE_NAMES = {
-    "cross": ("rows →", "columns ↓", "rows ← back", "columns ↑ back"),
-    "unidirectional": ("rows →",) * 4,
-    "bidirectional": ("rows →", "rows →", "rows ← back", "rows ← back"),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +101,7 @@ class Scan:
     @property
     def route_names(self) -> tuple[str, ...]:
         """The routes in words."""
-        usual = _ROUTE_NAMES.get(self.pattern)
-        return usual or tuple(f"{self.pattern.split(' at ')[0]}, route {k + 1}" for k in range(len(self.orders)))
+        return route_names(self.pattern)
 
     def on_grid(self, values: Tensor, dim: int) -> Tensor:
         """A dimension of L patches as H×W."""
