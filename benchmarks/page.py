@@ -42,7 +42,8 @@ COLUMNS = {
 }
 COLOURS = {
     "VMamba": "#0072B2", "Swin": "#E69F00", "ConvNeXt": "#009E73", "ViT": "#CC79A7", "DeiT": "#CC79A7",
-    "ResNet": "#7F7F7F",
+    "ResNet": "#7F7F7F", "cross": "#0072B2", "unidirectional": "#E69F00", "bidirectional": "#009E73",
+    "diagonal": "#D55E00", "hilbert": "#CC79A7", "spiral": "#7F7F7F",
 }  # fmt: skip
 
 
