@@ -7,6 +7,7 @@ what is negative is left out. Gradient × activation: Σ_c ∂s/∂x_c · x_c, p
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -268,7 +269,8 @@ def _tapped(model: nn.Module) -> Iterator[list[nn.Module]]:
     with ExitStack() as hooks:
         if isinstance(source, DenseModel):
             taps: list[nn.Module] = [_Together()]
-            hooks.callback(source.backbone.register_forward_hook(lambda _, __, maps: list(taps[0](*maps))).remove)
+            together = _here(lambda maps: list(taps[0](*maps)))
+            hooks.callback(source.backbone.register_forward_hook(together).remove)
         else:
             info = getattr(source, "feature_info", None)
             entries = [entry for entry in info or () if entry.get("module")]
@@ -292,10 +294,16 @@ class _Together(nn.Module):
         return maps
 
 
+def _here(function: Callable[[Any], Any]) -> Callable[[nn.Module, Any, Any], Any]:
+    """A forward hook that changes a module's output, of passes in this thread alone."""
+    thread = threading.get_ident()
+    return lambda _, __, output: function(output) if threading.get_ident() == thread else output
+
+
 def _tapping(model: Any, tap: nn.Module) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     """A hook that passes a stage's output through `tap`, whatever its layout."""
 
-    def hook(_: nn.Module, __: Any, x: Tensor) -> Tensor:
+    def through(x: Tensor) -> Tensor:
         if x.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NHWC":
             return tap(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if x.ndim == 3:  # tokens, behind those that are no patches
@@ -305,4 +313,4 @@ def _tapping(model: Any, tap: nn.Module) -> Callable[[nn.Module, Any, Tensor], T
             return torch.cat([x[:, :first], grid.flatten(2).transpose(1, 2)], 1)
         return tap(x)
 
-    return hook
+    return _here(through)

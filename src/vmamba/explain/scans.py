@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -198,7 +199,7 @@ class Recording:
         """
         from vmamba.explain.activation_maps import maps_of
 
-        several = query is not None and not isinstance(query[0], (int, float))
+        several = query is not None and not isinstance(query[0], Real)
         places: Any = query if several else [query] * len(self.seen)
         return maps_of(self, block, [self.patch(place, block) for place in places])
 
