@@ -25,12 +25,12 @@ _HEAT = np.array([
 _LEAST_SIDE = 128  # a picture with shorter sides is shown with its pixels as squares
 
 
-def heat_rgba(values: NDArray[np.floating]) -> NDArray[np.uint8]:
+def heat_rgba(values: NDArray[np.floating], power: float = 0.5) -> NDArray[np.uint8]:
     """Numbers (H, W) from 0 to 1 to colours (H, W, 4): the larger, the lighter and the less transparent.
 
-    Small numbers are lifted by a square root. Those that are not a number become a veil of grey.
+    Small numbers are lifted by a power. Those that are not a number become a veil of grey.
     """
-    roots = np.sqrt(np.clip(np.nan_to_num(np.asarray(values, float)), 0, 1))
+    roots = np.clip(np.nan_to_num(np.asarray(values, float)), 0, 1) ** power
     places = np.linspace(0, 1, len(_HEAT))
     colours = np.stack([*(np.interp(roots, places, channel) for channel in _HEAT.T), 255 * (0.3 + 0.7 * roots)], -1)
     colours[np.isnan(values)] = (128, 128, 128, 170)
@@ -149,7 +149,7 @@ class _Axis:
     def ticks(self) -> list[float]:
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            steps = (1, 2, 5) if len(decades) <= 3 else (1,)
+            steps = (1, 2, 5) if self.high < 1000 * self.low else (1,)
             found = [step * 10.0**decade for decade in decades for step in steps]
         else:
             step = 10.0 ** math.floor(math.log10((self.high - self.low) / 2))

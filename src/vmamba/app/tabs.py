@@ -14,7 +14,12 @@ from vmamba.app import drawing, views
 from vmamba.app.session import Session
 from vmamba.app.texts import ROUTES, both
 from vmamba.explain.activation_maps import maps_of
+from vmamba.explain.class_maps import class_maps
+from vmamba.explain.receptive_field import receptive_field, untrained
+from vmamba.explain.scaling import scaling
 from vmamba.explain.scans import Scan
+from vmamba.explain.stage_maps import stage_maps
+from vmamba.ops.routes import PATTERNS, scan_orders
 
 
 class Tab(NamedTuple):
@@ -100,25 +105,131 @@ def route_name(name: str) -> str:
 
 def prediction(session: Session) -> str:
     """What the network says of the picture, in its own task's way."""
-    predictor: Any = session.loaded.predictor
     with session.loaded.lock, torch.inference_mode():
         if session.loaded.choice.task == "classification":
-            best = (
-                session.loaded.model(session.recording.seen.images)[0]
-                .float()
-                .softmax(0)
-                .topk(min(6, predictor.num_classes))
-            )
-            names = [predictor.class_names[index] for index in best.indices.tolist()]
-            bars = views.classes(list(zip(names, best.values.tolist(), strict=True)))
-            return views.panel(views.say("prediction"), bars)
+            return views.panel(views.say("prediction"), views.classes(_best(session, 6)))
+        predictor: Any = session.loaded.predictor
         find = predictor.segment if session.loaded.choice.task == "segmentation" else predictor.detect
         found = find(session.picture)
     return views.panel(views.say("prediction"), views.wide(found.overlay(), session.loaded.choice.task))
 
 
+def _best(session: Session, number: int) -> list[tuple[str, float]]:
+    """The most likely classes with their probabilities, best first."""
+    predictor: Any = session.loaded.predictor
+    best = (
+        session.loaded.model(session.recording.seen.images)[0]
+        .float()
+        .softmax(0)
+        .topk(min(number, predictor.num_classes))
+    )
+    names = [predictor.class_names[index] for index in best.indices.tolist()]
+    return list(zip(names, best.values.tolist(), strict=True))
+
+
+def stages(session: Session) -> str:
+    """What each stage puts out."""
+    with session.loaded.lock:
+        found = stage_maps(session.loaded.model, session.recording.seen)
+    components, energy, numbers = found.components(), found.energy(), found.numbers()
+    colours, strong = [], []
+    for number, colour, length in zip(numbers, components, energy, strict=True):
+        title = both("stage", stage=number["stage"])
+        low, high = (colour[0].flatten(1).quantile(q, dim=1).view(-1, 1, 1) for q in (0.02, 0.98))
+        rgb = ((colour[0] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).movedim(0, 2)
+        image = views.picture(drawing.png((rgb * 255).round().byte().numpy()), session.seen.size)
+        channels, rows, columns = number["shape"]
+        colours.append((title, image, both("stage_of", rows=rows, columns=columns, channels=channels)))
+        image = views.stack((rows, columns), session.seen.size, "still", views.heat(length[0].numpy()))
+        strong.append((title, image, both("edges", edges=number["edges"])))
+    parts = views.say("components"), views.cards(colours), views.say("energy"), views.cards(strong)
+    return views.panel(views.say("stages"), *parts)
+
+
+def classes(session: Session) -> str:
+    """Which places of each stage spoke for what the network answers."""
+    predictor: Any = session.loaded.predictor
+    targets: list[int | None] = [None]
+    with session.loaded.lock:
+        if session.loaded.choice.task == "classification":
+            with torch.inference_mode():
+                logits = session.loaded.model(session.recording.seen.images)[0]
+            targets = [*logits.topk(min(2, len(logits))).indices.tolist()]
+        names = predictor.class_names
+        found = [class_maps(session.loaded.model, session.recording.seen, t, class_names=names) for t in targets]
+    parts = []
+    for one in found:
+        items = []
+        for stage, cam in zip(one.stages, one.grad_cam, strict=True):
+            rows, columns = cam.shape[1:]
+            image = views.stack((rows, columns), session.seen.size, "still", views.heat(cam[0].numpy()))
+            items.append((both("stage", stage=stage), image, f"{rows}×{columns}"))
+        parts += [views.say("class", name=one.targets[0], score=float(one.scores[0])), views.cards(items)]
+    return views.panel(views.say("classes"), *parts)
+
+
+def field(session: Session) -> str:
+    """How far the middle of the stage's map hears, before and after training."""
+    model, images = session.loaded.model, session.recording.seen.images
+    with session.loaded.lock:
+        found = {"field_now": receptive_field(model, images, session.stage)}
+        if session.loaded.choice.origin != "untrained":
+            found = {"field_before": receptive_field(untrained(model), images, session.stage)} | found
+    items, lines = [], []
+    for (key, one), colour in zip(found.items(), drawing.ROUTE_COLOURS[1::-1][-len(found) :], strict=True):
+        shares = one.contributions / one.contributions.max()
+        heat = drawing.heat_rgba(np.log10(np.maximum(shares, 1e-4)) / 4 + 1, power=1)
+        image = views.picture(drawing.png(heat[..., :3]), session.seen.size)
+        half, most = one.side(0.5), one.side(0.9)
+        items.append((both(key), image, both("field_of", half=half, most=most, area=one.area(0.9))))
+        lines.append(drawing.Line(both(key), colour, *(values.tolist() for values in one.within())))
+    chart = drawing.chart(lines, both("field_side"), both("field_share"), percent=True)
+    return views.panel(views.say("field", stage=session.stage + 1), views.cards(items), chart)
+
+
+def cost(session: Session) -> str:
+    """What the network costs as pictures grow, beside one with attention."""
+    model: Any = session.loaded.model
+    name = session.loaded.choice.name
+    network = model if session.loaded.choice.task == "classification" else model.backbone
+    with session.loaded.lock:
+        found = scaling({name: network, _RIVAL: _RIVAL}, _SIDES, rounds=3, memory=False)
+    lines, rows = [], []
+    for one, colour in zip(found, drawing.ROUTE_COLOURS, strict=False):
+        for key in ("flops", "seconds"):
+            values = [getattr(each, key) for each in one.costs]
+            if key == "flops":
+                lines.append(drawing.Line(escape(one.name), colour, [each.size**2 for each in one.costs], values))
+            rows.append((escape(one.name), both(key), *map(drawing.brief, values), f"{one.exponents[key]:.2f}"))
+    head = ("", "", *(f"{side}²" for side in _SIDES), both("exponent"))
+    chart = drawing.chart(lines, both("pixels"), both("flops"), log="xy", dots=True)
+    return views.panel(views.say("scaling"), views.table(head, rows), chart)
+
+
+def order(session: Session) -> str:
+    """The order in which each pattern visits the grid, drawn as it goes."""
+    own = session.recording.scan(session.name).pattern
+    parts = [views.say("order", pattern=own)]
+    for pattern in sorted(PATTERNS, key=lambda name: name != own):
+        paths = scan_orders(pattern, _GRID, _GRID).tolist()
+        items = [
+            ("", views.walk([divmod(place, _GRID) for place in path], _GRID, colour), "")
+            for path, colour in zip(paths, drawing.ROUTE_COLOURS, strict=True)
+        ]
+        parts += [f"<h3>{escape(pattern)}</h3>", views.cards(items)]
+    return views.panel(*parts)
+
+
+_RIVAL, _SIDES = "deit_tiny_patch16_224", (64, 128, 256, 384)
+_GRID = 8  # rows and columns on which patterns are drawn
+
 TABS = {
     "routes": Tab(lambda session: routes(session)[0], lambda session: None),
     "memory": Tab(memory, of_block),
+    "stages": Tab(stages, of_picture),
+    "classes": Tab(classes, of_picture),
     "prediction": Tab(prediction, of_picture),
+    "field": Tab(field, lambda session: (*of_picture(session), session.stage)),
+    "scaling": Tab(cost, of_model),
+    "order": Tab(order, lambda session: session.recording.scan(session.name).pattern),
 }

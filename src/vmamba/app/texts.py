@@ -93,6 +93,48 @@ TEXTS: dict[str, tuple[str, str]] = {
     "columns_back": ("columns, back", "逐列，逆向"),
     "heard": ("How far back it listens: share of all it hears", "能“听”多远：占其所听全部的份额"),
     "steps_back": ("from at most so many patches back along the route", "来自沿路线往回至多这么多个图块"),
+    "stages": (
+        "What the stages put out: early ones follow edges and texture, late ones tell things apart.",
+        "各阶段的输出：浅层跟随边缘与纹理，深层区分事物。",
+    ),
+    "components": (
+        "The three directions in which the patches of a stage differ most, as red, green and blue.",
+        "图块差异最大的三个方向，以红、绿、蓝表示。",
+    ),
+    "stage_of": ("{rows}×{columns} patches, {channels} channels", "{rows}×{columns} 个图块，{channels} 个通道"),
+    "energy": ("How far each patch is from the mean of the picture.", "每个图块偏离整幅图片均值的程度。"),
+    "edges": ("follows the edges of the picture: {edges:.2f}", "与图片边缘的相关性：{edges:.2f}"),
+    "classes": (
+        "What made this answer: places of each stage that spoke for it (Grad-CAM).",
+        "为何得出这个答案：各阶段中支持它的位置（Grad-CAM）。",
+    ),
+    "class": ("{name} (logit {score:.2f})", "{name}（logit {score:.2f}）"),
+    "field": (
+        "Effective receptive field: which pixels the middle of stage {stage} hears, on a logarithmic scale down to a"
+        " ten-thousandth of the loudest.",
+        "有效感受野：阶段 {stage} 的中心位置能听到哪些像素（对数刻度，直到最强者的万分之一）。",
+    ),
+    "field_now": ("this network", "该网络"),
+    "field_before": ("before training", "训练之前"),
+    "field_of": (
+        "half of it within a square of {half:.0f} px, 90 % within {most:.0f} px; 90 % in {area:.0%} of the pixels",
+        "一半在边长 {half:.0f} 像素的正方形内，90 % 在 {most:.0f} 像素内；90 % 集中于 {area:.0%} 的像素",
+    ),
+    "field_side": ("side of a square around the middle, in pixels", "以中心为中点的正方形边长（像素）"),
+    "field_share": ("Share of what is heard from inside the square", "来自正方形内部的份额"),
+    "scaling": (
+        "What a larger picture costs, counted and measured here, one picture at a time. An exponent of 1 means linear"
+        " in pixels; attention tends to 2.",
+        "图片变大的代价（在本机计数与测量，每次一张）。指数为 1 表示与像素数成线性；注意力机制趋向 2。",
+    ),
+    "flops": ("Multiply-accumulates", "乘加次数"),
+    "seconds": ("seconds", "秒"),
+    "exponent": ("exponent", "指数"),
+    "pixels": ("pixels of the picture", "图片像素数"),
+    "order": (
+        "The order in which each of the four routes visits the patches. This network uses “{pattern}”.",
+        "四条路线各自访问图块的顺序。该网络使用“{pattern}”。",
+    ),
     "less": ("little", "弱"),
     "more": ("much", "强"),
     "prediction": ("What the network says of this picture.", "网络对这张图片的判断。"),

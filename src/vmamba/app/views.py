@@ -69,19 +69,21 @@ def stack(
     Args:
         grid: rows and columns of patches.
         size: width and height of the picture.
-        kind: more classes of the style sheet.
+        kind: "canvas" for the large one, "still" for one that is not clicked on.
         heat: address of the map; without one the style sheet says which.
         focus: whether the keyboard can reach it.
     """
     small = " small-picture" if drawing.is_small(size) else ""
     image = f' style="background-image:url({heat})"' if heat else ""
+    places = "" if kind == "still" else f' data-rows="{grid[0]}" data-columns="{grid[1]}"'
+    frame = "" if kind == "still" else '<div class="query"></div>'
     lines = '<div class="grid"></div>' if max(grid) <= _MOST_LINES else ""
     reach = f' tabindex="0" role="application" aria-label="{plain("canvas", "en")}"' if focus else ""
     return (
-        f'<div class="stack {kind}{small}" data-rows="{grid[0]}" data-columns="{grid[1]}"{reach} '
+        f'<div class="stack {kind}{small}"{places}{reach} '
         f'style="--rows:{grid[0]};--columns:{grid[1]};aspect-ratio:{size[0]}/{size[1]}">'
         f'<div class="photo"></div><div class="heat"{image}></div>{lines}'
-        '<div class="query"></div></div>'
+        f"{frame}</div>"
     )
 
 
@@ -120,9 +122,34 @@ def wide(picture: Image.Image, name: str) -> str:
     return f'<div class="wide"><img src="{drawing.photograph(picture, 1200)}" alt="{escape(name)}"></div>'
 
 
+def picture(address: str, size: tuple[int, int]) -> str:
+    """A map of few pixels in the shape of a picture of this width and height."""
+    style = f"background-image:url({address});aspect-ratio:{size[0]}/{size[1]}"
+    return f'<div class="map" style="{style}"></div>'
+
+
+def walk(places: Sequence[tuple[int, int]], side: int, colour: str) -> str:
+    """A route over a grid as a line that draws itself, from a ring on: places as (row, column), in order."""
+    points = " ".join(f"{column + 0.5:g},{row + 0.5:g}" for row, column in places)
+    row, column = places[0]
+    return (
+        f'<svg class="walk" viewBox="0 0 {side} {side}" role="img" style="--colour:{colour};--side:{side}">'
+        f'<polyline class="trace" points="{points}"/><polyline class="pen" pathLength="1" points="{points}"/>'
+        f'<circle cx="{column + 0.5:g}" cy="{row + 0.5:g}" r="0.22"/></svg>'
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells of HTML."""
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{"".join(f"<th>{cell}</th>" for cell in head)}</tr>{lines}</table></div>'
+
+
 def cards(items: Sequence[tuple[str, str, str]]) -> str:
     """Titles, what is below each, and a line of text: all HTML."""
-    parts = (f'<div class="card"><h3>{title}</h3>{body}<p>{text}</p></div>' for title, body, text in items)
+    parts = (
+        f'<div class="card">{title and f"<h3>{title}</h3>"}{body}<p>{text}</p></div>' for title, body, text in items
+    )
     return f'<div class="cards">{"".join(parts)}</div>'
 
 
