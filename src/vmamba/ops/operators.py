@@ -42,8 +42,10 @@ def call_operator(name: str, backend: Backend, arguments: ScanArguments | SS2DAr
     # Where nothing watches, the function itself: the dispatcher's detour costs as much as a small model's scan.
     if backend.traceable or (not torch.is_grad_enabled() and runs_eagerly(*arguments[:-1])):
         return getattr(backend.module, name)(arguments)
-    if is_tracing_for_export() and not (keeps_scans() and isinstance(arguments, SS2DArguments) and is_along_axes(arguments.pattern)):
-        return getattr(eager, f"{name}_for_export")(arguments)
+    if is_tracing_for_export():
+        stays = keeps_scans() and isinstance(arguments, SS2DArguments) and is_along_axes(arguments.pattern)
+        if not stays:
+            return getattr(eager, f"{name}_for_export")(arguments)
     return getattr(torch.ops.vmamba, name)(*arguments, backend.name)
 
 
