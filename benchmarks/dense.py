@@ -47,18 +47,18 @@ from vmamba.tasks.segmentation import Pairs, scores
 from vmamba.tasks.segmenter import Segmenter
 
 PRE = Preprocessing()
-TURNS = 10  # of each network, after each of which it is judged
+TURN = 60.0  # seconds in a row at most, after which a network is judged
 SHOWN, SURE = 4, 0.5  # pictures in a sheet, and the lowest score there
 
-# Name and arguments, for timm, of backbones with four maps. ResNet's end with a norm already.
+# Name and arguments, for timm, of backbones with four maps, all shallow: the budget is short. ResNet's end with a norm.
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
-    "VMamba": ("vmamba_nano", {"depths": (2, 2, 4, 2), "dims": (32, 64, 128, 256), "drop_path_rate": 0.0}),
+    "VMamba": ("vmamba_nano", {"depths": (1, 1, 2, 1), "dims": (40, 80, 160, 320), "drop_path_rate": 0.0}),
     "Swin": (
         "swin_tiny_patch4_window7_224",
-        {"depths": (2, 2, 4, 2), "embed_dim": 32, "num_heads": (1, 2, 4, 8), "strict_img_size": False},
+        {"depths": (2, 2, 2, 2), "embed_dim": 32, "num_heads": (1, 2, 4, 8), "strict_img_size": False},
     ),
-    "ConvNeXt": ("convnext_tiny", {"depths": (2, 2, 6, 2), "dims": (36, 72, 144, 288)}),
-    "ResNet": ("resnet18", {"channels": (32, 64, 128, 256), "out_indices": (1, 2, 3, 4)}),
+    "ConvNeXt": ("convnext_tiny", {"depths": (1, 1, 3, 1), "dims": (44, 88, 176, 352)}),
+    "ResNet": ("resnet18", {"channels": (30, 60, 120, 240), "out_indices": (1, 2, 3, 4)}),
 }
 
 
@@ -100,7 +100,7 @@ class Streets:
     augment: SegmentationAugmentConfig
     recipe = Recipe(batch=8, rate=1e-2)
 
-    usual = SegmentationAugmentConfig(scale=(320, 240), ratio=(0.5, 1.5), crop=(144, 144), photometric=False)
+    usual = SegmentationAugmentConfig(scale=(240, 180), ratio=(0.5, 1.5), crop=(112, 112), photometric=False)
     tiny = SegmentationAugmentConfig(scale=(60, 44), crop=(32, 32), photometric=False)
 
     @classmethod
@@ -168,9 +168,9 @@ class BloodCells:
     judged: Objects
     seed: int
     augment: DetectionAugmentConfig
-    recipe = Recipe(batch=4, rate=1e-2)
+    recipe = Recipe(batch=4, rate=5e-3)
 
-    usual = DetectionAugmentConfig(short_sides=(224, 256, 288), longest=480, photometric=True)
+    usual = DetectionAugmentConfig(short_sides=(168, 192, 216), longest=360, photometric=True)
     tiny = DetectionAugmentConfig(short_sides=(64,), longest=96)
 
     @classmethod
@@ -266,7 +266,7 @@ def learn(name: str, root: Path, settings: Settings) -> str:
     lesson = kind.open(root, settings)
     budget = 60 * settings.minutes
     networks = {network: partial(lesson.network, network) for network in settings.networks}
-    contenders = learn_in_turns(networks, lesson, budget, budget / TURNS, settings.seed, time.process_time)
+    contenders = learn_in_turns(networks, lesson, budget, min(TURN, budget / 3), settings.seed, time.process_time)
     with torch.inference_mode():
         sheet = lesson.sheet({contender.name: contender.average for contender in contenders})
     overlays.save(sheet, settings.output / f"{name}_pictures.png")
@@ -285,6 +285,7 @@ def learn(name: str, root: Path, settings: Settings) -> str:
         notes=[
             f"{settings.minutes:g} minutes of training each, of the process's own time on one core",
             f"From scratch, one recipe, one narrow head, seed {settings.seed}",
+            "A LayerNorm follows each map of every backbone but ResNet, whose maps end with a norm already",
             f"{len(lesson.known)} pictures to learn from, judged by {len(lesson.judged)} of {of}",
         ],
     ).write(contenders, settings.output)  # fmt: skip
@@ -309,11 +310,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             places[name] = place
         else:
             print(f"{name} is left out: {f'there is no folder {place}' if place else 'its folder was not named'}")
-    if len(places) < 2:
-        pages = [learn(name, place, settings) for name, place in places.items()]
-    else:
-        with ProcessPoolExecutor(len(places), multiprocessing.get_context("spawn")) as processes:
-            pages = [*processes.map(learn, places, places.values(), [settings] * len(places))]
+    try:
+        if len(places) < 2:
+            pages = [learn(name, place, settings) for name, place in places.items()]
+        else:
+            with ProcessPoolExecutor(len(places), multiprocessing.get_context("spawn")) as processes:
+                pages = [*processes.map(learn, places, places.values(), [settings] * len(places))]
+    except DataError as error:
+        parser.exit(1, f"{error}\n")
     print("\n".join(pages))
 
 

@@ -115,6 +115,9 @@ def test_data_that_are_not_there_are_named(load, tmp_path, capsys):
     assert f"dense_streets is left out: there is no folder {tmp_path / 'nowhere'}" in said
     assert "dense_blood_cells is left out: its folder was not named" in said
     assert not [*tmp_path.iterdir()]
+    with pytest.raises(SystemExit, match="1"):
+        load("dense").main(["--camvid", str(tmp_path), "--output", str(tmp_path)])
+    assert f"{tmp_path} has no folders images/train and annotations/train" in capsys.readouterr().err
 
 
 # --- cpu.py and gpu.py -----------------------------------------------------------------------------------------------
