@@ -229,3 +229,19 @@ def test_figures_have_the_maps(tmp_path):
         with Image.open(tmp_path / name) as image:
             assert min(image.size) > 400
             assert len(image.convert("RGB").getcolors(2**20)) > 100
+
+
+def test_a_vit_that_sees_another_part_is_asked_about_the_same_place():
+    torch.manual_seed(0)
+    picture = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    ours = vmamba.create_model("vmamba_femto_s2", img_size=32)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
+    recording = explain.record_scans(ours, picture)
+    at = recording.seen.locate(60, 20)
+    assert recording.seen.given(*at) == pytest.approx((60, 20))
+    other = explain.vit_attention(vit, picture)
+    figure = recording.matrix(-1).figure(other, query=at)
+    x, y = other.seen.locate(60, 20)
+    frame = figure.axes[-1].patches[0]
+    assert (frame.get_x(), frame.get_y()) == (x // 16 * 16, y // 16 * 16)
+    assert len(figure.axes) == 2 * (1 + 4 + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,7 @@ class AttentionMatrix:
         values: (L, L), from 0: row q holds what arrives in q, from everywhere. Of SS2D the size of the contribution,
             Euclidean, of all routes together; of a ViT the mean of its heads' attention, between patches alone.
         routes: of SS2D, (K, L, L), the same along each route.
+        route_names: names of these.
     """
 
     name: str
@@ -40,39 +41,47 @@ class AttentionMatrix:
     cell: tuple[float, float]
     values: Tensor
     routes: Tensor | None = None
+    route_names: tuple[str, ...] = ()
 
     def row(self, query: tuple[float, float]) -> Tensor:
         """(H, W): what arrives in the patch at a place (x, y), in pixels of the picture seen."""
         rows, columns = (
-            min(int(at / side), n - 1)
+            max(min(int(at / side), n - 1), 0)
             for at, side, n in zip(reversed(query), self.cell, self.grid, strict=True)
-        )  # fmt: skip
+        )
         return self.values[rows * self.grid[1] + columns].unflatten(0, self.grid)
 
+    def parts(self) -> list[AttentionMatrix]:
+        """Of SS2D the matrices of the single routes, each zero for what comes later on its route; else none."""
+        return [] if self.routes is None else [
+            replace(self, name=name, values=values, routes=None)
+            for name, values in zip(self.route_names, self.routes, strict=True)
+        ]  # fmt: skip
+
     def figure(self, *others: AttentionMatrix, query: tuple[float, float] | None = None) -> Figure:
-        """The matrix, and others beside it; below each the row of one query, over the picture.
+        """The matrix, its routes' and others beside it; below each the row of one query, over the picture.
 
         Args:
-            *others: of the same picture.
+            *others: of the same picture; a ViT's, for instance.
             query: a place (x, y) in pixels of the picture seen; None for the middle.
         """
         from vmamba.explain import figures as f
 
-        every = [self, *others]
+        every = [self, *self.parts(), *others]
         height, width = self.seen.size
-        place = (width / 2, height / 2) if query is None else query
+        at = self.seen.given(*((width / 2, height / 2) if query is None else query))
         figure = f.new_figure(
-            3.5 * len(every) + 0.3, 7.2, "Who hears whom: each row a listening patch, each column one that is heard",
-            "Above: patches counted row by row. Below: the row of the framed patch, over the picture. Each scaled to"
-            " its own largest value.",
+            2.6 * len(every) + 0.3, 3.2 + 2.6 * height / width, "Who hears whom",
+            "Above: each row a listening patch, each column one that is heard, counted row by row. Below: the row of"
+            " the framed patch, over the picture. Each scaled to its own largest value, small ones lifted.",
         )  # fmt: skip
         panels = figure.subplots(2, len(every), squeeze=False)
         for column, each in enumerate(every):
-            norm = f.scale(f.array(each.values))
+            place = each.seen.seen_at(*at)
+            norm = f.scale(f.array(each.values), power=1 / 3)
             f.show(panels[0, column], f.array(each.values), each.name, norm=norm, cmap=f.HEAT)
-            values = each.row(place)
-            over = f.array(in_pixels(values, each.cell, each.seen.size))
-            f.overlay(panels[1, column], each.seen.pictures[0], over, f.scale(over))
+            over = f.array(in_pixels(each.row(place), each.cell, each.seen.size))
+            f.overlay(panels[1, column], each.seen.pictures[0], over, f.scale(over, power=1 / 3))
             left, top = (int(at / side) * side for at, side in zip(place, reversed(each.cell), strict=True))
             f.mark(panels[1, column], left, top, each.cell[1], each.cell[0])
         return figure
@@ -104,7 +113,7 @@ def matrix_of(recording: Recording, block: int | str, image: int = 0) -> Attenti
         merged.append(contributions.sum(0).norm(dim=-1))
     return AttentionMatrix(
         f"SS2D, {scan.label}", recording.seen.one(image), scan.grid, recording.cell(block), torch.stack(merged),
-        torch.stack(routes, 1),
+        torch.stack(routes, 1), scan.route_names,
     )  # fmt: skip
 
 

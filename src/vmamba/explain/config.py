@@ -33,7 +33,8 @@ class ExplainConfig:
     labelled: str | None = None
     """For depth: pictures with known classes, a folder or archive as for `vmamba validate`."""
     beside: str | None = None
-    """For depth: other models to measure, files or names with published weights, with commas between."""
+    """For depth, other models to measure, and for matrix, vision transformers to show the attention of: files or names
+    with published weights, with commas between."""
     limit: int = 1000
     """For depth: how many of the pictures to take."""
     output: str = "runs/explain"

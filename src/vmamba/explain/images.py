@@ -81,14 +81,24 @@ class Seen:
                 f"the place ({x:g}, {y:g}) is outside {self.names[image]}, which is {width}×{height} pixels; expected"
                 f" x from 0 to {width - 1} and y from 0 to {height - 1}"
             )
-        across, down = (x - part.left) / part.width, (y - part.top) / part.height
-        if not (0 <= across < 1 and 0 <= down < 1):
+        across, down = self.seen_at(x, y, image)
+        if not (0 <= across < self.size[1] and 0 <= down < self.size[0]):
             right, bottom = part.left + part.width, part.top + part.height
             raise RecipeError(
                 f"the place ({x:g}, {y:g}) of {self.names[image]} is in the margin that the model's preprocessing cuts"
                 f" off: it sees x from {part.left:.0f} to {right:.0f} and y from {part.top:.0f} to {bottom:.0f}"
             )
-        return across * self.size[1], down * self.size[0]
+        return across, down
+
+    def seen_at(self, x: float, y: float, image: int = 0) -> tuple[float, float]:
+        """The same of any place, which may lie outside."""
+        part = self.parts[image]
+        return (x - part.left) / part.width * self.size[1], (y - part.top) / part.height * self.size[0]
+
+    def given(self, x: float, y: float, image: int = 0) -> tuple[float, float]:
+        """Where a place of the picture seen is in the picture given: the inverse of `locate`."""
+        part = self.parts[image]
+        return part.left + x / self.size[1] * part.width, part.top + y / self.size[0] * part.height
 
 
 AnyPicture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
@@ -223,7 +233,9 @@ def preprocessing_for(
     Raises:
         CheckpointError: it takes images of other than 1 or 3 channels.
     """
-    asked = SimpleNamespace(img_size=size)
+    # Of a network that takes one size alone, what it was built for: timm's configuration may name another.
+    fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    asked = SimpleNamespace(img_size=fixed if size is None and not stored else size)
     if isinstance(model, UPerNet):
         return segmentation_preprocessing(model, asked, stored)
     if isinstance(model, DenseModel):

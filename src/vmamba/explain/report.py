@@ -81,6 +81,15 @@ class Explanation:
         stored = self.weights.metadata.get("class_names") or getattr(self.model, "class_names", None) or []
         return class_names(stored, self.model)
 
+    @cached_property
+    def others(self) -> dict[str, nn.Module]:
+        """The networks to put beside this one."""
+        found = {}
+        for other in listed(self.config.beside):
+            weights = load_weights(other) if Path(other).exists() else load_weights(name=other)
+            found[shown(other)] = moved(weights.model, self.config.device)
+        return found
+
     def see(self, photo: str) -> Seen:
         """What the model sees of a photo."""
         pre = preprocessing_for(self.model, self.config.img_size, self.weights.metadata)
@@ -100,11 +109,13 @@ class Look:
 
     Attributes:
         of: the run.
+        photo: its file.
         seen: the photo, as the model sees it.
         folder: where its figures go, inside the run's folder.
     """
 
     of: Explanation
+    photo: str
     seen: Seen
     folder: str
 
@@ -159,7 +170,7 @@ def explain(config: ExplainConfig, photos: Sequence[str]) -> Iterator[Step]:
         about: dict[str, Any] = {"file": shown(photo)}
         found.append(about)
         try:
-            look = Look(run, run.see(photo), name.removesuffix(".png"))
+            look = Look(run, photo, run.see(photo), name.removesuffix(".png"))
         except ImageError as error:
             about["error"] = str(error)
             yield Step(photo, "", error=str(error))
@@ -211,15 +222,16 @@ def memory(look: Look) -> list[dict[str, Any]]:
 
 def matrix(look: Look) -> list[dict[str, Any]]:
     """The whole matrix of who hears whom: of the blocks asked about, or of the last of the stages that are small."""
-    from vmamba.explain.attention import MOST_PATCHES
+    from vmamba.explain.attention import MOST_PATCHES, vit_attention
 
+    others = [vit_attention(model, look.photo) for model in look.of.others.values()]
     scans = [look.recording.scan(block) for block in look.blocks()]
     if not look.of.config.block:
         scans = [scan for scan in scans if len(scan.orders[0]) <= MOST_PATCHES] or scans[-1:]
     results = []
     for scan in scans:
         found = look.recording.matrix(scan.block)
-        path = look.write(found.figure(query=look.query), _file("matrix", scan.label))
+        path = look.write(found.figure(*others, query=look.query), _file("matrix", scan.label))
         results.append({"figure": path, "block": scan.block, "grid": scan.grid, "heard": found.values.sum(0).tolist()})
     return results
 
@@ -240,10 +252,7 @@ def depth(run: Explanation, photos: Sequence[str]) -> dict[str, Any]:
     config = run.config
     if config.labelled is None:
         raise RecipeError("depth is measured on pictures with known classes: name their folder with --labelled")
-    models = {shown(run.weights.source): run.model}
-    for other in listed(config.beside):
-        weights = load_weights(other) if Path(other).exists() else load_weights(name=other)
-        models[shown(other)] = moved(weights.model, config.device)
+    models = {shown(run.weights.source): run.model, **run.others}
     split = open_split(DataConfig(root=config.labelled), training=False)
     found = depth_profiles(models, split, config.limit, config.img_size)
     return {"figure": run.write(draw_depth(found), "depth"), "models": [vars(profile) for profile in found]}

@@ -111,7 +111,7 @@ class StageMaps:
             rgb = ((colours[image] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
             shape = "×".join(map(str, x.shape[2:]))
             f.show(column[0], f.array(rgb), f"stage {i + 1}: {shape}, {x.shape[1]} channels", size)
-            f.show(column[1], f.array(energy[i][image]), f"edges {edges[image, i]:.2f}", size, cmap=f.HEAT)
+            f.show(column[1], f.array(energy[i][image]), f"follows edges: {edges[image, i]:.2f}", size, cmap=f.HEAT)
             chosen = list(channels) if channels is not None else strongest[i].tolist()
             for axes, channel in zip(column[2:], chosen, strict=False):
                 if channel >= x.shape[1]:
