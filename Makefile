@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 GARMENTS := runs/garments
 
-.PHONY: demo demo-dense test lint bench sanitize clean
+.PHONY: demo demo-dense test lint docs bench sanitize clean
 
 demo: $(STAMP) ## train a small VMamba on Fashion-MNIST, test it, show its predictions
 	$(BIN)/vmamba train --config configs/fashion_mnist/demo.yaml --run $(DEMO) --overwrite true
@@ -34,6 +34,9 @@ lint: $(STAMP) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP) ## the documentation as a site, build/docs/index.html; a broken link or reference is an error
+	$(BIN)/sphinx-build -W --keep-going -n --quiet -d build/doctrees docs build/docs
 
 bench: $(STAMP) ## the benchmarks of this machine; tables and plots under benchmarks/results/
 	$(BIN)/python benchmarks/learning.py

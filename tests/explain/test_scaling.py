@@ -134,3 +134,7 @@ def test_fixed_sizes_are_interpolated_in_a_copy():
     larger = at_size(vit, (96, 128))
     assert larger(torch.zeros(1, 3, 96, 128)).shape == (1, 1000)
     assert vit.pos_embed.shape[1] == 17
+    swin = timm.models.SwinTransformer(img_size=64, depths=(1, 1), embed_dim=24, num_heads=(2, 2), window_size=4)
+    assert at_size(swin, (128, 192)).layers[0].blocks[0].window_size == (4, 4)
+    small, large = scaling({"swin": swin}, (64, 256), rounds=0, memory=False)[0].costs
+    assert large.flops / small.flops == pytest.approx(16, rel=2e-2)
