@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 from pathlib import Path
 
@@ -13,11 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vmamba
+from vmamba.cli import main
 from vmamba.data.config import DataConfig
 from vmamba.data.sources import open_split
 from vmamba.explain.memory import peak_memory
 from vmamba.explain.resolution import accuracy_by_size, at_size
 from vmamba.explain.scaling import Cost, fitted_exponents, scaling
+from vmamba.models.checkpoints import save_checkpoint
 
 VIT = {"img_size": 64, "depth": 1, "embed_dim": 32, "num_heads": 1}
 SIZES = (64, 128, 256)
@@ -138,3 +142,36 @@ def test_fixed_sizes_are_interpolated_in_a_copy():
     assert at_size(swin, (128, 192)).layers[0].blocks[0].window_size == (4, 4)
     small, large = scaling({"swin": swin}, (64, 256), rounds=0, memory=False)[0].costs
     assert large.flops / small.flops == pytest.approx(16, rel=2e-2)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Fields before and after training, costs, and accuracy, beside another model."""
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module("vmamba.explain.scaling")  # the package's attribute is the function
+    monkeypatch.setattr(module, "peak_memory", lambda model, shape: 8 * shape[2] * shape[3])
+    options = {"depths": [1, 1], "dims": [8, 12]}
+    for name in ("model", "other"):
+        model = vmamba.create_model("vmamba_femto_s2", num_classes=2, in_chans=3, **options)
+        save_checkpoint(model, tmp_path / f"{name}.safetensors", {"model_kwargs": options, "class_names": ["a", "b"]})
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        folder = tmp_path / "pictures/val" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    arguments = ["pictures/val/a", "--what", "field,scaling,accuracy", "--checkpoint", "model.safetensors", "--beside",
+                 "other.safetensors", "--labelled", "pictures", "--limit", "4", "--output", "out"]  # fmt: skip
+    assert main(["explain", *arguments]) == 0
+    found = json.loads((tmp_path / "out/explain.json").read_text())
+    names = ["model.safetensors", "other.safetensors"]
+    fields = [f"{name}, {when}" for name in names for when in ("as drawn", "trained")]
+    assert [field["name"] for field in found["field"]["models"]] == fields
+    assert all(0 < field["side_50"] <= field["side_90"] <= 64 for field in found["field"]["models"])
+    first = found["scaling"]["models"][0]
+    assert [cost["size"] for cost in first["costs"]] == [32, 64, 96, 128]
+    assert first["exponents"]["flops"] == pytest.approx(1, abs=0.01)
+    assert first["exponents"]["memory"] == pytest.approx(1)
+    assert [each["images"] for each in found["accuracy"]["models"]] == [4, 4]
+    assert found["accuracy"]["models"][0]["sizes"] == [32, 64, 96]
+    for part in ("field", "scaling", "accuracy"):
+        with Image.open(tmp_path / found[part]["figure"]) as image:
+            assert min(image.size) > 300

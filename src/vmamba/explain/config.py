@@ -18,8 +18,8 @@ class ExplainConfig:
     ema: bool = False
     """Of a checkpoint that holds both, take the averaged weights."""
     what: str | None = None
-    """What to look at, with commas between: stages, activation, memory, matrix, class, depth, patterns; null for those
-    of the first three and class that the model allows."""
+    """What to look at, with commas between: stages, activation, memory, matrix, class, depth, field, scaling,
+    accuracy, patterns; null for those of the first three and class that the model allows."""
     query: str | None = None
     """The place x,y that is asked about, in pixels of the photo; null for the middle of what the model sees."""
     block: str | None = None
@@ -31,12 +31,12 @@ class ExplainConfig:
     """For class: the number of the class to explain, of a detector that of the object, 0 being the surest; null for
     what the model answers, or what it finds at the query."""
     labelled: str | None = None
-    """For depth: pictures with known classes, a folder or archive as for `vmamba validate`."""
+    """For depth and accuracy: pictures with known classes, a folder or archive as for `vmamba validate`."""
     beside: str | None = None
-    """For depth, other models to measure, and for matrix, vision transformers to show the attention of: files or names
-    with published weights, with commas between."""
+    """For depth, field, scaling and accuracy, other models to measure, and for matrix, vision transformers to show the
+    attention of: files or names with published weights, with commas between."""
     limit: int = 1000
-    """For depth: how many of the pictures to take."""
+    """For depth and accuracy: how many of the pictures to take."""
     output: str = "runs/explain"
     """Folder for the figures and for explain.json, which holds their numbers."""
     img_size: int | tuple[int, int] | None = None

@@ -25,11 +25,14 @@ from vmamba.data.sources import tracked
 from vmamba.errors import ImageError, RecipeError
 from vmamba.explain.images import evaluating, see
 from vmamba.explain.resolution import at_size
+from vmamba.files import shown
 from vmamba.models.feature_maps import DenseModel
 from vmamba.models.vmamba import VMamba
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from vmamba.explain.report import Explanation
 
 FLOOR = 1e-4  # of the strongest contribution: where the logarithmic scale of the pictures ends
 
@@ -303,3 +306,23 @@ def draw_receptive_fields(fields: Sequence[ReceptiveField], columns: int = 5) ->
     growth.yaxis.set_major_formatter("{x:g} %")
     growth.legend(frameon=False, fontsize=8)
     return figure
+
+
+def report(run: Explanation, photos: Sequence[str]) -> dict[str, Any]:
+    """`vmamba explain --what field`: the field of the last map over the photos, before and after training."""
+    if not photos:
+        raise RecipeError("the receptive field is measured on photos; name some, or a folder")
+    seen = [run.see(photo).images for photo in photos]
+    if len({images.shape for images in seen}) > 1:
+        raise RecipeError(
+            "the model sees these photos in different sizes; the receptive field needs photos of one size"
+        )
+    looks: list[tuple[str, nn.Module, Any]] = [(shown(run.weights.source), run.model, torch.cat(seen))]
+    looks += [(name, model, photos) for name, model in run.others.items()]
+    fields = [
+        receptive_field(each, images, name=f"{name}, {when}")
+        for name, model, images in looks
+        for when, each in (("as drawn", untrained(model)), ("trained", model))
+    ]
+    figure = run.write(draw_receptive_fields(fields, columns=2), "field")
+    return {"figure": figure, "models": [field.numbers() for field in fields]}

@@ -36,6 +36,9 @@ PHOTO_PARTS: dict[str, str] = {
 """What can be seen of a photo: functions from a `Look` to numbers for JSON, by their word in ``--what``."""
 MODEL_PARTS: dict[str, str] = {
     "depth": "vmamba.explain.report:depth",
+    "field": "vmamba.explain.receptive_field:report",
+    "scaling": "vmamba.explain.scaling:report",
+    "accuracy": "vmamba.explain.resolution:report",
     "patterns": "vmamba.explain.scan_patterns:report",
 }
 """What can be seen of a model: functions from an `Explanation` and the photos to numbers for JSON."""

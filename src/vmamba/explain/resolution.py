@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vmamba.data.config import DataConfig
 from vmamba.data.images import any_image
-from vmamba.data.sources import Split, tracked
+from vmamba.data.sources import Split, open_split, tracked
+from vmamba.errors import RecipeError
+from vmamba.files import shown
+from vmamba.models.feature_maps import DenseModel
 from vmamba.tasks.prediction import preprocessing_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from vmamba.explain.report import Explanation
 
 
 @dataclass(frozen=True)
@@ -119,3 +125,24 @@ def at_size(model: nn.Module, size: Sequence[int]) -> nn.Module:
     kept = {"window_size": windows[0]} if windows and "window_size" in inspect.signature(resize).parameters else {}
     resize(img_size=tuple(size), **kept)
     return model
+
+
+def sizes_from(model: nn.Module, factors: Sequence[float]) -> list[int]:
+    """Multiples of 32 near so many times the side that a model is meant for."""
+    own: Any = getattr(model, "img_size", None) or preprocessing_of(model).img_size
+    return sorted({max(32, 32 * round(factor * min(own) / 32)) for factor in factors})
+
+
+def report(run: Explanation, photos: Sequence[str]) -> dict[str, Any]:
+    """`vmamba explain --what accuracy`: on labelled pictures, at one to three times the side of training."""
+    config = run.config
+    if config.labelled is None:
+        raise RecipeError("accuracy is measured on pictures with known classes: name their folder with --labelled")
+    if isinstance(run.model, DenseModel):
+        raise RecipeError(f"{shown(run.weights.source)} is no classifier; accuracy by size is measured on classifiers")
+    split = open_split(DataConfig(root=config.labelled), False, run.weights.metadata.get("class_names"))
+    count = min(config.limit, len(split))
+    pictures = [split.read(round(i * len(split) / count), 3) for i in range(count)]
+    models = {shown(run.weights.source): run.model, **run.others}
+    found = accuracy_by_size(models, pictures, sizes_from(run.model, (1, 1.25, 1.5, 2, 3)))
+    return {"figure": run.write(draw_accuracy_by_size(found), "accuracy"), "models": [vars(each) for each in found]}

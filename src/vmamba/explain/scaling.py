@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from vmamba.data.sources import tracked
 from vmamba.explain.memory import peak_memory
-from vmamba.explain.resolution import at_size
+from vmamba.explain.resolution import at_size, sizes_from
+from vmamba.files import shown
 from vmamba.models.complexity import profile
 from vmamba.models.registry import ENTRIES, create_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from vmamba.explain.report import Explanation
 
 Source = str | nn.Module | Callable[[int], nn.Module]
 
@@ -196,3 +199,11 @@ def draw_scaling(found: Sequence[Scaling]) -> Figure:
         axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def report(run: Explanation, photos: Sequence[str]) -> dict[str, Any]:
+    """`vmamba explain --what scaling`: costs at one to four times the side that the model is meant for."""
+    models = {shown(run.weights.source): run.model, **run.others}
+    device = next(run.model.parameters()).device
+    found = scaling(models, sizes_from(run.model, (1, 1.5, 2, 3, 4)), rounds=5, device=device)
+    return {"figure": run.write(draw_scaling(found), "scaling"), "models": [each.numbers() for each in found]}
