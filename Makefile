@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 GARMENTS := runs/garments
 
-.PHONY: demo demo-dense test lint docs bench sanitize clean
+.PHONY: demo demo-dense explore test lint docs bench sanitize clean
 
 demo: $(STAMP) ## train a small VMamba on Fashion-MNIST, test it, show its predictions
 	$(BIN)/vmamba train --config configs/fashion_mnist/demo.yaml --run $(DEMO) --overwrite true
@@ -26,6 +26,10 @@ demo-dense: $(GARMENTS)/classes.txt ## segmentation and detection: train on garm
 $(GARMENTS)/classes.txt: examples/garments.py | $(STAMP)
 	rm -rf $(GARMENTS)
 	$(BIN)/python examples/garments.py $(GARMENTS)
+
+explore: $(STAMP) ## a page to look inside the demo's model, which is trained first where there is none
+	test -f $(DEMO)/model.safetensors || $(MAKE) demo
+	$(BIN)/vmamba explore
 
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -1,6 +1,6 @@
 """The explorer: a web page on this machine that shows what happens inside a model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -9,8 +9,8 @@ class ExploreConfig:
 
     runs: str = "runs"
     """Folder of runs, whose models are offered."""
-    examples: str = "examples/images"
-    """Folder of pictures to begin with."""
+    examples: list[str] = field(default_factory=lambda: ["examples/images", "runs/garments/images/val"])
+    """Folders of pictures to begin with; those that do not exist are left out."""
     host: str = "127.0.0.1"
     """Address to listen on; 127.0.0.1 is this machine alone, 0.0.0.0 lets in all who reach it."""
     port: int | None = None

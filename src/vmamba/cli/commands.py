@@ -99,7 +99,8 @@ def explore(config: ExploreConfig, checkpoints: Sequence[str], pretrained: Seque
     from vmamba.data.images import find_images
 
     catalogue = Catalogue(checkpoints, pretrained, config.runs)
-    examples = find_images([config.examples])[0] if os.path.isdir(config.examples) else []
+    folders = filter(os.path.isdir, config.examples)
+    examples = [picture for folder in folders for picture in find_images([folder])[0][:12]]
     serve(Page(catalogue, examples), config.host, config.port, opens)
     return 0
 
