@@ -46,7 +46,7 @@ def test_importing_brings_in_nothing_heavy_before_a_name_is_used():
     assert not after & {"lightning", "pytorch_lightning", "matplotlib", "torchmetrics", "jsonargparse", "datasets"}
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["validate"], ["predict"], ["models"], ["info"]])
+@pytest.mark.parametrize("arguments", [[], ["train"], ["validate"], ["predict"], ["explain"], ["models"], ["info"]])
 def test_help_brings_in_nothing_heavy(arguments, tmp_path):
     code = (
         f"import io, os, sys, vmamba.cli; os.chdir({str(tmp_path)!r}); sys.stdout = text = io.StringIO()\n"
@@ -84,6 +84,15 @@ def test_public_names_exist_and_are_documented():
     assert vmamba.nn.SS2D is not None
     with pytest.raises(AttributeError, match="module 'vmamba' has no attribute 'nothing'"):
         vmamba.nothing  # noqa: B018
+
+
+def test_a_function_that_has_the_name_of_its_module_stays_a_function():
+    run_python(
+        "import vmamba.explain.stage_maps; from vmamba.explain.activation_maps import maps_of\n"
+        "from vmamba import explain\n"
+        "assert callable(explain.stage_maps) and callable(explain.activation_maps)\n"
+        "for name in explain.__all__: assert getattr(explain, name).__doc__, name"
+    )
 
 
 # --- joining timm ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from pkgutil import resolve_name
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,6 @@ from vmamba.models.feature_maps import DenseModel
 from vmamba.ops import scan_orders
 from vmamba.ops.arguments import SS2DArguments, in_state_dtype
 from vmamba.ops.ss2d import watch_scans
-
-if TYPE_CHECKING:
-    from vmamba.explain.activation_maps import ActivationMaps
-    from vmamba.explain.attention import AttentionMatrix
-    from vmamba.explain.selectivity import Selectivity
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,30 +186,28 @@ class Recording:
 
     def maps(
         self, query: tuple[float, float] | Sequence[tuple[float, float]] | None = None, block: int | str = -1
-    ) -> ActivationMaps:
-        """What the output of a patch is made of: see `activation_maps`.
+    ) -> Any:
+        """What the output of a patch is made of, as `vmamba.explain.ActivationMaps`.
 
         Args:
             query: a place (x, y) in pixels of the pictures seen, or one for each picture; None for the middle.
             block: name or number.
         """
-        from vmamba.explain.activation_maps import maps_of
-
         several = query is not None and not isinstance(query[0], Real)
         places: Any = query if several else [query] * len(self.seen)
-        return maps_of(self, block, [self.patch(place, block) for place in places])
+        return self._read("activation_maps:maps_of", block, [self.patch(place, block) for place in places])
 
-    def selectivity(self, block: int | str = -1, share: float = 0.36787944117144233) -> Selectivity:
-        """How large a step each patch chooses, and how long it is remembered: see `vmamba.explain.Selectivity`."""
-        from vmamba.explain.selectivity import selectivity_of
+    def selectivity(self, block: int | str = -1, share: float = 0.36787944117144233) -> Any:
+        """The step that each patch chooses, and how long it is remembered, as `vmamba.explain.Selectivity`."""
+        return self._read("selectivity:selectivity_of", block, share)
 
-        return selectivity_of(self, block, share)
+    def matrix(self, block: int | str = -1, image: int = 0) -> Any:
+        """How much every patch gets from every other, of a small grid, as `vmamba.explain.AttentionMatrix`."""
+        return self._read("attention:matrix_of", block, image)
 
-    def matrix(self, block: int | str = -1, image: int = 0) -> AttentionMatrix:
-        """How much every patch gets from every other, of a small grid: see `vmamba.explain.AttentionMatrix`."""
-        from vmamba.explain.attention import matrix_of
-
-        return matrix_of(self, block, image)
+    def _read(self, reader: str, *arguments: Any) -> Any:
+        """What one of the modules that are built on recordings makes of this one; named, since they import this one."""
+        return resolve_name(f"vmamba.explain.{reader}")(self, *arguments)
 
 
 def record_scans(model: nn.Module, pictures: AnyPictures, size: int | tuple[int, int] | None = None) -> Recording:
