@@ -10,14 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba.data.sources import Split, tracked
-from vmamba.errors import DataError
+from vmamba.data.config import DataConfig
+from vmamba.data.sources import Split, open_split, tracked
+from vmamba.errors import DataError, RecipeError
 from vmamba.explain.images import see
 from vmamba.explain.resolution import at_size
 from vmamba.explain.stage_maps import StageMaps, stage_outputs
+from vmamba.files import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from vmamba.explain.report import Explanation
 
 _PENALTIES = torch.logspace(-4, 4, 17, dtype=torch.float64)  # times the number of pictures
 _FOLDS = 5
@@ -176,3 +180,14 @@ def _pair(pictures: Any, index: int, model: nn.Module) -> tuple[Any, int]:
     if isinstance(pictures, Split):
         return pictures.read(index, 1 if getattr(model, "in_chans", 3) == 1 else 3)
     return pictures[index]
+
+
+def report(run: Explanation, photos: Sequence[str]) -> dict[str, Any]:
+    """`vmamba explain --what depth`: on labelled pictures, beside other models."""
+    config = run.config
+    if config.labelled is None:
+        raise RecipeError("depth is measured on pictures with known classes: name their folder with --labelled")
+    models = {shown(run.weights.source): run.model, **run.others}
+    split = open_split(DataConfig(root=config.labelled), training=False)
+    found = depth_profiles(models, split, config.limit, config.img_size)
+    return {"figure": run.write(draw_depth(found), "depth"), "models": [vars(profile) for profile in found]}

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from torch import nn
 
-from vmamba.data.config import DataConfig
-from vmamba.data.sources import open_split
 from vmamba.errors import ImageError, RecipeError
 from vmamba.explain import figures
 from vmamba.explain.config import ExplainConfig, listed
@@ -35,7 +33,7 @@ PHOTO_PARTS: dict[str, str] = {
 }
 """What can be seen of a photo: functions from a `Look` to numbers for JSON, by their word in ``--what``."""
 MODEL_PARTS: dict[str, str] = {
-    "depth": "vmamba.explain.report:depth",
+    "depth": "vmamba.explain.depth:report",
     "field": "vmamba.explain.receptive_field:report",
     "scaling": "vmamba.explain.scaling:report",
     "accuracy": "vmamba.explain.resolution:report",
@@ -246,19 +244,6 @@ def classes(look: Look) -> dict[str, Any]:
     place = look.query if look.of.config.query and isinstance(look.of.model, DenseModel) else None
     found = class_maps(look.of.model, look.seen, look.of.config.target, place, class_names=look.of.names)
     return {"figure": look.write(found.figure(), "class")} | found.numbers()
-
-
-def depth(run: Explanation, photos: Sequence[str]) -> dict[str, Any]:
-    """Edges and meaning against depth, on labelled pictures."""
-    from vmamba.explain.depth import depth_profiles, draw_depth
-
-    config = run.config
-    if config.labelled is None:
-        raise RecipeError("depth is measured on pictures with known classes: name their folder with --labelled")
-    models = {shown(run.weights.source): run.model, **run.others}
-    split = open_split(DataConfig(root=config.labelled), training=False)
-    found = depth_profiles(models, split, config.limit, config.img_size)
-    return {"figure": run.write(draw_depth(found), "depth"), "models": [vars(profile) for profile in found]}
 
 
 def _file(kind: str, label: str) -> str:
