@@ -97,7 +97,7 @@ def test_copies_follow_the_pattern(pattern, images):
 
 def test_a_compiled_layer_follows_the_pattern():
     torch.compiler.reset()
-    for pattern in ("diagonal", snake):
+    for pattern in ("diagonal", snake):  # by name, and by a function without torch
         model = _layers(pattern).requires_grad_()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for size in ((5, 4), (3, 9)):

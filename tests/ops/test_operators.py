@@ -135,6 +135,14 @@ def test_every_way_through_the_compiler(make, way, backend):
     _assert_as_the_definition(make, COMPILED_WAYS[way], backend)
 
 
+@pytest.mark.parametrize("way", [*WAYS, "compiled vmap of grad"])
+@pytest.mark.filterwarnings("ignore")
+def test_every_way_along_routes_that_no_kernel_knows(way):
+    torch.compiler.reset()
+    backend = "native" if available_backends()["native"] is None else "eager"
+    _assert_as_the_definition(lambda name: _grid(name, "diagonal"), {**WAYS, **COMPILED_WAYS}[way], backend)
+
+
 _VARIANTS = {
     **{pattern: lambda backend, pattern=pattern: _grid(backend, pattern) for pattern in PATTERNS},
     "no options": lambda backend: _sequence(backend, ("u", "delta", "A", "B", "C"), softplus=False),
@@ -199,6 +207,14 @@ def test_opcheck_of_a_grid(backend, shape, is_recorded):
     values = _leaves((grad_y, u, projected, *parameters), is_recorded)
     torch.library.opcheck(torch.ops.vmamba.ss2d_scan, (*values[1:], "cross", backend))
     torch.library.opcheck(torch.ops.vmamba.ss2d_scan_backward, (*values, "cross", backend))
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_opcheck_of_a_permutation(is_recorded):
+    order = torch.randperm(5)
+    (x,) = _leaves([torch.randn(2, 5, 3, dtype=torch.float64)], is_recorded)
+    torch.library.opcheck(torch.ops.vmamba.permute, (x, order, order.argsort(), 1))
+    torch.library.opcheck(torch.ops.vmamba.scan_orders, ("spiral", 2, 3, x.device))
 
 
 @fast_backends

@@ -183,7 +183,7 @@ def orders_for(pattern: str, grid: Tensor, height: int, width: int) -> Orders:
         return Orders(*_traced(grid, pattern, height, width))
     # A compiler, or whatever else watches operators, must see where these come from.
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        visited, steps = torch.ops.vmamba.scan_orders(grid, pattern, height, width)
+        visited, steps = torch.ops.vmamba.scan_orders(pattern, height, width, grid.device)
         return Orders(visited, steps)
     return _kept(_function(pattern), height, width, grid.device)
 
@@ -270,24 +270,20 @@ def _traced(grid: Tensor, pattern: str, height: int, width: int) -> tuple[Tensor
     return visited, torch.argsort(visited)
 
 
-def _empty(grid: Tensor, pattern: str, height: int, width: int) -> tuple[Tensor, Tensor]:
-    visited, steps = (grid.new_empty((_ROUTES, height * width), dtype=torch.int64) for _ in range(2))
-    return visited, steps
-
-
-def _copied(grid: Tensor, pattern: str, height: int, width: int) -> tuple[Tensor, Tensor]:
+# Of numbers alone, so that no transform takes its result for something to differentiate.
+@torch.library.custom_op("vmamba::scan_orders", mutates_args=())
+def _copied(pattern: str, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Orders with which a compiled graph may do what it likes."""
-    visited, steps = _kept(_function(pattern), height, width, grid.device)
+    visited, steps = _kept(_function(pattern), height, width, device)
     return visited.clone(), steps.clone()
 
 
-define(
-    "scan_orders(Tensor grid, str pattern, SymInt height, SymInt width) -> (Tensor, Tensor)",
-    _copied,
-    plain=_copied,
-    gradient=lambda ctx, *grads: (None,),
-    fake=_empty,
-)
+@_copied.register_fake
+def _(pattern: str, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    visited, steps = (torch.empty((_ROUTES, height * width), dtype=torch.int64, device=device) for _ in range(2))
+    return visited, steps
+
+
 define(
     "permute(Tensor x, Tensor order, Tensor inverse, int dim) -> Tensor",
     lambda x, order, inverse, dim: x.index_select(dim, order),
