@@ -26,7 +26,9 @@ from rich.progress import track
 from vmamba.tasks.detector import encode_masks
 from vmamba.tasks.overlays import palette
 
-CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+CLASSES = ("top", "trousers", "dress", "shoe", "bag")
+KINDS = (0, 1, 0, 2, 0, 3, 0, 3, 4, 3)  # of Fashion-MNIST's ten labels: four kinds of tops, three of shoes
+SANDAL = 5  # its label
 HEIGHT, WIDTH = 256, 320
 SIDES = 28, 96  # pixels, of the square that a garment comes in
 LEAST, MOST = 3, 18  # garments in a picture
@@ -53,7 +55,7 @@ def read_fashion_mnist(part: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]
 def silhouette(pixels: NDArray[np.uint8], label: int) -> Image.Image:
     """Where an image on black shows the garment. Dark places inside belong to it, except between a sandal's straps."""
     empty = np.pad(pixels <= 16, 1, constant_values=True)
-    outside, grown = np.zeros_like(empty), empty if CLASSES[label] == "sandal" else np.zeros_like(empty)
+    outside, grown = np.zeros_like(empty), empty if label == SANDAL else np.zeros_like(empty)
     grown[0] = True
     while (grown != outside).any():  # from the edge, step by step, until nothing is reached any more
         outside, grown = grown, grown.copy()
@@ -171,7 +173,7 @@ def scene(rng: Rng, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> tup
     """A picture of garments, later ones over earlier ones.
 
     Returns:
-        The picture; of each garment its label; and which garment each pixel shows, int (H, W), -1 for none.
+        The picture; of each garment its class; and which garment each pixel shows, int (H, W), -1 for none.
     """
     picture, found, owner = ground(rng), list[int](), np.full((HEIGHT, WIDTH), -1)
     whole: list[int] = []  # pixels of each garment, hidden ones included
@@ -192,7 +194,7 @@ def scene(rng: Rng, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> tup
         sizes = [*whole, int((np.asarray(piece.getchannel("A")) > 127).sum())]
         if (np.bincount(after.ravel() + 1, minlength=len(sizes) + 1)[1:] < VISIBLE * np.array(sizes)).any():
             continue
-        found, owner, whole = [*found, int(labels[index])], after, sizes
+        found, owner, whole = [*found, KINDS[labels[index]]], after, sizes
         shadow = ImageOps.expand(piece.getchannel("A"), side // 4).filter(ImageFilter.GaussianBlur(side / 20))
         at = left - side // 4 + side // 24 + 1, top - side // 4 + side // 16 + 1
         picture.paste("#14100c", at, shadow.point(lambda value: value * 0.55))
