@@ -21,7 +21,7 @@ from vmamba.files import shown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vmamba.explain.report import Explanation
+    from vmamba.explain.run import Explanation
 
 _PENALTIES = torch.logspace(-4, 4, 17, dtype=torch.float64)  # times the number of pictures
 _FOLDS = 5

@@ -32,7 +32,7 @@ from vmamba.models.vmamba import VMamba
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vmamba.explain.report import Explanation
+    from vmamba.explain.run import Explanation
 
 FLOOR = 1e-4  # of the strongest contribution: where the logarithmic scale of the pictures ends
 

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from torch import nn
 
 from vmamba.errors import ImageError, RecipeError
-from vmamba.explain import figures
 from vmamba.explain.config import ExplainConfig, listed
-from vmamba.explain.images import Seen, preprocessing_for, see
+from vmamba.explain.images import Seen
+from vmamba.explain.run import Explanation, Step
 from vmamba.explain.scans import Recording, record_scans
 from vmamba.files import atomic_write, shown
 from vmamba.models.feature_maps import DenseModel
 from vmamba.nn import SS2D
-from vmamba.tasks.prediction import Weights, class_names, load_weights, moved
+from vmamba.tasks.prediction import load_weights, moved
 from vmamba.tasks.segmenter import output_names
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PHOTO_PARTS: dict[str, str] = {
     "stages": "vmamba.explain.report:stages",
@@ -40,68 +42,6 @@ MODEL_PARTS: dict[str, str] = {
     "patterns": "vmamba.explain.scan_patterns:report",
 }
 """What can be seen of a model: functions from an `Explanation` and the photos to numbers for JSON."""
-
-
-class Step(NamedTuple):
-    """One thing that was looked at: of a photo, or of the model as a whole."""
-
-    subject: str
-    part: str
-    figures: tuple[str, ...] = ()
-    error: str | None = None
-
-
-@dataclass
-class Explanation:
-    """A run of `vmamba explain`.
-
-    Attributes:
-        weights: the model, on its device.
-        config: the settings.
-        written: the figures written since the last step.
-    """
-
-    weights: Weights
-    config: ExplainConfig
-    written: list[str] = field(default_factory=list)
-
-    def step(self, subject: str, part: str) -> Step:
-        """What has been done since the last step."""
-        done = Step(subject, part, tuple(self.written))
-        self.written.clear()
-        return done
-
-    @property
-    def model(self) -> nn.Module:
-        """The network."""
-        return self.weights.model
-
-    @cached_property
-    def names(self) -> list[str]:
-        """Names of the classes."""
-        stored = self.weights.metadata.get("class_names") or getattr(self.model, "class_names", None) or []
-        return class_names(stored, self.model)
-
-    @cached_property
-    def others(self) -> dict[str, nn.Module]:
-        """The networks to put beside this one."""
-        found = {}
-        for other in listed(self.config.beside):
-            weights = load_weights(other) if Path(other).exists() else load_weights(name=other)
-            found[shown(other)] = moved(weights.model, self.config.device)
-        return found
-
-    def see(self, photo: str) -> Seen:
-        """What the model sees of a photo."""
-        pre = preprocessing_for(self.model, self.config.img_size, self.weights.metadata)
-        return see(self.model, photo, pre=pre)
-
-    def write(self, figure: Figure, name: str) -> str:
-        """Write a figure as NAME.png; returns its path."""
-        path = Path(self.config.output) / f"{name}.png"
-        figures.write(figure, path)
-        self.written.append(shown(path))
-        return shown(path)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from vmamba.tasks.prediction import preprocessing_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vmamba.explain.report import Explanation
+    from vmamba.explain.run import Explanation
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from vmamba.models.registry import ENTRIES, create_model
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vmamba.explain.report import Explanation
+    from vmamba.explain.run import Explanation
 
 Source = str | nn.Module | Callable[[int], nn.Module]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from vmamba.explain.report import Explanation
+    from vmamba.explain.run import Explanation
 
 ROUTE_NAMES = {
     "cross": ("rows →", "columns ↓", "rows ← back", "columns ↑ back"),
