@@ -49,11 +49,14 @@ ROUTES = {"rows": "#0072B2", "columns": "#D55E00", "rows, backwards": "#009E73",
 QUERY = (158, 190)
 
 
-def save(figure: Figure, name: str, dpi: int = 100, colours: int = 255) -> None:
-    """Write a figure as a PNG of few colours, which is a third as large and looks the same."""
+def save(figure: Figure, name: str, dpi: int = 100) -> None:
+    """Write a figure as a PNG; in 256 colours where it would be too large for a page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
-    Image.open(buffer).convert("RGB").quantize(colours).save(IMAGES / f"{name}.png", optimize=True)
+    picture = Image.open(buffer).convert("RGB")
+    picture.save(IMAGES / f"{name}.png", optimize=True)
+    if (IMAGES / f"{name}.png").stat().st_size > 190_000:
+        picture.quantize(256).save(IMAGES / f"{name}.png", optimize=True)
 
 
 def routes(options: argparse.Namespace) -> None:
@@ -94,7 +97,7 @@ def stages(options: argparse.Namespace) -> None:
 def activation(options: argparse.Namespace) -> None:
     """What one patch is made of, along each route."""
     recording = record_scans(options.model, options.photo)
-    save(recording.maps(recording.seen.locate(*QUERY), options.block).figure(), "activation", 80)
+    save(recording.maps(recording.seen.locate(*QUERY), options.block).figure(), "activation", 72)
 
 
 def memory(options: argparse.Namespace) -> None:
@@ -116,13 +119,12 @@ def meaning(options: argparse.Namespace) -> None:
 
 def fields(options: argparse.Namespace) -> None:
     """Receptive fields of five families as their weights are drawn."""
-    torch.manual_seed(0)
     photos = sorted(options.photo.parent.glob("*.jpg"))[:8]
     models = {name: vmamba.create_model(model) if "vmamba" in model else timm.create_model(model)
               for name, model in FAMILIES.items()}  # fmt: skip
     found = [receptive_field(model, photos, img_size=224, name=name) for name, model in models.items()]
     print(json.dumps([field.numbers() for field in found]))
-    save(draw_receptive_fields(found), "fields", 80)
+    save(draw_receptive_fields(found, columns=3), "fields", 80)
 
 
 def training(options: argparse.Namespace) -> None:
@@ -134,7 +136,7 @@ def training(options: argparse.Namespace) -> None:
         for when, model in (("as drawn", untrained(options.model)), ("trained", options.model))
     ]
     print(json.dumps([field.numbers() for field in found]))
-    save(draw_receptive_fields(found), "fields_trained", 80)
+    save(draw_receptive_fields(found, columns=2), "fields_trained", 80)
 
 
 def costs(options: argparse.Namespace) -> None:
@@ -170,6 +172,7 @@ def main() -> None:
 
         options.model = load_model(options.checkpoint)[0]
     for name in names:
+        torch.manual_seed(0)
         PICTURES[name](options)
 
 
