@@ -53,6 +53,6 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
                 "ss2d_scan", "use_backend",
             ],
         },
-        modules=["data", "errors", "explain", "files", "models", "nn", "ops", "tasks"],
+        modules=["data", "deploy", "errors", "explain", "files", "models", "nn", "ops", "tasks"],
     )  # fmt: skip
 lazy.import_after("timm", "vmamba.models")

@@ -26,3 +26,7 @@ class RecipeError(ValueError):
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient stopped being a number. The update that would have used it was not made."""
+
+
+class ExportError(RuntimeError):
+    """A model cannot be written in a format, or what was written does not compute what the model does."""

@@ -17,7 +17,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from vmamba import __version__
 from vmamba.app import ExploreConfig
 from vmamba.cli import commands
-from vmamba.errors import CheckpointError, DataError, ImageError, NonFiniteError, RecipeError
+from vmamba.deploy.config import ExportConfig
+from vmamba.errors import CheckpointError, DataError, ExportError, ImageError, NonFiniteError, RecipeError
 from vmamba.explain.config import ExplainConfig
 from vmamba.files import shown
 from vmamba.tasks import settings_of
@@ -25,7 +26,7 @@ from vmamba.tasks.recipe import InfoConfig, ModelsConfig, PredictConfig, TrainCo
 from vmamba.tasks.runs import report
 
 # Errors that are for the person at the keyboard: their message says it all, a traceback would bury it.
-_EXPECTED = (CheckpointError, DataError, ImageError, ImportError, NonFiniteError, RecipeError)
+_EXPECTED = (CheckpointError, DataError, ExportError, ImageError, ImportError, NonFiniteError, RecipeError)
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,15 @@ COMMANDS = {
             },
             "--open": {"action": BooleanOptionalAction, "default": True, "help": "whether to open it in the browser"},
         },
+    ),
+    "export": Command(
+        ExportConfig,
+        "write a model as a file that other programs run",
+        "Write a classifier or a segmentation model for ONNX Runtime, OpenVINO and others, or as a torch.export "
+        "program; the file is checked against the model first. Examples: 'vmamba export runs/demo/model.safetensors "
+        "--output model.onnx'; 'vmamba export vmamba_tiny_s1l8 --output tiny.onnx --half true'.",
+        "MODEL --output FILE [--SETTING VALUE ...]",
+        {"model": {"help": "a name that `vmamba models` lists, for its published weights, or a checkpoint file"}},
     ),
     "models": Command(
         ModelsConfig,

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vmamba.cli.tables import Table, brief, contents, csv_text, flops, write
-from vmamba.errors import CheckpointError
+from vmamba.deploy.config import ExportConfig
+from vmamba.errors import CheckpointError, ExportError
 from vmamba.explain.config import ExplainConfig
 from vmamba.files import shown
 from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, InfoConfig, ModelsConfig, PredictConfig
@@ -102,6 +103,35 @@ def explore(config: ExploreConfig, checkpoints: Sequence[str], pretrained: Seque
     folders = filter(os.path.isdir, config.examples)
     examples = [picture for folder in folders for picture in find_images([folder])[0][:12]]
     serve(Page(catalogue, examples), config.host, config.port, opens)
+    return 0
+
+
+def export(config: ExportConfig, name: str) -> int:
+    """Write a model for other programs, and say how near to the model it is."""
+    from vmamba.deploy import export_onnx, export_torch
+    from vmamba.deploy.graphs import check_target
+    from vmamba.models.registry import ENTRIES, create_model, load_model
+
+    check_target(config.output)  # before anything is downloaded
+    if config.format == "torch" and (config.half or config.embed):
+        raise ExportError("--half and --embed are for --format onnx; a torch.export program is the model as it is")
+    if name in ENTRIES:
+        if config.pretrained and ENTRIES[name].url is None:
+            raise ExportError(f"{name} has no published weights; give a file, or --pretrained false for random ones")
+        model, names = create_model(name, pretrained=config.pretrained), None
+    else:
+        model, metadata = load_model(name)
+        names = metadata.get("class_names")
+    options: dict[str, Any] = {"sizes": config.sizes, "tolerance": config.tolerance, "class_names": names}
+    if config.format == "onnx":
+        written = export_onnx(model, config.output, half=config.half, embed=config.embed, **options)
+    else:
+        written = export_torch(model, config.output, **options)
+    size = f"{written.path.stat().st_size / 1e6:.1f} MB"
+    nodes = f", {written.nodes} nodes" if written.nodes else ""
+    report(f"{shown(written.path)}: {size}{nodes}, {written.seconds:.0f} s")
+    for shape, share in written.differences.items():
+        report(f"checked on {'×'.join(map(str, shape))}: differs from the model by {share:.1e} of the largest output")
     return 0
 
 

@@ -1,0 +1,299 @@
+"""Writing a model as an ONNX file or as a torch.export program, checked against the model before it takes its name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vmamba import __version__
+from vmamba.data.transforms import Preprocessing
+from vmamba.deploy.graphs import Images, check_target, difference, outputs_of, prepared, traced
+from vmamba.errors import ExportError
+from vmamba.files import replacing, shown
+from vmamba.models.checkpoints import default_metadata
+from vmamba.ops.exporting import scans_kept
+
+OPSET = 20
+_TOLERANCE, _TOLERANCE_HALF = 1e-4, 2e-2
+_FOLDED = 2**28  # bytes of a constant that may be computed while exporting: every weight there is
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        seconds: how long it took, checks included.
+        differences: for the shape of each batch it was checked with, the largest difference from the model, as a share
+            of the output's largest value.
+        nodes: of an ONNX file, those of its graph and of the graphs inside.
+    """
+
+    path: Path
+    seconds: float
+    differences: dict[tuple[int, ...], float]
+    nodes: int | None = None
+
+
+class _Network(nn.Module):
+    """A model between float32 inputs and outputs, whatever it computes in."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        """(B, C, H, W) to the model's outputs."""
+        y = self.model(images.to(self.dtype))
+        return y.float() if isinstance(y, Tensor) else [value.float() for value in y]
+
+
+class _Decision(nn.Module):
+    """Normalisation, the network, and the most probable class."""
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(-1, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(-1, 1, 1) * 255)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (B, C, H, W) to labels (B,) or (B, H, W), int64, and the probabilities of all classes."""
+        logits = self.network((images.float() - self.mean) / self.std)
+        return logits.argmax(1), logits.softmax(1)
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    half: bool = False,
+    embed: bool = False,
+    sizes: Literal["open", "batch"] = "open",
+    class_names: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    tolerance: float | None = None,
+) -> Exported:
+    """Write a classifier, a segmentation model or a feature extractor as an ONNX file of standard operators, opset 20.
+
+    The file is checked in ONNX Runtime, with three batches of other sizes, before it takes the place of what `path`
+    held. Its metadata has, as plain text, "model", "task", "vmamba_version", and as JSON "class_names" and
+    "preprocessing" (size, mean, standard deviation, interpolation, share of the centre crop).
+
+    Args:
+        model: any of ours or timm's, changed as you like; one for detection has no graph.
+        path: the file to write.
+        half: weights and layers in float16. Inputs, outputs and the states of the scans stay float32.
+        embed: put the normalisation before the network and the decision behind it. The file then takes "images", uint8
+            (B, C, H, W) in RGB, of the size the network is to see, and gives "labels", int64 (B,) or (B, H, W), and
+            "probabilities" (B, classes, ...). Without it, it takes normalised float32 and gives "logits".
+        sizes: "open" for any batch, height and width, or "batch" for networks that take images of one size alone.
+        class_names: by default those that the model has, if any.
+        preprocessing: by default the model's.
+        tolerance: the largest difference that is accepted, as a share of the largest output; 1e-4, or 2e-2 with `half`.
+
+    Returns:
+        What was written, with the differences found.
+
+    Raises:
+        ExportError: the model has no such graph, the path cannot be written to, or the file computes something else.
+        ImportError: onnx, onnxscript or onnxruntime is missing.
+    """
+    start, target = time.perf_counter(), check_target(path)
+    try:
+        import onnxruntime  # type: ignore[import-untyped]
+        import onnxscript.optimizer
+
+        from vmamba.deploy.onnx_scans import translations
+    except ImportError as error:
+        raise ImportError(f'ONNX needs more packages ({error}): pip install "vmamba[deploy]"') from error
+    limit = tolerance if tolerance is not None else _TOLERANCE_HALF if half else _TOLERANCE
+    images = Images.of(model, is_open=sizes == "open")
+    told = _preprocessing(model, images, preprocessing)
+
+    def between(dtype: torch.dtype) -> nn.Module:
+        network = _Network(prepared(model, dtype), dtype)
+        return _Decision(network, told) if embed and told else network
+
+    if embed and (told is None or not _decides(model)):
+        raise ExportError(
+            f"{type(model).__name__} gives no logits of classes, or takes no pictures, so nothing can be put around it;"
+            " leave out embed"
+        )
+    reference = between(torch.float32)
+    network = between(torch.float16) if half else reference
+
+    def inputs(batch: Tensor) -> Tensor:
+        return (batch * 50 + 128).clamp(0, 255).to(torch.uint8) if embed else batch
+
+    with scans_kept():
+        program = traced(network, inputs(images.example()), images)
+    with _quiet():
+        written = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=translations()
+        )
+        assert written is not None
+        onnxscript.optimizer.optimize_ir(written.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
+    with torch.no_grad():
+        count = len(outputs_of(reference(inputs(images.trials()[0]))))
+    names = ["labels", "probabilities"] if embed else ["logits"] if _decides(model) else _numbered(count)
+    _name_values(written.model, names, images)
+    written.model.metadata_props.update(_metadata(model, class_names, told))
+
+    def runner(file: Path) -> Callable[[Tensor], list[Any]]:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
+        return lambda batch: session.run(None, {"images": batch.numpy()})[1 if embed else 0 :]
+
+    def expected(batch: Tensor) -> list[Tensor]:
+        return outputs_of(reference(batch))[1 if embed else 0 :]
+
+    with replacing(target) as partial:
+        written.save(partial, external_data=False)
+        differences = _checked(runner(partial), expected, map(inputs, images.trials()), limit, target)
+    nodes = sum(1 for _ in written.model.graph.all_nodes())
+    return Exported(target, time.perf_counter() - start, differences, nodes)
+
+
+def export_torch(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    sizes: Literal["open", "batch"] = "open",
+    class_names: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    tolerance: float | None = None,
+) -> Exported:
+    """Write a model as a `torch.export.ExportedProgram`, read back by `torch.export.load(path).module()`.
+
+    Reading it needs torch alone. It takes float32 batches of two images or more, and of coarsest grids of two pixels a
+    side or more, since torch takes one for a special case. Its extra file "metadata.json" has what an ONNX file's
+    metadata has. Arguments, result and errors as of `export_onnx`.
+    """
+    start, target = time.perf_counter(), check_target(path)
+    images = Images.of(model, is_open=sizes == "open")
+    network = _Network(prepared(model), torch.float32)
+    program = traced(network, images.example(), images)
+    metadata = _metadata(model, class_names, _preprocessing(model, images, preprocessing))
+    trials = [batch.expand(max(2, len(batch)), -1, -1, -1) for batch in images.trials(least=2 * images.smallest)]
+    with replacing(target) as partial:
+        with partial.open("wb") as file:
+            torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
+        with partial.open("rb") as file:
+            module = torch.export.load(file).module()
+        limit = _TOLERANCE if tolerance is None else tolerance
+        differences = _checked(
+            lambda batch: outputs_of(module(batch)),
+            lambda batch: outputs_of(network(batch)),
+            iter(trials),
+            limit,
+            target,
+        )
+    return Exported(target, time.perf_counter() - start, differences)
+
+
+def _checked(
+    run: Callable[[Tensor], Sequence[Any]],
+    expected: Callable[[Tensor], list[Tensor]],
+    batches: Iterator[Tensor],
+    limit: float,
+    target: Path,
+) -> dict[tuple[int, ...], float]:
+    """The differences at every batch; an error if one is too large, or the file does not run."""
+    found = {}
+    for batch in batches:
+        with torch.no_grad():
+            wanted = expected(batch)
+            try:
+                got = run(batch)
+            except Exception as error:  # what the other program says of its file
+                raise ExportError(
+                    f"{shown(target)} was not written: its graph does not run on {tuple(batch.shape)}: {error}"
+                ) from error
+        found[tuple(batch.shape)] = share = difference(got, wanted)
+        if not share <= limit:
+            raise ExportError(
+                f"{shown(target)} was not written: on {tuple(batch.shape)} it differs from the model by {share:.1e} of"
+                f" the largest output, and {limit:.1e} is accepted (tolerance)"
+            )
+    return found
+
+
+def _decides(model: nn.Module) -> bool:
+    """Whether a model's output is the logits of classes."""
+    return bool(getattr(model, "num_classes", 0)) and not hasattr(getattr(model, "feature_info", None), "out_indices")
+
+
+def _numbered(count: int) -> list[str]:
+    return ["features"] if count == 1 else [f"features_{i}" for i in range(count)]
+
+
+def _preprocessing(model: nn.Module, images: Images, given: Preprocessing | None) -> Preprocessing | None:
+    """How pictures become the model's inputs; None where they are not pictures."""
+    if given is not None or images.chans not in (1, 3):
+        return given
+    told = {key: value for key, value in default_metadata(model).items() if value is not None}
+    return Preprocessing.from_dict(told | {"in_chans": images.chans} | _statistics(told, images.chans))
+
+
+def _statistics(told: dict[str, Any], chans: int) -> dict[str, Any]:
+    """Mean and standard deviation with one value a channel; of a grey model that has those of colours, their means."""
+    values = {name: list(told.get(name) or getattr(Preprocessing, name)) for name in ("mean", "std")}
+    return {name: value if len(value) == chans else [sum(value) / len(value)] * chans for name, value in values.items()}
+
+
+def _metadata(model: nn.Module, names: Sequence[str] | None, preprocessing: Preprocessing | None) -> dict[str, str]:
+    told = default_metadata(model)
+    found = {
+        "model": str(told.get("variant") or type(model).__name__),
+        "task": str(told.get("task") or "classification" if _decides(model) else "features"),
+        "vmamba_version": __version__,
+    }
+    if names := names or told.get("class_names"):
+        found["class_names"] = json.dumps(list(names), ensure_ascii=False)
+    if preprocessing is not None:
+        found["preprocessing"] = json.dumps(preprocessing.to_dict())
+    return found
+
+
+def _name_values(model: Any, outputs: Sequence[str], images: Images) -> None:
+    """Give inputs, outputs and their open sides names that people read."""
+    (given,) = model.graph.inputs
+    symbols = {str(given.shape[axis]): name for axis, name in ((0, "batch"), (2, "height"), (3, "width"))}
+    symbols = {symbol: name for symbol, name in symbols.items() if not symbol.isdigit()}
+    given.name = "images"
+    for value in (given, *model.graph.outputs):
+        for axis, side in enumerate(value.shape or ()):
+            if not isinstance(side, int):
+                value.shape[axis] = re.sub(r"\bs\d+\b", lambda match: symbols.get(match[0], match[0]), str(side))
+    for value, name in zip(model.graph.outputs, outputs, strict=True):
+        value.name = name
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter's libraries say of their own steps."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,157 @@
+"""A model as a graph of torch's operators, for inputs of any size: what every format starts from."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmamba.errors import ExportError
+from vmamba.files import shown
+from vmamba.models.checkpoints import default_metadata
+
+
+@dataclass(frozen=True)
+class Images:
+    """The inputs of a model.
+
+    Attributes:
+        chans: channels.
+        height, width: what the model is meant for, or if any other will do, at most 224.
+        smallest: the smallest side it takes.
+        is_open: whether height and width are open in the graph; the batch always is.
+    """
+
+    chans: int
+    height: int
+    width: int
+    smallest: int
+    is_open: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, is_open: bool) -> Images:
+        """What a model of ours or of timm's says of itself; 3 channels and 224² where it says nothing."""
+        told: Mapping[str, Any] = default_metadata(model)
+        chans, *size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
+        size = told.get("img_size") or size
+        height, width = (size, size) if isinstance(size, int) else size
+        if is_open:  # any size will do, and large ones take long
+            height, width = min(height, 224), min(width, 224)
+        smallest = getattr(model, "total_stride", None) or min(32, height, width)
+        return cls(int(told.get("in_chans") or chans), int(height), int(width), int(smallest), is_open)
+
+    def example(self) -> Tensor:
+        """A batch to trace with: no two sides are equal, and none is 1, so that nothing is taken for a constant."""
+        width = self.width + 3 * self.smallest if self.is_open else self.width
+        return torch.zeros(2, self.chans, self.height + self.smallest * self.is_open, width)
+
+    def trials(self, least: int | None = None) -> list[Tensor]:
+        """Three batches to check a graph with: of the size the model is meant for, as small as may be, and odd."""
+        least = least or self.smallest
+        sizes = [(1, self.height, self.width), (2, self.height, self.width), (3, self.height, self.width)]
+        if self.is_open:
+            sizes[1:] = [(2, least, 2 * least), (1, self.height + 13, self.width // 2 + 32)]
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(batch, self.chans, *size, generator=generator) for batch, *size in sizes]
+
+    def dynamic_shapes(self) -> tuple[dict[int, Any], ...]:
+        """For `torch.export.export`."""
+        return (dict.fromkeys((0, 2, 3) if self.is_open else (0,), torch.export.Dim.DYNAMIC),)
+
+
+class AdaptiveAveragePool(nn.Module):
+    """`torch.nn.AdaptiveAvgPool2d` as two products with averaging matrices, for graphs with open sizes."""
+
+    def __init__(self, size: Any) -> None:
+        super().__init__()
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, *size)."""
+        for axis, cells in zip((2, 3), self.size, strict=True):
+            if cells is not None:
+                x = (x.transpose(axis, 3) @ _averaging(x, axis, cells)).transpose(axis, 3)
+        return x
+
+
+def _averaging(x: Tensor, axis: int, cells: int) -> Tensor:
+    """(side, cells): cell i averages the pixels from ⌊i·side/cells⌋ to ⌈(i + 1)·side/cells⌉."""
+    side = x.shape[axis]
+    pixel, cell = torch.arange(side, device=x.device)[:, None], torch.arange(cells, device=x.device)
+    start, end = cell * side // cells, ((cell + 1) * side + cells - 1) // cells
+    return ((pixel >= start) & (pixel < end)).to(x.dtype) / (end - start).to(x.dtype)
+
+
+def prepared(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A copy to trace, in evaluation mode on the CPU, whose layers all have a form with open sizes.
+
+    Raises:
+        ExportError: a model for detection, whose results are lists of any length.
+    """
+    if getattr(model, "task", None) == "detection":
+        raise ExportError(
+            f"{type(model).__name__} is a model for detection: what it does between its networks depends on what it"
+            " finds, and has no graph yet. Classification, segmentation and feature extractors have one."
+        )
+    with torch.no_grad():
+        copied = copy.deepcopy(model).cpu().eval().requires_grad_(False).to(dtype)
+    for module in list(copied.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.AdaptiveAvgPool2d:
+                setattr(module, name, AdaptiveAveragePool(child.output_size))
+    return copied
+
+
+def traced(model: nn.Module, example: Tensor, images: Images) -> torch.export.ExportedProgram:
+    """The graph of a prepared model.
+
+    Raises:
+        ExportError: torch cannot trace it, or only for one size.
+    """
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, (example,), dynamic_shapes=images.dynamic_shapes(), strict=False)
+    except Exception as error:  # whatever the model's own code raises, or torch says of it
+        advice = "; a network that takes images of one size alone needs sizes='batch'" if images.is_open else ""
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(f"{type(model).__name__} cannot be written as a graph: {first}{advice}") from error
+
+
+def difference(found: Sequence[Any], expected: Sequence[Tensor]) -> float:
+    """The largest difference of any output, as a share of that output's largest value."""
+    worst = 0.0
+    for one, other in zip(found, expected, strict=True):
+        one, other = torch.as_tensor(one).double(), other.double()
+        if one.shape != other.shape:
+            raise ExportError(f"an output has shape {tuple(one.shape)}, and of the model {tuple(other.shape)}")
+        share = (one - other).abs().max() / other.abs().max().clamp(min=1e-12)
+        worst = max(worst, float(torch.nan_to_num(share, nan=float("inf"))))
+    return worst
+
+
+def outputs_of(result: Any) -> list[Tensor]:
+    """The tensors that a model returned."""
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """The path as one that a file can be written to, found out before the work is done.
+
+    Raises:
+        ExportError: it cannot.
+    """
+    target = Path(path)
+    folder = target.parent
+    if target.is_dir():
+        raise ExportError(f"{shown(target)} is a folder; give the name of a file in it")
+    if not folder.is_dir():
+        raise ExportError(f"{shown(folder)} is no folder; make it first")
+    if not os.access(folder, os.W_OK):
+        raise ExportError(f"{shown(folder)} cannot be written to")
+    return target

@@ -1,0 +1,189 @@
+"""ONNX files against the models they were made from, in ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import vmamba
+from vmamba.deploy import export_onnx
+from vmamba.errors import ExportError
+from vmamba.models.vmamba import VMamba
+from vmamba.nn import SS2D
+from vmamba.ops import selective_scan
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def _small(**options):
+    torch.manual_seed(0)
+    options = {"depths": (1, 1), "dims": (16, 24), "num_classes": 5, "img_size": 24, "stem_stride": 2} | options
+    return VMamba(**options).eval()
+
+
+def _run(path, images, **options):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"], **options)
+    return session.run(None, {"images": images.numpy()})
+
+
+def _assert_as(model, path, *shapes):
+    for shape in shapes:
+        images = torch.randn(shape)
+        with torch.no_grad():
+            expected = model(images)
+        expected = [expected] if isinstance(expected, torch.Tensor) else expected
+        for found, wanted in zip(_run(path, images), expected, strict=True):
+            assert np.abs(found - wanted.numpy()).max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"d_state": 3, "gated": True, "mlp_ratio": 0.0, "stem": "patch", "downsample": "merge", "in_chans": 1},
+        {"pattern": "bidirectional", "in_chans": 5},
+        {"pattern": "spiral"},
+    ],
+    ids=["cross", "vanilla", "bidirectional", "function"],
+)
+def test_files_compute_what_the_model_does(options, tmp_path):
+    """At batches, heights and widths that the graph was not traced with; of standard operators alone."""
+    model, path = _small(**options), tmp_path / "model.onnx"
+    sizes = "batch" if options.get("pattern") == "spiral" else "open"  # a function of Python numbers
+    written = export_onnx(model, path, sizes=sizes)
+    assert written.path == path
+    assert len(written.differences) == 3
+    assert max(written.differences.values()) < 1e-5
+    chans = options.get("in_chans", 3)
+    shapes = [(1, chans, 24, 24), (4, chans, 24, 24)]
+    _assert_as(model, path, *shapes, *([(2, chans, 9, 35), (1, chans, 40, 7)] if sizes == "open" else []))
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 20)]
+    assert not proto.functions
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_changed_models(tmp_path):
+    """A swapped layer, another head and a hook: what is traced is what the user made."""
+    model = _small()
+    model.stages[0].blocks[0].ss2d.conv = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+    model.head.fc = nn.Sequential(nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 2))
+    model.stages[1].register_forward_hook(lambda module, args, y: 2 * y)
+    export_onnx(model, tmp_path / "model.onnx")
+    _assert_as(model, tmp_path / "model.onnx", (2, 3, 20, 28))
+
+
+def test_dense_models_and_features(tmp_path):
+    torch.manual_seed(0)
+    model = vmamba.create_model(
+        "upernet", backbone="vmamba_femto_s2", num_classes=3, channels=8, auxiliary_channels=0, img_size=48
+    ).eval()
+    export_onnx(model, tmp_path / "dense.onnx", class_names=["sky", "树", "road"])
+    _assert_as(model, tmp_path / "dense.onnx", (1, 3, 41, 64), (2, 3, 32, 32))
+    metadata = {prop.key: prop.value for prop in onnx.load(tmp_path / "dense.onnx").metadata_props}
+    assert metadata["task"] == "segmentation"
+    assert json.loads(metadata["class_names"]) == ["sky", "树", "road"]
+    assert json.loads(metadata["preprocessing"])["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    extractor = vmamba.create_model("vmamba_femto_s2", features_only=True).eval()
+    export_onnx(extractor, tmp_path / "features.onnx")
+    _assert_as(extractor, tmp_path / "features.onnx", (1, 3, 16, 40))
+
+
+def test_pictures_in_labels_out(tmp_path):
+    model, path = _small(), tmp_path / "model.onnx"
+    export_onnx(model, path, embed=True, class_names=list("abcde"))
+    pictures = torch.randint(0, 256, (3, 3, 30, 26), dtype=torch.uint8)
+    labels, probabilities = _run(path, pictures)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        expected = model((pictures / 255 - mean) / std).softmax(1)
+    np.testing.assert_allclose(probabilities, expected.numpy(), atol=1e-5)
+    assert labels.tolist() == expected.argmax(1).tolist()
+
+
+def test_half_precision(tmp_path):
+    model = _small()
+    export_onnx(model, tmp_path / "whole.onnx")
+    export_onnx(model, tmp_path / "half.onnx", half=True)
+    images = torch.randn(2, 3, 24, 32)
+    whole, half = _run(tmp_path / "whole.onnx", images)[0], _run(tmp_path / "half.onnx", images)[0]
+    assert half.dtype == np.float32
+    assert 0 < np.abs(whole - half).max() < 2e-2 * np.abs(whole).max()
+    dtypes = {1: 4, 10: 2}
+    sizes = [sum(np.prod(t.dims) * dtypes.get(t.data_type, 0) for t in onnx.load(tmp_path / name).graph.initializer)
+             for name in ("whole.onnx", "half.onnx")]  # fmt: skip
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+class _Sequence(nn.Module):
+    num_classes = 4
+
+    def forward(self, x):
+        u = x.flatten(1, 2)[:, :4]
+        B, C = u[:, :2], u[:, 2:4]
+        y, last = selective_scan(u, u - 1, -torch.ones(4, 2), B, C, delta_softplus=True, return_last_state=True)
+        return y.mean(2) + last.sum(2)
+
+
+def test_selective_scan_has_its_loop(tmp_path):
+    model = _Sequence()
+    written = export_onnx(model, tmp_path / "model.onnx")
+    assert written.nodes < 150
+    _assert_as(model, tmp_path / "model.onnx", (2, 3, 5, 7), (1, 3, 4, 100))
+
+
+def test_steep_steps_stay_finite():
+    """Δ beyond where exp overflows, and decays that reach 0."""
+    torch.manual_seed(0)
+    layer = SS2D(16, d_state=1).eval()
+    with torch.no_grad():
+        layer.dt_proj_bias.copy_(torch.linspace(-100, 200, 64).view(4, 16))
+
+    class Grid(nn.Module):
+        def forward(self, x):
+            return layer(x.permute(0, 2, 3, 1))
+
+    Grid.in_chans = 16
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        written = export_onnx(Grid(), Path(folder) / "model.onnx")
+    assert max(written.differences.values()) < 1e-5
+
+
+def test_openvino_runs_the_file(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    for states in (1, 2):
+        model, path = _small(d_state=states), tmp_path / f"{states}.onnx"
+        export_onnx(model, path)
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(str(path)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        images = torch.randn(2, 3, 20, 28)
+        with torch.no_grad():
+            expected = model(images).numpy()
+        np.testing.assert_allclose(compiled([images.numpy()])[0], expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_refusals(tmp_path):
+    model, path = _small(), tmp_path / "model.onnx"
+    path.write_bytes(b"before")
+    with pytest.raises(ExportError, match=r"differs from the model by .* and 0.0e\+00 is accepted"):
+        export_onnx(model, path, tolerance=0.0)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ExportError, match="is a folder"):
+        export_onnx(model, tmp_path)
+    with pytest.raises(ExportError, match="is no folder"):
+        export_onnx(model, tmp_path / "none" / "model.onnx")
+    detector = vmamba.create_model("maskrcnn", backbone="vmamba_femto", num_classes=2, channels=8, hidden=8)
+    with pytest.raises(ExportError, match="detection"):
+        export_onnx(detector, path)
+    with pytest.raises(ExportError, match="takes no pictures"):
+        export_onnx(_small(in_chans=5), path, embed=True)
