@@ -55,7 +55,7 @@ def test_it_begins_with_the_demo_and_every_text_in_both_languages(page, session)
     assert session.loaded.choice.task == "classification"
     assert (session.stage, session.block, session.grid) == (1, 1, (8, 8))
     for english, chinese in texts.TEXTS.values():
-        assert re.findall(r"{\w+[^}]*}", english).sort() == re.findall(r"{\w+[^}]*}", chinese).sort()
+        assert sorted(re.findall(r"{\w+[^}]*}", english)) == sorted(re.findall(r"{\w+[^}]*}", chinese))
         assert re.search(r"[\u4e00-\u9fff]", chinese)
         assert not re.search(r"[\u4e00-\u9fff]", english)
 
@@ -169,6 +169,12 @@ def test_refusals_are_told_in_words_and_accidents_without_their_insides(page, se
         caught.value
     )
     assert "&lt;script&gt;.png: not an image" in str(caught.value)
+    for error in (CheckpointError, RecipeError, ImportError):
+        monkeypatch.setattr(
+            "vmamba.app.page.received_picture", lambda sent, error=error: (_ for _ in ()).throw(error("x"))
+        )
+        with pytest.raises(gr.Error, match=r"This cannot be shown.*<small>x</small>"):
+            choose(session, sent(png(9, 9)))
     monkeypatch.setattr("vmamba.app.page.received_picture", lambda sent: 1 / 0)
     with pytest.raises(gr.Error) as caught:
         choose(session, sent(png(9, 9)))
@@ -217,7 +223,8 @@ def test_a_session_holds_one_picture_and_one_pass(session):
 
 
 @pytest.mark.parametrize("name", list(TABS))
-def test_every_tab_of_a_grey_picture_of_odd_sides_is_finite_and_in_both_languages(page, name, tmp_path):
+def test_every_tab_of_a_grey_picture_of_odd_sides_is_finite_and_in_both_languages(page, name, tmp_path, monkeypatch):
+    monkeypatch.setattr("vmamba.app.tabs._SIDES", (32, 64))
     (tmp_path / "runs/grey").mkdir(parents=True)
     kwargs = {"depths": [1, 1], "dims": [8, 16], "d_state": 2}
     model = vmamba.create_model("vmamba_femto", num_classes=2, in_chans=1, **kwargs)

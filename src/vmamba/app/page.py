@@ -196,14 +196,20 @@ def _told(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args)
         except RefusedError as refusal:
-            message = both(refusal.key, **refusal.values)
-            reason = f"<br><small>{escape(refusal.reason)}</small>" if refusal.reason else ""
-            raise gr.Error(message + reason, title="VMamba", print_exception=False) from refusal
+            raise _told_error(both(refusal.key, **refusal.values), refusal.reason) from refusal
+        except (CheckpointError, ImportError, RecipeError) as error:
+            raise _told_error(both("cannot"), str(error)) from error
         except Exception as error:
             traceback.print_exc()
-            raise gr.Error(both("failed"), title="VMamba", print_exception=False) from error
+            raise _told_error(both("failed")) from error
 
     return handler
+
+
+def _told_error(message: str, reason: str = "") -> gr.Error:
+    """What the visitor reads: HTML, and below it plain text."""
+    more = f"<br><small>{escape(reason)}</small>" if reason else ""
+    return gr.Error(message + more, title="VMamba", print_exception=False)
 
 
 def serve(page: Page, host: str = "127.0.0.1", port: int | None = None, opens: bool = False, block: bool = True) -> str:

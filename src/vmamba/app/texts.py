@@ -108,7 +108,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "What made this answer: places of each stage that spoke for it (Grad-CAM).",
         "为何得出这个答案：各阶段中支持它的位置（Grad-CAM）。",
     ),
-    "class": ("{name} (logit {score:.2f})", "{name}（logit {score:.2f}）"),
+    "class": ("{name} (logit {score:.2f})", "{name}（得分 {score:.2f}）"),
     "field": (
         "Effective receptive field: which pixels the middle of stage {stage} hears, on a logarithmic scale down to a"
         " ten-thousandth of the loudest.",
@@ -148,6 +148,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "no_model": ("There is no such model in the list.", "列表中没有这个模型。"),
     "bad_model": ("This model cannot be used.", "无法使用该模型。"),
     "bad_choice": ("There is no such patch or block.", "没有这样的图块或模块。"),
+    "cannot": ("This cannot be shown.", "无法显示。"),
     "failed": (
         "Something went wrong inside; the terminal shows what.",
         "内部出错，详情见终端。",
