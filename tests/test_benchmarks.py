@@ -48,6 +48,28 @@ def test_contenders_are_of_one_size(learning):
         assert 0.85 < size / sizes["VMamba"] < 1.15, name
 
 
+def test_patterns_learn_from_as_many_images_and_then_for_as_long(learning, load, monkeypatch, tmp_path):
+    patterns = load("patterns")
+    images, labels = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8), torch.arange(40) % 2
+    monkeypatch.setattr(learning, "load", lambda split: (images, labels, images, labels))
+    monkeypatch.setattr(learning.FashionMnist, "recipe", dataclasses.replace(learning.RECIPE, batch=4))
+    made, seconds = [], itertools.accumulate(itertools.cycle([0.0, 1.0, 0.0, 2.0]))  # the second takes twice as long
+    build = patterns.vmamba.create_model
+    monkeypatch.setattr(patterns.vmamba, "create_model", lambda *a, **k: made.append(k["pattern"]) or build(*a, **k))
+    monkeypatch.setattr(patterns, "time", SimpleNamespace(process_time=lambda: next(seconds)))
+    tallies = {"cross": patterns.Tally(), "spiral": patterns.Tally()}
+    lesson = patterns.FashionMnist("held-out")
+    patterns.add_seed(tallies, lesson, 8, seed=0)
+    assert made == ["cross", "spiral", "spiral"]
+    assert [(tally.images, tally.seconds) for tally in tallies.values()] == [(32, 4.0), (32, 8.0)]
+    assert [used for used, _ in tallies["spiral"].curve] == [8, 16, 24, 32]
+    text = patterns.write(tallies, lesson, 8, tmp_path)
+    assert "32 images each, 0.8 epochs, one recipe, seeds 0 to 0" in text
+    rows = json.loads((tmp_path / "patterns.json").read_text())["tables"]["patterns"]
+    assert [row["images_per_second"] for row in rows] == [8, 4]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
+
+
 def test_a_short_run_learns_and_reports(learning, monkeypatch, tmp_path):
     images, labels = torch.zeros(64, 1, 28, 28, dtype=torch.uint8), torch.arange(64) % 2
     images[labels == 1, :, 10:18, 10:18] = 255
