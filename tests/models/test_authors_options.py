@@ -1,4 +1,4 @@
-"""Models that somebody built with the authors' class and options of their own load into ours, of any width and depth."""
+"""Models that somebody built with the authors' class and own options load into ours, of any width and depth."""
 
 from __future__ import annotations
 
