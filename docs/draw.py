@@ -84,7 +84,8 @@ def routes(options: argparse.Namespace) -> None:
             pen.rectangle((left + x * cell, top + y * cell, left + (x + 1) * cell - 1, top + (y + 1) * cell - 1),
                           outline="#111111", width=2)  # fmt: skip
         frames.append(frame)
-    palette = frames[grid * grid // 2].quantize(48)
+    some = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames[::6]]))
+    palette = some.quantize(128, method=Image.Quantize.FASTOCTREE)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in [*frames, *[frames[-1]] * 12]]
     frames[0].save(IMAGES / "routes.gif", save_all=True, append_images=frames[1:], duration=110, loop=0, optimize=True)
 
