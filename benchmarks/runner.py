@@ -85,10 +85,11 @@ class Bench:
     say: Callable[[str], None] = print
     began: float = field(default_factory=time.perf_counter)
     unfit: dict[str, str] = field(default_factory=dict)  # contenders whose scans failed their check, and why
+    clock: Callable[[], float] = time.perf_counter  # on the CPU
 
     def interleave(self, calls: Mapping[Any, Call]) -> dict[Any, float]:
         s = self.settings
-        return interleave(calls, s.rounds, s.device, s.least, s.most)
+        return interleave(calls, s.rounds, s.device, s.least, s.most, self.clock)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.settings.device, dtype=torch.bfloat16, enabled=self.settings.low)
@@ -119,7 +120,9 @@ class Bench:
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 
-def seconds_of(call: Call, device: str = "cpu", repeats: int = 1) -> float:
+def seconds_of(
+    call: Call, device: str = "cpu", repeats: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Seconds of one call, the mean of `repeats` in a row; on a GPU by its own clock."""
     if device == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -129,14 +132,19 @@ def seconds_of(call: Call, device: str = "cpu", repeats: int = 1) -> float:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3 / repeats
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def interleave(
-    calls: Mapping[Any, Call], rounds: int, device: str = "cpu", least: float = 0.0, most: float = math.inf
+    calls: Mapping[Any, Call],
+    rounds: int,
+    device: str = "cpu",
+    least: float = 0.0,
+    most: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Any, float]:
     """Median seconds of each call; the calls take turns, after one round that is not counted.
 
@@ -146,13 +154,16 @@ def interleave(
         device: "cpu" or "cuda".
         least: seconds that a turn takes at least: a shorter call is repeated within it.
         most: seconds after which a call has no more turns, once it has had three.
+        clock: what tells seconds on the CPU.
     """
     times: dict[Any, list[float]] = {name: [] for name in calls}
-    repeats = {name: max(1, math.ceil(least / max(seconds_of(call, device), 1e-7))) for name, call in calls.items()}
+    repeats = {
+        name: max(1, math.ceil(least / max(seconds_of(call, device, 1, clock), 1e-7))) for name, call in calls.items()
+    }
     for _ in range(rounds):
         for name, call in calls.items():
             if len(times[name]) < 3 or sum(times[name]) * repeats[name] < most:
-                times[name].append(seconds_of(call, device, repeats[name]))
+                times[name].append(seconds_of(call, device, repeats[name], clock))
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -175,7 +175,7 @@ def test_tables_are_aligned_and_leave_empty_columns_out(load):
 
 def test_calls_take_turns_and_long_ones_have_fewer(load, monkeypatch):
     runner, order = load("runner"), []
-    monkeypatch.setattr(runner, "seconds_of", lambda call, device, repeats=1: (order.append(call), call())[1])
+    monkeypatch.setattr(runner, "seconds_of", lambda call, device, repeats, clock: (order.append(call), call())[1])
     long, short = (lambda: 2.0), (lambda: 0.5)
     seconds = runner.interleave({"long": long, "short": short}, rounds=10, least=1.0, most=7.0)
     assert seconds == {"long": 2.0, "short": 0.5}
@@ -210,7 +210,7 @@ def test_dense_speed_from_end_to_end(load, monkeypatch, tmp_path):
     dense = load("dense_speed")
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(dense, "fresh", lambda *arguments, program: 100.0 + arguments[1].endswith("Swin-T"))
-    dense.main(["--tiny", "--output", str(tmp_path)])
+    dense.main(["--tiny", "--processor-time", "--output", str(tmp_path)])
     results = json.loads((tmp_path / "dense_speed.json").read_text())
     assert results["skipped"] == {}
     rows = {(row["network"], row["backbone"]): row for row in results["tables"]["dense"]}
