@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -14,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from models.released import as_released, golden_weights
-from tasks.landscapes import make_landscapes
-from tasks.shapes import make_shapes
 from tasks.small import make_images
 
 from vmamba.models.variants import VARIANTS
@@ -39,13 +36,16 @@ ONE_EPOCH = [
     "0",
     "--data.batch_size",
     "4",
+    "--trainer.validate_every",
+    "1",
     "--trainer.progress",
     "false",
 ]
 SHORTENED = {
+    "examples": ["--train", "8", "--val", "4"],
     "imagenet": [*ONE_EPOCH, "--data.img_size", "32", "--data.workers", "0"],
     "segmentation": ONE_EPOCH,
-    "coco": [*ONE_EPOCH, "--trainer.validate_every", "1", "--data.img_size", "[64,96]"],
+    "coco": [*ONE_EPOCH, "--data.img_size", "[64,96]"],
 }
 
 
@@ -54,9 +54,8 @@ def desk(tmp_path_factory) -> Path:
     """A folder with all that the README speaks of, and a cache that already holds the released file."""
     desk = tmp_path_factory.mktemp("desk")
     (desk / "configs").symlink_to(ROOT / "configs")
+    (desk / "examples").symlink_to(ROOT / "examples")
     make_images(desk / "flowers", train=2, val=2)
-    make_landscapes(desk / "streets", train=4, val=2)
-    make_shapes(desk / "cells", train=4, val=2, masks=False)
     (desk / "photo.jpg").write_bytes((ROOT / "examples/images/bag.png").read_bytes())
     name = "vmamba_tiny_s1l8"
     cache = desk / "cache/hub/checkpoints"
@@ -88,6 +87,9 @@ def test_commands(desk):
             assert targets.stdout
             continue
         program, name, *arguments = command
+        if program == "python":
+            run(desk, [sys.executable, name, *arguments, *SHORTENED[Path(name).parent.name]])
+            continue
         assert program == "vmamba"
         recipe = next((Path(value) for value in arguments if value.endswith(".yaml")), None)
         shortened = SHORTENED[recipe.parent.name] if recipe else []
@@ -95,14 +97,12 @@ def test_commands(desk):
     assert {"models", "info", "train", "validate", "predict"} <= set(outputs)
     classes, regions, objects = outputs["predict"]
     assert "photo.jpg" in classes
-    assert "photo.jpg" in regions
-    assert isinstance(json.loads(objects), list)  # of what a hardly trained detector may have found
-    for text, score in zip(outputs["validate"], ("6 images: top-1", "mIoU", "AP"), strict=True):
-        assert score in text
-    pictures = {
-        path.relative_to(desk / "runs/predictions").as_posix() for path in desk.glob("runs/predictions/*/photo*")
-    }
-    assert pictures == {"overlays/photo.png", "masks/photo.png"}
+    assert "masks/0004.png" in regions
+    assert "overlays/0004.png" in objects  # of what a hardly trained detector may have found
+    for text, scores in zip(outputs["validate"], (["6 images: top-1"], ["mIoU"], ["box AP", "mask AP"]), strict=True):
+        assert all(score in text for score in scores)
+    places = ("predictions/overlays", "predictions/masks", "garments_detection/overlays")
+    assert all((desk / "runs" / place / "0004.png").exists() for place in places)
 
 
 def test_table_of_models(desk):
