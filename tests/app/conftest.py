@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +48,16 @@ def page(desk):
 
 
 @pytest.fixture(scope="session")
-def address(page) -> str:
+def address(page) -> Iterator[str]:
     """Where the page is served."""
     from vmamba.app.page import serve
 
-    yield serve(page, block=False).rstrip("/")
+    yield serve(page, port=free_port(), block=False).rstrip("/")
     page.blocks.close(verbose=False)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -22,7 +22,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="pip install play
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser
         browser.close()
 
@@ -35,7 +35,7 @@ def visit(browser, address):
     def open_page(language: str = "en-GB", **options):
         contexts.append(browser.new_context(locale=language, viewport={"width": 1280, "height": 900}, **options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(60_000)
         page.on("request", lambda request: asked.append(request.url))
         page.on("response", lambda response: answered.append((response.status, response.url)))
         page.goto(address)

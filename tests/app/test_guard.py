@@ -7,9 +7,11 @@ import http.client
 import json
 import re
 import socket
+import sys
 from urllib.parse import urlsplit
 
 import pytest
+from app.conftest import free_port
 
 from vmamba.app import guard
 
@@ -97,3 +99,23 @@ def test_the_page_names_no_address_that_a_browser_would_load_from_elsewhere(addr
     style = ask(address, "/theme.css")[1].decode()
     assert "--font:" in style
     assert re.findall(r"@import|url\((?![\"']?data:)", style) == []
+
+
+def test_the_server_itself_calls_nobody(page, desk):
+    hosts, listening = [], True
+
+    def hook(event: str, arguments: tuple) -> None:  # cannot be taken away again
+        if listening and event == "socket.getaddrinfo":
+            hosts.append(arguments[0])
+        elif listening and event == "socket.connect" and isinstance(arguments[1], tuple):
+            hosts.append(arguments[1][0])
+
+    from vmamba.app.page import Page, serve
+
+    sys.addaudithook(hook)
+    again = Page(page.catalogue, [desk / "pictures/a.png"])
+    assert ask(serve(again, port=free_port(), block=False), "/")[0] == 200
+    again.blocks.close(verbose=False)
+    listening = False
+    assert hosts  # this test's own
+    assert set(hosts) <= {"127.0.0.1", "localhost", None}
