@@ -111,6 +111,11 @@ def test_fine_tuning_starts_from_the_weights_and_a_new_head(images, tmp_path):
     assert model.head.fc.weight.shape == (3, 16)
     with pytest.raises(RecipeError, match=r"no model 'vmamba_nope'"):
         build_model(ModelConfig("vmamba_nope"), 3)
+    config = ModelConfig("vmamba_femto_s2", kwargs={**kwargs, "pattern": "diagonal"})
+    assert build_model(config, num_classes=3).pattern == "diagonal"
+    config.kwargs["pattern"] = "zigzag"
+    with pytest.raises(RecipeError, match=r"vmamba_femto_s2 cannot be built as configured .* pattern is 'zigzag'"):
+        build_model(config, num_classes=3)
 
 
 def test_bad_data_is_refused_before_any_work(images, tmp_path):

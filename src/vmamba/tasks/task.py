@@ -356,7 +356,7 @@ def build_model(config: ModelConfig, seed: int = 0, **arguments: Any) -> nn.Modu
     torch.manual_seed(seed)
     try:
         model: Any = build(pretrained=config.pretrained, **arguments, **config.kwargs)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise RecipeError(f"{config.name} cannot be built as configured under model: {error}") from error
     if config.checkpoint:
         other = isinstance(model, DenseModel) and identify_checkpoint(config.checkpoint).task != model.task
