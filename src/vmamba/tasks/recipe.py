@@ -26,8 +26,8 @@ class ModelConfig:
     pretrained: bool = False
     """Start from the published weights; the head is new when the number of classes differs."""
     checkpoint: str | None = None
-    """Start from the weights in this file, with a new classifier; those of a model for classification become the
-    backbone of one for segmentation or detection."""
+    """Start from the weights in this file, with a new classifier; of a model for another task, from those of its
+    backbone."""
     ema_weights: bool = False
     """Of the checkpoint, take the averaged weights."""
     drop_path_rate: float | None = None
