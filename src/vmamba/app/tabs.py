@@ -140,7 +140,9 @@ def stages(session: Session) -> str:
         image = views.picture(drawing.png((rgb * 255).round().byte().numpy()), session.seen.size)
         channels, rows, columns = number["shape"]
         colours.append((title, image, both("stage_of", rows=rows, columns=columns, channels=channels)))
-        image = views.stack((rows, columns), session.seen.size, "still", views.heat(length[0].numpy()))
+        image = views.stack(
+            (rows, columns), session.seen.size, "still", views.heat((length[0] - length[0].min()).numpy())
+        )
         strong.append((title, image, both("edges", edges=number["edges"])))
     parts = views.say("components"), views.cards(colours), views.say("energy"), views.cards(strong)
     return views.panel(views.say("stages"), *parts)

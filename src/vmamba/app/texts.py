@@ -102,7 +102,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "图块差异最大的三个方向，以红、绿、蓝表示。",
     ),
     "stage_of": ("{rows}×{columns} patches, {channels} channels", "{rows}×{columns} 个图块，{channels} 个通道"),
-    "energy": ("How far each patch is from the mean of the picture.", "每个图块偏离整幅图片均值的程度。"),
+    "energy": (
+        "How far each patch is from the mean of the picture, from the least (darkest) to the most (lightest).",
+        "每个图块偏离整幅图片均值的程度，从最小（最暗）到最大（最亮）。",
+    ),
     "edges": ("follows the edges of the picture: {edges:.2f}", "与图片边缘的相关性：{edges:.2f}"),
     "classes": (
         "What made this answer: places of each stage that spoke for it (Grad-CAM).",

@@ -15,7 +15,7 @@ from vmamba.app.guard import MOST_BYTES
 from vmamba.app.texts import both, plain
 from vmamba.data.images import IMAGE_EXTENSIONS
 
-_MOST_LINES = 32  # of a grid that does not hide the picture
+_MOST_LINES = 16  # of a grid that does not hide the picture
 
 # From where to where a route's arrow goes, by the first two patches that it visits and the last: (Δrow, Δcolumn).
 _ARROW = '<svg width="16" height="16" viewBox="0 0 16 16" aria-hidden="true"><g transform="rotate({turn} 8 8)">'
@@ -77,7 +77,7 @@ def stack(
     image = f' style="background-image:url({heat})"' if heat else ""
     places = "" if kind == "still" else f' data-rows="{grid[0]}" data-columns="{grid[1]}"'
     frame = "" if kind == "still" else '<div class="query"></div>'
-    lines = '<div class="grid"></div>' if max(grid) <= _MOST_LINES else ""
+    lines = '<div class="grid"></div>' if kind != "still" and max(grid) <= _MOST_LINES else ""
     reach = f' tabindex="0" role="application" aria-label="{plain("canvas", "en")}"' if focus else ""
     return (
         f'<div class="stack {kind}{small}"{places}{reach} '
