@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,16 @@ def test_a_pattern_set_later_is_saved(images, tmp_path: Path):
     save_checkpoint(model, path)
     assert "pattern" in read_metadata(path)["model_kwargs"]  # it was given when the model was made
     assert load_model(path)[0].pattern == "cross"
+
+
+def test_weights_that_learned_with_another_pattern_are_loaded_with_a_warning(registered, tmp_path: Path):
+    save_checkpoint(small(snake), path := tmp_path / "model.safetensors")
+    for pattern in ("snake", snake):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            vmamba.load_checkpoint(small(pattern), path)
+    with pytest.warns(UserWarning, match=r"with the scan pattern 'snake', but the model has 'cross'.*pattern='snake'"):
+        vmamba.load_checkpoint(small(), path)
 
 
 def test_a_backbone_of_a_dense_model_keeps_its_pattern(tmp_path: Path):

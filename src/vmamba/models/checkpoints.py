@@ -29,6 +29,7 @@ from vmamba.models.weight_files import (
     check_sums,
     read_weight_file,
 )
+from vmamba.nn import SS2D
 from vmamba.ops import PATTERNS
 
 __all__ = [
@@ -173,7 +174,7 @@ def default_metadata(model: nn.Module) -> dict[str, Any]:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     own = {name: getattr(model, name, None) for name in ("num_classes", "in_chans", "img_size")}
     arguments = get_model_args(model) if hasattr(model, "_model_args") else {}
-    backbone = next((module for module in model.modules() if isinstance(module, VMamba)), None)
+    backbone = _backbone(model)
     if backbone is not None and (backbone.pattern != "cross" or "pattern" in arguments):
         arguments["pattern"] = backbone.pattern  # which may have been set since it was built
     known: dict[str, Any] = {
@@ -187,10 +188,18 @@ def default_metadata(model: nn.Module) -> dict[str, Any]:
     return {"format": METADATA_FORMAT, **{name: value for name, value in known.items() if value is not None}}
 
 
-def _named(value: object) -> str:
-    """What a file holds in place of a scan pattern that is a function: the name it is registered by."""
-    name = next((name for name, pattern in PATTERNS.items() if pattern is value), None)
-    if name is None:
+def _backbone(model: nn.Module) -> VMamba | None:
+    return next((module for module in model.modules() if isinstance(module, VMamba)), None)
+
+
+def _registered(value: object) -> object:
+    """A scan pattern by the name it is registered by, where it is a function that has one."""
+    return next((name for name, pattern in PATTERNS.items() if pattern is value), value)
+
+
+def _named(value: object) -> object:
+    """What a file holds in place of a scan pattern that is a function."""
+    if (name := _registered(value)) is value:
         advice = ": register it by a name, vmamba.register_pattern(name, function)" if callable(value) else ""
         raise TypeError(f"a file cannot hold {value!r}{advice}")
     return name
@@ -300,9 +309,25 @@ class Checkpoint:
                 targets[name].copy_(converted)
             for name in reset:
                 _reset(name, targets[name])
+        self._warn_of_another_pattern(model)
         if not_finite:
             warnings.warn(f"{self.path}: NaN or infinity in {listed(not_finite)}; the model is of no use", stacklevel=3)
         return info
+
+    def _warn_of_another_pattern(self, model: nn.Module) -> None:
+        """Say so where the weights have learned with another scan pattern, which no shape shows."""
+        backbone, arguments = _backbone(model), self.metadata.get("model_kwargs", {})
+        if self.container != "vmamba" or backbone is None or not isinstance(arguments, Mapping):
+            return
+        learned = arguments.get("pattern", "cross")
+        own = [_registered(module.pattern) for module in backbone.modules() if isinstance(module, SS2D)]
+        # Of a model without its last blocks, those that it has.
+        if own != (list(learned)[: len(own)] if isinstance(learned, list) else [learned] * len(own)):
+            warnings.warn(
+                f"{self.path} was trained with the scan pattern {learned!r}, but the model has {backbone.pattern!r}: it"
+                f" computes something else unless you build it with pattern={learned!r} or train it on",
+                stacklevel=4,
+            )
 
     def check(self, model: nn.Module, ema: bool = False) -> None:
         """Check that `load` would succeed, without memory: the model may be on the meta device.
