@@ -190,7 +190,7 @@ def test_a_backbone_of_a_dense_model_keeps_its_pattern(tmp_path: Path):
 def test_what_a_file_cannot_hold_or_nobody_knows(registered, tmp_path: Path):
     path = tmp_path / "model.safetensors"
     with pytest.raises(
-        TypeError, match=r"a file cannot hold <function .*register it by a name, vmamba.register_pattern"
+        TypeError, match=r"JSON, which cannot hold <function .*register it by a name, vmamba.register_pattern"
     ):
         save_checkpoint(small(lambda height, width: snake(height, width)), path)
     assert not list(tmp_path.iterdir())

@@ -201,7 +201,7 @@ def _named(value: object) -> object:
     """What a file holds in place of a scan pattern that is a function."""
     if (name := _registered(value)) is value:
         advice = ": register it by a name, vmamba.register_pattern(name, function)" if callable(value) else ""
-        raise TypeError(f"a file cannot hold {value!r}{advice}")
+        raise TypeError(f"the metadata is JSON, which cannot hold {value!r}{advice}")
     return name
 
 
