@@ -34,4 +34,4 @@ def test_commands_and_snippets(tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {
         "model.safetensors", "model.onnx", "pictures.onnx", "small.onnx", "model.pt2"
     }  # fmt: skip
-    assert "torch.Size([2, 3]) ['cat', 'dog', '树']" in capsys.readouterr().out
+    assert 'torch.Size([2, 3]) ["cat", "dog", "树"]' in capsys.readouterr().out
