@@ -60,6 +60,8 @@ def test_patterns_learn_from_as_many_images_and_then_for_as_long(learning, load,
     tallies = {"cross": patterns.Tally(), "spiral": patterns.Tally()}
     lesson = patterns.FashionMnist("held-out")
     patterns.add_seed(tallies, lesson, 8, seed=0)
+    assert "same time, %" not in patterns.write(tallies, lesson, 8, tmp_path)
+    patterns.add_same_time(tallies, lesson, 8, seed=0)
     assert made == ["cross", "spiral", "spiral"]
     assert [(tally.images, tally.seconds) for tally in tallies.values()] == [(32, 4.0), (32, 8.0)]
     assert [used for used, _ in tallies["spiral"].curve] == [8, 16, 24, 32]
