@@ -57,3 +57,11 @@ def test_arguments_that_do_not_fit_are_refused():
         native.nms(boxes, scores[1:], 0.5)
     with pytest.raises(TypeError, match=r"boxes have dtype torch\.float64"):
         native.nms(boxes.double(), scores, 0.5)
+
+
+def test_another_default_device_changes_nothing():
+    boxes, scores = _boxes(33)
+    kept = torchvisions(boxes, scores, 0.5)
+    with torch.device("meta"):
+        found = native.nms(boxes, scores, 0.5)
+    assert torch.equal(found, kept)

@@ -56,7 +56,7 @@ def nms(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
     size = -(-count // _BLOCK) * _BLOCK
     sides = boxes.new_zeros(5, size)  # and areas
     sides[:4, :count] = boxes.detach()[order].t()
-    gone, kept = torch.zeros(size, dtype=torch.int32), torch.empty(count, dtype=torch.int64)
+    gone, kept = boxes.new_zeros(size, dtype=torch.int32), boxes.new_empty(count, dtype=torch.int64)
     call = _Suppression(
         count=count, size=size, boxes=sides.data_ptr(), areas=sides[4].data_ptr(), gone=gone.data_ptr(),
         kept=kept.data_ptr(), iou=_not_above(iou),
@@ -68,5 +68,5 @@ def nms(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
 
 def _not_above(value: float) -> float:
     """The largest number of float32 that is not above `value`: what exceeds the one exceeds the other."""
-    nearest = torch.tensor(value, dtype=torch.float32)
-    return (nearest if nearest.item() <= value else nearest.nextafter(torch.tensor(-torch.inf))).item()
+    nearest = torch.tensor(value, dtype=torch.float32, device="cpu")
+    return (nearest if nearest.item() <= value else nearest.nextafter(nearest.new_tensor(-torch.inf))).item()
