@@ -91,22 +91,22 @@ def ss2d_scan(
         dtype = u.dtype if is_low else state_dtype(x_proj_weight, *given[:-1])
         projected = linear(u.to(dtype), x_proj_weight.to(dtype).flatten(0, 1)).unflatten(-1, (routes, size))
         given = given._replace(projected=projected)
-        y = _scan(chosen, given)
+        y: Tensor
+        if chosen.traceable or is_fused or is_tracing_for_export():
+            y = call_operator("ss2d_scan", chosen, given)
+        else:
+            y = _scan_by_routes(chosen, given)
     if not torch.compiler.is_compiling() and (watcher := _watcher.get()) is not None:
         watcher(given, y)
     return y
 
 
-def _scan(backend: Backend, arguments: SS2DArguments) -> Tensor:
-    """The operator's result; for a pattern that is a function, that of one call for each route.
+def _scan_by_routes(backend: Backend, arguments: SS2DArguments) -> Tensor:
+    """The operator's result for a pattern that is a function, by one call for each route.
 
     The route's order makes of the grid one of a single row, for which every backend has its kernel.
     """
-    pattern = arguments.pattern
-    if backend.traceable or is_along_axes(pattern) or is_tracing_for_export():
-        result: Tensor = call_operator("ss2d_scan", backend, arguments)
-        return result
-    u, projected, weight, bias, A, D, _ = arguments
+    u, projected, weight, bias, A, D, pattern = arguments
     height, width = u.shape[1:3]
     visited, steps = orders_for(pattern, u, height, width)
     pixels = u.flatten(1, 2).to(state_dtype(*arguments[:-1]))  # in which the routes are added up
