@@ -30,3 +30,7 @@ class NonFiniteError(RuntimeError):
 
 class ExportError(RuntimeError):
     """A model cannot be written in a format, or what was written does not compute what the model does."""
+
+
+class BatchError(RuntimeError):
+    """A job over many images cannot begin, or cannot go on with what an earlier one has written."""

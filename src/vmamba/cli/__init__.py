@@ -17,8 +17,9 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from vmamba import __version__
 from vmamba.app import ExploreConfig
 from vmamba.cli import commands
+from vmamba.deploy.batch.config import BatchConfig
 from vmamba.deploy.config import ExportConfig
-from vmamba.errors import CheckpointError, DataError, ExportError, ImageError, NonFiniteError, RecipeError
+from vmamba.errors import BatchError, CheckpointError, DataError, ExportError, ImageError, NonFiniteError, RecipeError
 from vmamba.explain.config import ExplainConfig
 from vmamba.files import shown
 from vmamba.tasks import settings_of
@@ -26,7 +27,7 @@ from vmamba.tasks.recipe import InfoConfig, ModelsConfig, PredictConfig, TrainCo
 from vmamba.tasks.runs import report
 
 # Errors that are for the person at the keyboard: their message says it all, a traceback would bury it.
-_EXPECTED = (CheckpointError, DataError, ExportError, ImageError, ImportError, NonFiniteError, RecipeError)
+_EXPECTED = (BatchError, CheckpointError, DataError, ExportError, ImageError, ImportError, NonFiniteError, RecipeError)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,23 @@ COMMANDS = {
         "vmamba_tiny_s1l8 --format csv --output classes.csv'.",
         "PATH [PATH ...] [--SETTING VALUE ...]",
         {"paths": {"nargs": "+", "help": "image files, folders (searched for images), or quoted patterns"}},
+    ),
+    "batch": Command(
+        BatchConfig,
+        "use a model on very many images, on one machine or a cluster",
+        "Use a model on as many images as there are, with a worker on every core or GPU of this machine or of a Ray "
+        "cluster. The results are Parquet files. An image that cannot be used is a row that says why. A job that was "
+        "stopped goes on where it was when the same command is given again. Examples: 'vmamba batch photos/ "
+        "shards/*.tar --output results'; 'vmamba batch s3://bucket/images.parquet --output s3://bucket/results "
+        "--address auto'.",
+        "SOURCE [SOURCE ...] --output DEST [--SETTING VALUE ...]",
+        {
+            "sources": {
+                "nargs": "+",
+                "help": "images, .tar files of images, Parquet files with a column of images or of their paths, "
+                "folders of these, quoted patterns; also as addresses (s3://, gs://, ...)",
+            }
+        },
     ),
     "explain": Command(
         ExplainConfig,

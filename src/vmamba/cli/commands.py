@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vmamba.cli.tables import Table, brief, contents, csv_text, flops, write
+from vmamba.deploy.batch.config import BatchConfig
 from vmamba.deploy.config import ExportConfig
 from vmamba.errors import CheckpointError, ExportError
 from vmamba.explain.config import ExplainConfig
@@ -70,6 +71,20 @@ def predict(config: PredictConfig, paths: Sequence[str]) -> int:
         header, right = predictor.outcome.columns, predictor.outcome.right
         write(csv_text(header, rows) if config.format == "csv" else Table(header, rows, right), config.output)
     return 1 if problems or any(result.error for result in results) else 0
+
+
+def batch(config: BatchConfig, sources: Sequence[str]) -> int:
+    """Use a model on very many images, and say where the results are."""
+    from vmamba.deploy.batch.run import run_batch
+
+    done = run_batch(sources, config)
+    report(f"{done.images:,} images in {done.parts:,} files in {shown(done.output)}")
+    if done.computed:
+        rate = done.computed / max(done.seconds, 1e-9)
+        report(
+            f"{done.computed:,} of them in {done.seconds:.1f} s, {rate:,.4g} a second; {done.bad:,} could not be used"
+        )
+    return 0
 
 
 def explain(config: ExplainConfig, photos: Sequence[str]) -> int:

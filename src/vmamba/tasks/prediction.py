@@ -337,9 +337,13 @@ class Classifier(Predictor):
             if isinstance(found, ImageError):
                 yield Prediction(file, error=str(found))
                 continue
-            values, indices = found.topk(min(topk, len(found)))
-            pairs = zip(indices.tolist(), values.tolist(), strict=True)
-            yield Prediction(file, tuple(ClassScore(self.class_names[index], index, value) for index, value in pairs))
+            yield Prediction(file, self.best(found, topk))
+
+    def best(self, confidences: Tensor, topk: int) -> tuple[ClassScore, ...]:
+        """Of one image's confidences (classes,), the highest, best first."""
+        values, indices = confidences.topk(min(topk, len(confidences)))
+        pairs = zip(indices.tolist(), values.tolist(), strict=True)
+        return tuple(ClassScore(self.class_names[index], index, value) for index, value in pairs)
 
     def _scores(self, samples: list[Tensor]) -> Tensor:
         return self.confidences(torch.stack(samples))

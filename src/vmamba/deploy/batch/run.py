@@ -1,0 +1,236 @@
+"""A job over many images: plan it, share the units out among workers, replace workers that die, say how far it is.
+
+Ray starts the workers, brings the weights to them once, and tells when one has died. Ray Data, which is built on that,
+is not used, for three reasons. It delivers rows at least once and writes files of names of its own, while here a unit
+of the plan is a file of a known name, which makes a job exact and able to go on from what is there. It tries a task
+that kills its worker again for ever, while here an image that does so is found and left out. And no image has to pass
+through shared memory, whose size then bounds nothing, for each worker reads what it needs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from vmamba.deploy.batch import places
+from vmamba.deploy.batch.cluster import cluster, usable_cores
+from vmamba.deploy.batch.config import BatchConfig
+from vmamba.deploy.batch.journal import Journal, part_size_for
+from vmamba.deploy.batch.progress import Progress
+from vmamba.deploy.batch.sources import Extent, find
+from vmamba.deploy.batch.work import Work, work_for
+from vmamba.deploy.batch.worker import Done, Worker
+from vmamba.errors import BatchError
+from vmamba.files import shown
+from vmamba.tasks.prediction import load_weights
+from vmamba.tasks.runs import report
+
+_MOST_DEATHS = 12  # of workers over one unit
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a job did.
+
+    Attributes:
+        output: the folder of the results.
+        images: of the whole job.
+        parts: files that hold the results.
+        computed: images of this run.
+        bad: of them, those that could not be used.
+        deaths: workers that died and were replaced.
+        seconds: of this run, from the first worker's start to the last part.
+    """
+
+    output: str
+    images: int
+    parts: int
+    computed: int
+    bad: int
+    deaths: int
+    seconds: float
+
+
+def run_batch(sources: Sequence[str | os.PathLike[str]], config: BatchConfig) -> Summary:
+    """Use a model on many images, and write what it finds as Parquet files; see `BatchConfig`.
+
+    A job that was stopped, in whatever way, goes on where it was when it is called in the same way again.
+
+    Args:
+        sources: see `vmamba.deploy.batch.sources.find`.
+        config: the settings.
+
+    Raises:
+        BatchError: sources that are not there or hold no images; a folder that holds another job's results, or at
+            which another process is at work; no cluster, or one without room; workers that die again and again.
+        CheckpointError, RecipeError: the model cannot be used; see `vmamba.tasks.prediction.load_predictor`.
+        ImportError: a package that is needed is missing.
+        OSError: the results cannot be written.
+    """
+    _check(config)
+    weights = load_weights(config.checkpoint, config.pretrained, config.ema)
+    work = work_for(weights, config)
+    digest = work.digest()
+    # Where a worker's own folder is another one, a path means something else.
+    given = [name if places.is_remote(name) else os.path.abspath(name) for name in map(places.plain, sources)]
+    output = config.output if places.is_remote(config.output) else os.path.abspath(places.plain(config.output))
+    journal = Journal(output)
+    about = {"task": work.task, "model": digest, "sources": [shown(name) for name in given]}
+    about |= {name: getattr(config, name) for name in (*work.settings, "img_size", "column")}
+    with ExitStack() as stack:
+        places.make_folder(places.join(output, "_job"))
+        if not places.is_remote(output):
+            _lock(stack, journal)
+        journal.begin(about, config.overwrite)
+        if journal.is_planned and len(_done(journal)) == journal.units:
+            report(f"all {journal.images:,} images are done already")
+            return Summary(journal.output, journal.images, journal.units, 0, 0, 0, 0.0)
+        size = sum(value.nbytes for value in work.model.state_dict().values() if hasattr(value, "nbytes"))
+        cores = (config.actors or 0) * (config.cpus or 1)
+        ray = stack.enter_context(cluster(config.address, max(cores, usable_cores()), size))
+        share = _share(ray, config)
+        if not journal.is_planned:
+            _plan(ray, journal, given, config, work, share.most)
+        return _work(ray, journal, config, work, share, f"{os.path.basename(work.source)} {digest[:12]}")
+
+
+def _check(config: BatchConfig) -> None:
+    for name in ("topk", "batch_size", "part_size", "actors", "cpus"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise BatchError(f"{name} is {value}; expected 1 or more")
+    if config.gpus is not None and config.gpus < 0:
+        raise BatchError(f"gpus is {config.gpus}; expected 0 or more")
+
+
+def _lock(stack: ExitStack, journal: Journal) -> None:
+    try:
+        stack.enter_context(FileLock(journal.place("lock"), timeout=0))
+    except Timeout as error:
+        raise BatchError(f"another process is at work on {shown(journal.output)}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers and their number
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a worker takes of a machine, and how many there are."""
+
+    cpus: int
+    gpus: float
+    most: int
+
+
+def _share(ray: Any, config: BatchConfig) -> _Share:
+    """Divide up what there is.
+
+    Raises:
+        BatchError: not one worker fits.
+    """
+    there = ray.cluster_resources()
+    cores, cards = int(there.get("CPU", 0)), there.get("GPU", 0)
+    gpus = config.gpus if config.gpus is not None else float(cards > 0)
+    cpus = config.cpus or (max(1, min(8, int(cores * gpus / cards))) if gpus and cards else 1)
+    fits = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            fits += int(min(has.get("CPU", 0) / cpus, has.get("GPU", 0) / gpus if gpus else float("inf")))
+    if not fits:
+        raise BatchError(
+            f"no machine has room for a worker of {cpus} cores and {gpus:g} GPUs: all have {cores} and {cards:g}"
+        )
+    return _Share(cpus, gpus, min(fits, config.actors or fits))
+
+
+def _plan(ray: Any, journal: Journal, sources: Sequence[str], config: BatchConfig, work: Work, workers: int) -> None:
+    def each(function: Callable[..., list[Extent]], *arguments: Iterable[Any]) -> Iterator[list[Extent]]:
+        """`map`, on all machines."""
+        remote = ray.remote(num_cpus=1)(function)
+        yield from ray.get([remote.remote(*values) for values in zip(*arguments, strict=True)])
+
+    extents = find(sources, config.column, each)
+    images = sum(map(len, extents))
+    if not images:
+        raise BatchError(f"{', '.join(map(shown, sources))}: no images")
+    journal.plan(extents, config.part_size or part_size_for(images, work.part_size, workers, work.batch_size))
+
+
+def _work(ray: Any, journal: Journal, config: BatchConfig, work: Work, share: _Share, model: str) -> Summary:
+    """Have all units done that are not, each by the next worker that is free."""
+    done = _done(journal)
+    left = deque(sorted({*range(journal.units)}.difference(done)))
+    before = sum(map(journal.size, done))
+    verb = f"{work.task} of {journal.images:,} images with {work.source}"
+    report(verb + (f"; {before:,} of them are done" if before else ""))
+    bad, deaths = 0, Counter[int]()
+    weights = ray.put(work)  # once to every machine
+
+    def hire() -> Any:
+        options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_restarts": 0}
+        device = "auto" if share.gpus else "cpu"
+        kind = ray.remote(**options)(Worker)
+        return kind.remote(weights, journal.output, model, config.column, share.cpus, device)
+
+    free = [hire() for _ in range(min(share.most, len(left)))]
+    busy: dict[Any, tuple[Any, int]] = {}
+    with Progress(journal.images, before) as progress:
+        while left or busy:
+            while left and free:
+                worker, unit = free.pop(), left.popleft()
+                busy[worker.do.remote(unit, deaths[unit])] = worker, unit
+            (ready,), _ = ray.wait(list(busy))
+            worker, unit = busy.pop(ready)
+            result = _result(ray, ready)
+            if result is None:
+                deaths[unit] += 1
+                _mourn(journal, unit, deaths[unit])
+                left.appendleft(unit)
+                worker = hire()
+            else:
+                bad += result.bad
+                progress.add(result.images)
+            free.append(worker)
+        seconds = progress.seconds
+    computed = journal.images - before
+    return Summary(journal.output, journal.images, journal.units, computed, bad, deaths.total(), seconds)
+
+
+def _done(journal: Journal) -> list[int]:
+    return [unit for unit in journal.parts() if unit < journal.units]
+
+
+def _result(ray: Any, ready: Any) -> Done | None:
+    """What a worker says; None if it is dead.
+
+    Raises:
+        Exception: what went wrong in it.
+    """
+    died = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
+    try:
+        result: Done = ray.get(ready)
+    except died as error:
+        if isinstance(error, ray.exceptions.ActorDiedError) and "creation task" in str(error) and error.__cause__:
+            raise BatchError(f"a worker cannot begin: {error}") from error
+        return None
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    return result
+
+
+def _mourn(journal: Journal, unit: int, deaths: int) -> None:
+    report(f"a worker died (out of memory, or killed) over {shown(journal.part(unit))}; another takes its place")
+    if deaths >= _MOST_DEATHS:
+        names = ", ".join(sorted({shown(os.path.basename(segment.path)) for segment in journal.segments(unit)})[:5])
+        raise BatchError(
+            f"{deaths} workers died over {shown(journal.part(unit))} ({names}). If memory runs out, take fewer "
+            "--actors or a smaller --batch_size"
+        )

@@ -1,0 +1,248 @@
+"""What is done with each image, task by task: the package's predictors, and the columns that hold what they find."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from typing_extensions import override
+
+from vmamba.deploy.batch.config import BatchConfig
+from vmamba.errors import BatchError, CheckpointError
+from vmamba.tasks import parts_of
+from vmamba.tasks.detector import Detector, encode_masks
+from vmamba.tasks.prediction import Classifier, Weights, moved, preprocessing_of
+from vmamba.tasks.segmenter import Segmenter
+
+_RUN_LENGTHS = pa.struct([("size", pa.list_(pa.int32(), 2)), ("counts", pa.string())])
+
+
+class Work:
+    """A trained network and what is done with it.
+
+    Attributes:
+        task: what the network is used for.
+        source: where its weights came from.
+        in_chans: channels of the images that it takes.
+        batch_size: images in one forward pass.
+        part_size: images in one file of results, if nobody says otherwise.
+        settings: those of `BatchConfig` that the results depend on, beside the ones that every task has.
+        columns: of the results, beside those of every task.
+    """
+
+    task: ClassVar[str]
+    part_size: ClassVar[int] = 1024
+    settings: ClassVar[tuple[str, ...]] = ()
+    columns: tuple[tuple[str, pa.DataType], ...]
+    model: nn.Module
+    source: str
+    in_chans: int = 3
+    batch_size: int = 1
+
+    def sample(self, image: Image.Image) -> Any:
+        """What the network is to see of a decoded image; runs in threads."""
+        return image
+
+    def rows(self, samples: Sequence[Any]) -> list[dict[str, Any]]:
+        """The results of one forward pass, by column."""
+        raise NotImplementedError
+
+    def to(self, device: str) -> None:
+        """Move the network."""
+        moved(self.model, device)
+
+    def about(self) -> dict[str, Any]:
+        """What the results depend on, beside the weights."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """SHA-256 of the weights and of what else the network is used with."""
+        found = hashlib.sha256(json.dumps(self.about(), sort_keys=True).encode())
+        for name, value in sorted(self.model.state_dict().items()):
+            if isinstance(value, Tensor):
+                found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    def fits(self) -> None:
+        """Try it on an image.
+
+        Raises:
+            BatchError: the network cannot be used so.
+        """
+        try:
+            self.rows([self.sample(Image.new("RGB" if self.in_chans == 3 else "L", (64, 64)))])
+        except (RuntimeError, AssertionError, ValueError, AttributeError) as error:
+            raise BatchError(f"{self.source} cannot be used for {self.task} with these settings: {error}") from error
+
+
+class Classification(Work):
+    """The most likely classes of each image."""
+
+    task = "classification"
+    settings = ("topk",)
+    columns = (
+        ("label", pa.string()), ("index", pa.int32()), ("confidence", pa.float32()),
+        ("scores", pa.list_(pa.struct([("label", pa.string()), ("index", pa.int32()), ("confidence", pa.float32())]))),
+    )  # fmt: skip
+
+    def __init__(self, weights: Weights, config: BatchConfig) -> None:
+        self.classifier = Classifier.from_weights(weights, config)
+        self.model, self.source, self.in_chans = self.classifier.model, weights.source, self.classifier.pre.in_chans
+        self.batch_size, self.topk = config.batch_size, config.topk
+        self.transform = self.classifier.pre.eval_transform()
+
+    @override
+    def sample(self, image: Image.Image) -> Tensor:
+        return self.transform(image)
+
+    @override
+    def rows(self, samples: Sequence[Tensor]) -> list[dict[str, Any]]:
+        found = [self.classifier.best(each, self.topk) for each in self.classifier.confidences(torch.stack([*samples]))]
+        entries = [[{"label": c.name, "index": c.index, "confidence": c.confidence} for c in each] for each in found]
+        return [{**each[0], "scores": each} for each in entries]
+
+    @override
+    def about(self) -> dict[str, Any]:
+        return {"class_names": self.classifier.class_names, **asdict(self.classifier.pre)}
+
+
+class Features(Work):
+    """The vector of each image that a classifier tells its classes apart by (timm's ``pre_logits``)."""
+
+    task = "features"
+
+    def __init__(self, weights: Weights, config: BatchConfig) -> None:
+        model, metadata, self.source = weights
+        if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
+            raise CheckpointError(f"{self.source}, a model for {weights.task}, has no features of a whole image")
+        self.model, self.batch_size = model, config.batch_size
+        self.pre = preprocessing_of(model, config, metadata)
+        self.in_chans = self.pre.in_chans
+        self.transform = self.pre.eval_transform()
+        width = len(self.rows([torch.zeros(self.in_chans, *self.pre.img_size, dtype=torch.uint8)])[0]["features"])
+        self.columns = (("features", pa.list_(pa.float32(), width)),)
+
+    @override
+    def sample(self, image: Image.Image) -> Tensor:
+        return self.transform(image)
+
+    @override
+    @torch.inference_mode()
+    def rows(self, samples: Sequence[Tensor]) -> list[dict[str, Any]]:
+        model: Any = self.model
+        images = self.pre.normalise(torch.stack([*samples]).to(next(model.parameters()).device))
+        features = model.forward_head(model.forward_features(images), pre_logits=True)
+        return [{"features": row} for row in features.float().flatten(1).cpu().numpy()]
+
+    @override
+    def about(self) -> dict[str, Any]:
+        return asdict(self.pre)
+
+
+class Segmentation(Work):
+    """The regions of each image: classes, their shares of its pixels, and their masks."""
+
+    task = "segmentation"
+    settings = ("window",)
+    part_size = 128
+    columns = (
+        ("label", pa.string()), ("index", pa.int32()), ("height", pa.int32()), ("width", pa.int32()),
+        ("regions", pa.list_(pa.struct([
+            ("label", pa.string()), ("index", pa.int32()), ("share", pa.float32()), ("mask", _RUN_LENGTHS),
+        ]))),
+    )  # fmt: skip
+
+    def __init__(self, weights: Weights, config: BatchConfig) -> None:
+        self.segmenter = Segmenter.from_weights(weights, config)
+        self.model, self.source, self.in_chans = self.segmenter.model, weights.source, self.segmenter.pre.in_chans
+        self.window = config.window
+
+    @override
+    def rows(self, samples: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        return [self._row(image) for image in samples]
+
+    def _row(self, image: Image.Image) -> dict[str, Any]:
+        found = self.segmenter.segment(image, self.window)
+        regions = [
+            {"label": region.name, "index": region.index, "share": region.share,
+             "mask": encode_masks(found.labels[None] == region.index)[0]}
+            for region in found.shares
+        ]  # fmt: skip
+        height, width = found.labels.shape
+        first = {name: regions[0][name] for name in ("label", "index")}
+        return {**first, "height": height, "width": width, "regions": regions}
+
+    @override
+    def about(self) -> dict[str, Any]:
+        return {"class_names": self.segmenter.class_names, **asdict(self.segmenter.pre)}
+
+
+class Detection(Work):
+    """The objects in each image, best first: classes, scores, boxes in pixels, and masks where the model has them."""
+
+    task = "detection"
+    settings = ("threshold", "window")
+    part_size = 128
+    columns = (
+        ("height", pa.int32()), ("width", pa.int32()),
+        ("objects", pa.list_(pa.struct([
+            ("label", pa.string()), ("index", pa.int32()), ("category_id", pa.int64()), ("score", pa.float32()),
+            ("box", pa.list_(pa.float32(), 4)), ("mask", _RUN_LENGTHS),
+        ]))),
+    )  # fmt: skip
+
+    def __init__(self, weights: Weights, config: BatchConfig) -> None:
+        self.detector = Detector.from_weights(weights, config)
+        self.model, self.source = self.detector.model, weights.source
+        self.threshold, self.window = config.threshold, config.window
+
+    @override
+    def rows(self, samples: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        return [self._row(image) for image in samples]
+
+    def _row(self, image: Image.Image) -> dict[str, Any]:
+        found = self.detector.detect(image, self.threshold, self.window)
+        objects = [
+            {"label": o.name, "index": o.index, "category_id": o.category_id, "score": o.score,
+             "box": np.array(o.box, np.float32), "mask": o.mask}
+            for o in found.objects
+        ]  # fmt: skip
+        return {"height": image.height, "width": image.width, "objects": objects}
+
+    @override
+    def about(self) -> dict[str, Any]:
+        detector = self.detector
+        names = {"class_names": detector.class_names, "category_ids": detector.category_ids}
+        return {**names, "sides": detector.sides}
+
+
+_WORKS: dict[str, type[Work]] = {kind.task: kind for kind in (Classification, Features, Segmentation, Detection)}
+
+
+def work_for(weights: Weights, config: BatchConfig) -> Work:
+    """What the settings ask for, tried on an image.
+
+    Raises:
+        CheckpointError: the network was trained for something else.
+        BatchError: it cannot be used so.
+        RecipeError: there is no such task; a setting is wrong.
+        ImportError: masks need another package.
+    """
+    task = config.task or weights.task
+    if task not in _WORKS:
+        parts_of(task)
+    kind: Any = _WORKS[task]
+    work: Work = kind(weights, config)
+    if kind in (Segmentation, Detection):
+        encode_masks(np.ones((1, 1, 1), bool))  # if its package is missing, it is missing now
+    work.fits()
+    return work
