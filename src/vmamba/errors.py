@@ -12,6 +12,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """There is no such weight file."""
 
 
+class HubError(RuntimeError):
+    """The Hugging Face Hub cannot be reached, or refuses what it is asked for."""
+
+
 class DataError(ValueError):
     """A data set is missing, empty, or not what the model or the other split needs."""
 

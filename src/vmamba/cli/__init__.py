@@ -18,8 +18,17 @@ from vmamba import __version__
 from vmamba.app import ExploreConfig
 from vmamba.cli import commands
 from vmamba.deploy.batch.config import BatchConfig
-from vmamba.deploy.config import ExportConfig
-from vmamba.errors import BatchError, CheckpointError, DataError, ExportError, ImageError, NonFiniteError, RecipeError
+from vmamba.deploy.config import ExportConfig, ShareConfig
+from vmamba.errors import (
+    BatchError,
+    CheckpointError,
+    DataError,
+    ExportError,
+    HubError,
+    ImageError,
+    NonFiniteError,
+    RecipeError,
+)
 from vmamba.explain.config import ExplainConfig
 from vmamba.files import shown
 from vmamba.tasks import settings_of
@@ -27,7 +36,9 @@ from vmamba.tasks.recipe import InfoConfig, ModelsConfig, PredictConfig, TrainCo
 from vmamba.tasks.runs import report
 
 # Errors that are for the person at the keyboard: their message says it all, a traceback would bury it.
-_EXPECTED = (BatchError, CheckpointError, DataError, ExportError, ImageError, ImportError, NonFiniteError, RecipeError)
+_EXPECTED = (
+    BatchError, CheckpointError, DataError, ExportError, HubError, ImageError, ImportError, NonFiniteError, RecipeError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,16 @@ COMMANDS = {
         "--output model.onnx'; 'vmamba export vmamba_tiny_s1l8 --output tiny.onnx --half true'.",
         "MODEL --output FILE [--SETTING VALUE ...]",
         {"model": {"help": "a name that `vmamba models` lists, for its published weights, or a checkpoint file"}},
+    ),
+    "share": Command(
+        ShareConfig,
+        "write a model to a folder for others, with a card",
+        "Write a model of any task to a folder that timm, transformers and vmamba.create_model read, with a card that "
+        "tells its data, results and recipe as far as its run's files know them, and upload it if asked to. Examples: "
+        "'vmamba share runs/demo/model.safetensors --output garments --license mit'; the same with '--push "
+        "OWNER/garments' after 'hf auth login'.",
+        "MODEL --output FOLDER [--SETTING VALUE ...]",
+        {"model": {"help": "a checkpoint file"}},
     ),
     "models": Command(
         ModelsConfig,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmamba.cli.tables import Table, brief, contents, csv_text, flops, write
 from vmamba.deploy.batch.config import BatchConfig
-from vmamba.deploy.config import ExportConfig
+from vmamba.deploy.config import ExportConfig, ShareConfig
 from vmamba.errors import CheckpointError, ExportError
 from vmamba.explain.config import ExplainConfig
 from vmamba.files import shown
@@ -147,6 +147,22 @@ def export(config: ExportConfig, name: str) -> int:
     report(f"{shown(written.path)}: {size}{nodes}, {written.seconds:.0f} s")
     for shape, share in written.differences.items():
         report(f"checked on {'×'.join(map(str, shape))}: differs from the model by {share:.1e} of the largest output")
+    return 0
+
+
+def share(config: ShareConfig, name: str) -> int:
+    """Write a model to a folder for others, and upload it if asked to."""
+    from vmamba.deploy.share import share
+    from vmamba.models.hub import push_to_hub
+
+    remarks = share(
+        name, config.output, license=config.license, data=config.data, repository=config.push, rgb=config.rgb
+    )
+    for remark in remarks:
+        report(remark)
+    report(f"the model is in {(folder := shown(config.output))}; vmamba.create_model reads it as 'local-dir:{folder}'")
+    if config.push is not None:
+        print(push_to_hub(config.output, config.push, private=config.private))
     return 0
 
 

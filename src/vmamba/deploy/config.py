@@ -26,3 +26,22 @@ class ExportConfig:
     tolerance: float | None = None
     """Largest difference from the model that is accepted, as a share of its largest output; null for 1e-4, or 2e-2 in
     half precision."""
+
+
+@dataclass
+class ShareConfig:
+    """Write a model to a folder for others, and upload it."""
+
+    output: str
+    """The folder to write: config.json, model.safetensors and README.md, the model's card."""
+    license: str | None = None
+    """What others may do with the weights, as the hub abbreviates it: mit, apache-2.0, cc-by-4.0, other, ..."""
+    data: str | None = None
+    """What the training images are called; null for what the run's recipe calls them, a folder by its name."""
+    rgb: bool = False
+    """Of a classifier of grey pictures, write one that takes RGB and sees its grey values, as transformers' pipelines
+    need it."""
+    push: str | None = None
+    """OWNER/NAME on the Hugging Face Hub to upload the folder to; null to upload nothing."""
+    private: bool | None = None
+    """Whether a repository that is made for that is seen by you alone; null for what your account says."""

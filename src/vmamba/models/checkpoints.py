@@ -161,7 +161,7 @@ def save_checkpoint(model: nn.Module, path: StrPath, metadata: Mapping[str, Any]
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**default_metadata(model), **(metadata or {})}, ensure_ascii=False, default=_named)
+    text = json.dumps({**default_metadata(model), **(metadata or {})}, ensure_ascii=False, default=named_pattern)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _network(model).items()}
     with replacing(path) as partial:
         # Not save_file(): that leaves a file which only its owner may read, whatever the umask.
@@ -197,7 +197,7 @@ def _registered(value: object) -> object:
     return next((name for name, pattern in PATTERNS.items() if pattern is value), value)
 
 
-def _named(value: object) -> object:
+def named_pattern(value: object) -> object:
     """What a file holds in place of a scan pattern that is a function."""
     if (name := _registered(value)) is value:
         advice = ": register it by a name, vmamba.register_pattern(name, function)" if callable(value) else ""

@@ -39,8 +39,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from vmamba.errors import CheckpointError
 from vmamba.models.checkpoints import Checkpoint, default_metadata, listed
 from vmamba.models.download import download
+from vmamba.models.folders import ModelFolder, is_source
 from vmamba.models.variants import VARIANTS, Variant
 from vmamba.models.vmamba import VMamba
+from vmamba.models.weight_files import MAX_TENSORS, read_weight_file
 
 Builder = Callable[..., nn.Module]
 
@@ -100,9 +102,11 @@ def create_model(
     """Create a model, with random, published or your own weights.
 
     Args:
-        name: one of `list_models(task)`, or "local-dir:FOLDER" or "hf-hub:OWNER/NAME" for what timm saved there.
-        pretrained: whether to download the published weights (once; they are kept in torch's cache). With another
-            number of classes, the head is new; with other than three channels, the first convolution is adapted.
+        name: one of `list_models(task)`; or "local-dir:FOLDER" or "hf-hub:OWNER/NAME" (or "…@REVISION") for what
+            `vmamba.models.hub` or timm saved there, a model of any task, ours or timm's.
+        pretrained: whether to download the published weights (once; they are kept in torch's cache), or to take those
+            of the folder. With another number of classes, the head is new; with other channels, the first convolution
+            is adapted.
         checkpoint: a file to load instead, of any kind that `load_checkpoint` reads; strictly, so a file for another
             number of classes is refused (call `load_checkpoint(..., reset_head=True)` for a new head).
         num_classes: outputs of the classifier; 0 for none, None for as many as were published.
@@ -115,13 +119,13 @@ def create_model(
 
     Raises:
         ValueError: no model has that name, or both weights and checkpoint are asked for.
-        CheckpointError: the file does not fit; see `load_checkpoint`.
+        CheckpointError: the file does not fit, see `load_checkpoint`; or the folder holds no model that is known here.
     """
     if pretrained and checkpoint is not None:
         raise ValueError("pretrained=True and checkpoint= are both given; choose one source of weights")
     kwargs |= {} if num_classes is None else {"num_classes": num_classes}
-    if ":" in name:
-        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    if is_source(name):
+        model = _from_folder(ModelFolder(name, kwargs.pop("cache_dir", None)), pretrained, kwargs)
     elif name not in ENTRIES:
         raise ValueError(f"there is no variant {name!r}; expected one of {', '.join(ENTRIES)}")
     elif (entry := ENTRIES[name]).task == "classification":
@@ -142,7 +146,8 @@ def load_model(path: str | PathLike[str], ema: bool = False) -> tuple[nn.Module,
     """Rebuild a model from a file alone.
 
     Args:
-        path: a file written by `save_checkpoint`, or any other with the layout of a known variant.
+        path: a file written by `save_checkpoint`, or any other with the layout of a known variant; or
+            "local-dir:FOLDER" or "hf-hub:OWNER/NAME", see `create_model`.
         ema: of a file that holds both, whether to take the averaged weights.
 
     Returns:
@@ -152,6 +157,12 @@ def load_model(path: str | PathLike[str], ema: bool = False) -> tuple[nn.Module,
     Raises:
         CheckpointError: see `load_checkpoint`.
     """
+    if is_source(str(path)):
+        folder = ModelFolder(str(path))
+        path = folder.weights()
+        if "vmamba" not in (read_weight_file(path).header or {}):  # not written here: only config.json tells the model
+            model = _from_folder(folder, True, {}).eval()
+            return model, {**default_metadata(model), **folder.metadata()}
     checkpoint = Checkpoint(path)
     info = checkpoint.info
     stored = info.metadata if info.format == "vmamba" else {}
@@ -189,6 +200,23 @@ def _options(checkpoint: Checkpoint, stored: Mapping[str, Any], ours: bool) -> d
     options = dict(stored.get("model_kwargs") or {})
     if ours and "img_size" in stored:
         options = {"img_size": stored["img_size"]} | options
+    _check_arguments(options)
+    info = checkpoint.info
+    classes = 0 if info.num_classes is None and info.task == "classification" else info.num_classes
+    options |= {"num_classes": classes, "in_chans": info.in_chans}
+    return options | {"pretrained_cfg_overlay": _statistics(stored)}
+
+
+def _statistics(stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: stored[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in stored}
+
+
+def _check_arguments(options: Mapping[str, Any]) -> None:
+    """Check the arguments that a file or a folder gives for its model.
+
+    Raises:
+        ValueError: they ask for more than a network.
+    """
     # Options that timm's builders have names for are about everything but the network.
     others = {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
     others |= {"device", "dtype", "checkpoint", "features_only", "pruned"}
@@ -197,11 +225,61 @@ def _options(checkpoint: Checkpoint, stored: Mapping[str, Any], ours: bool) -> d
         raise ValueError(f"model_kwargs has {listed(refused)}")
     if not sum(abs(number) for number in found if not isinstance(number, str)) <= _LARGEST:
         raise ValueError(f"the numbers in its model_kwargs are beyond {_LARGEST:,}")
-    info = checkpoint.info
-    classes = 0 if info.num_classes is None and info.task == "classification" else info.num_classes
-    options |= {"num_classes": classes, "in_chans": info.in_chans}
-    cfg = {name: stored[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in stored}
-    return options | {"pretrained_cfg_overlay": cfg}
+
+
+def _from_folder(folder: ModelFolder, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """The model of a folder, ours or timm's, built with `kwargs` where they say something else than its configuration.
+
+    Raises:
+        CheckpointError: the configuration describes no model that is known here, or the weights do not fit it.
+    """
+    name, stored = folder.architecture, folder.metadata()
+    if name not in ENTRIES and not timm.is_model(name):
+        raise CheckpointError(
+            f"{folder.name} holds a model called {name!r}, which neither this package nor timm knows: a newer version"
+            " may, or a package of its author's that has to be imported first"
+        )
+    checkpoint = Checkpoint(folder.weights()) if pretrained else None
+    is_dense = name in ENTRIES and ENTRIES[name].task != "classification"
+    try:
+        _check_metadata(stored)
+        _check_arguments(folder.config.get("model_args") or {})
+        if is_dense:
+            build = functools.partial(ENTRIES[name].build, pretrained_cfg_overlay=_statistics(stored))
+            options = {key: stored[key] for key in ("num_classes", "in_chans", "img_size") if key in stored}
+            options = stored["model_kwargs"] | options
+        else:  # timm reads the configuration once more, for all that it knows of it
+            build, options = functools.partial(timm.create_model, f"local-dir:{folder.path}"), {}
+        with _at_most(2 * (len(checkpoint.tensors) if checkpoint else MAX_TENSORS) + 1024), torch.device("meta"):
+            sketch = build(**options)
+    except Exception as error:  # the arguments come from the folder, and may fail anywhere
+        raise CheckpointError(f"{folder.name} describes a model that cannot be built: {error}") from error
+    if checkpoint is None:
+        return build(**options | kwargs)
+    # Before memory is spent on what the file cannot fill. What timm does to its own models' files only timm knows.
+    if name in ENTRIES:
+        checkpoint.check(sketch)
+    elif sum(p.numel() for p in sketch.parameters()) > 2 * sum(t.numel() for t in checkpoint.tensors.values()) + 1024:
+        raise CheckpointError(f"{checkpoint.path} holds far fewer numbers than {name} has")
+    if is_dense:
+        model = build(**options | kwargs)
+        checkpoint.load(model, reset_head=None, adapt_input=True)
+        return model
+    # Where the weights are is not the configuration's to say, nor how they are read.
+    where = dict.fromkeys(("source", "file", "url", "hf_hub_id", "hf_hub_filename", "state_dict")) | {
+        "custom_load": False,
+        **({"file": str(checkpoint.path)} if name in ENTRIES else {"state_dict": checkpoint.tensors}),
+    }
+    overlay = {**(kwargs.pop("pretrained_cfg_overlay", None) or {}), **where}
+    try:
+        model = build(pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    except CheckpointError:
+        raise
+    except RuntimeError as error:  # torch's, that tensors are missing or of another shape
+        raise CheckpointError(f"{checkpoint.path} does not fit {name}: {error}") from error
+    configuration: Any = model.pretrained_cfg
+    configuration.pop("state_dict", None)
+    return model
 
 
 def _check_metadata(stored: Mapping[str, Any]) -> None:
