@@ -32,7 +32,7 @@ explore: $(STAMP) ## a page to look inside the demo's model, which is trained fi
 	$(BIN)/vmamba explore
 
 test: $(STAMP) ## the whole test suite
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 lint: $(STAMP) ## style and types
 	$(BIN)/ruff check .
