@@ -58,29 +58,40 @@ class Journal:
             BatchError: the folder holds results of something else.
         """
         about = json.loads(json.dumps({"format": FORMAT, **about}))
-        try:
-            before = json.loads(places.read(self.place("job.json")))
-        except FileNotFoundError:
-            before = None
-        except ValueError as error:
-            raise BatchError(
-                f"{shown(self.place('job.json'))} is damaged: {error}; --overwrite true begins anew"
-            ) from error
         parts = self.parts()
-        if before == about and not overwrite:
+        for name in places.names_in(self.output):  # of a worker that was killed while it wrote
+            if name.startswith(".part-") and name.endswith(".partial"):
+                places.remove(places.join(self.output, name))
+        before = {} if overwrite else self._before()
+        if before == about:
             return
-        if (before is not None or parts) and not overwrite:
-            changes = "results of an unknown job" if before is None else "another job: " + "; ".join(
+        if before:
+            changes = "; ".join(
                 f"{name}: {_brief(before.get(name))} -> {_brief(about.get(name))}"
-                for name in sorted({*before, *about}) if before.get(name) != about.get(name)
-            )  # fmt: skip
-            raise BatchError(f"{shown(self.output)} holds {changes}. Choose another --output, or give --overwrite true")
+                for name in sorted({*before, *about})
+                if before.get(name) != about.get(name)
+            )
+            raise self._refusal(f"another job: {changes}")
+        if parts and not overwrite:
+            raise self._refusal("results of an unknown job")
         for name in ("job.json", "plan.parquet", "attempts"):  # without the first, nothing of the rest counts
             places.remove(self.place(name))
         for unit in parts:
             places.remove(self.part(unit))
         places.make_folder(places.join(self.output, "_job"))
         places.write(self.place("job.json"), json.dumps(about, indent=2).encode())
+
+    def _before(self) -> dict[str, Any]:
+        try:
+            before: dict[str, Any] = json.loads(places.read(self.place("job.json")))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise self._refusal(f"a damaged _job/job.json ({error})") from error
+        return before
+
+    def _refusal(self, what: str) -> BatchError:
+        return BatchError(f"{shown(self.output)} holds {what}. Choose another --output, or give --overwrite true")
 
     # --- the plan
 

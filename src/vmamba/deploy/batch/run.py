@@ -172,6 +172,7 @@ def _work(ray: Any, journal: Journal, config: BatchConfig, work: Work, share: _S
     verb = f"{work.task} of {journal.images:,} images with {work.source}"
     report(verb + (f"; {before:,} of them are done" if before else ""))
     bad, deaths = 0, Counter[int]()
+    places.remove(journal.place("attempts"))  # of a run that was killed
     weights = ray.put(work)  # once to every machine
 
     def hire() -> Any:

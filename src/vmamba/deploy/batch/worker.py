@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import socket
 from collections import Counter, deque
@@ -119,15 +120,14 @@ class Worker:
         """The same, one image after another, having noted which one it is before anything is done with it."""
         notes = self.journal.place("attempts", f"{unit:08}")
         places.make_folder(self.journal.place("attempts"))
-        tried = places.read(notes).split() if places.exists(notes) else []
-        times = Counter(map(int, tried))
+        died = json.loads(places.read(notes)) if places.exists(notes) else []
+        times = Counter(died)  # the last of them is what the worker before this one was at
         for number, item in enumerate(items):
             if times[number] >= _BLAMED:
                 message = "a worker died each time it was tried: it takes too much memory, or breaks a library"
                 yield from self._batch([(item.name, ImageError(f"{shown(item.name)}: {message}"))])
                 continue
-            tried.append(b"%d" % number)
-            places.write(notes, b"\n".join(tried))
+            places.write(notes, json.dumps([*died, number]).encode())
             yield from self._batch([self._sample(item)])
         places.remove(notes)
 

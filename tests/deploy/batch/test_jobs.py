@@ -1,0 +1,196 @@
+"""Whole jobs, on a cluster of two nodes and on one of their own: what is killed goes on, and no row is there twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from vmamba.cli import main
+from vmamba.deploy.batch.config import BatchConfig
+from vmamba.deploy.batch.run import run_batch
+from vmamba.errors import BatchError
+from vmamba.tasks.prediction import Classifier
+
+from .conftest import FAKES, files_in
+
+# Not imported here: it reads some of its settings then.
+pytestmark = [pytest.mark.timeout(400), pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
+IMAGES = 65
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def buckets(tmp_path_factory):
+    return tmp_path_factory.mktemp("s3")
+
+
+@pytest.fixture(scope="module")
+def nodes(buckets):
+    """The address of a cluster of two nodes with a core each, for which s3:// is a folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**SETTINGS, "FAKE_S3": str(buckets), "PYTHONPATH": str(FAKES)}.items():
+            patch.setenv(name, value)
+        patch.syspath_prepend(str(FAKES))
+        from ray.cluster_utils import Cluster
+
+        node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=node)
+        cluster.add_node(**node)
+        try:
+            yield cluster.address
+        finally:
+            cluster.shutdown()
+
+
+def rows_of(output: Path | str) -> list[dict]:
+    return ds.dataset(str(output)).to_table().to_pylist()
+
+
+def wait_until(condition, seconds=200):
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+    return result
+
+
+def parts_in(output: Path) -> dict[str, int]:
+    """The parts that are there, and the file that each is for the disk."""
+    return {path.name: path.stat().st_ino for path in output.glob("part-*.parquet")}
+
+
+def workers_below(process: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for child in process.children(recursive=True):
+        try:
+            found += [child] if child.cmdline()[0].startswith("ray::Worker") else []
+        except (psutil.Error, IndexError):
+            continue
+    return found
+
+
+def test_two_nodes_do_a_job_and_a_killed_worker_is_replaced(nodes, pictures, weights, tmp_path, capsys):
+    output, raylets, killed = tmp_path / "out", set(), []
+
+    def kill_one_at_work():
+        wait_until(lambda: len(parts_in(output)) >= 2)
+        workers = workers_below(psutil.Process())
+        raylets.update(worker.ppid() for worker in workers)
+        workers[0].kill()
+        killed.append(workers[0].pid)
+
+    thread = threading.Thread(target=kill_one_at_work, daemon=True)
+    thread.start()
+    done = run_batch([pictures], BatchConfig(str(output), checkpoint=weights, part_size=1, address=nodes, topk=2))
+    thread.join()
+    assert len(raylets) == 2  # one a node
+    assert killed
+    assert done.deaths == 1
+    assert (done.images, done.parts, done.computed, done.bad) == (IMAGES, IMAGES, IMAGES, 1)
+    message = capsys.readouterr().err
+    assert message.startswith(f"classification of {IMAGES} images with {weights}\n")
+    assert message.count("a worker died (out of memory, or killed) over") == 1
+    rows = rows_of(output)
+    assert Counter(row["file"] for row in rows).most_common(1)[0][1] == 1
+    assert len(rows) == IMAGES
+    names = sorted(row["file"] for row in rows if row["file"].endswith(".png") and ".tar" not in row["file"])
+    predicted = {p.file: p for p in Classifier.load(weights).predict(names, topk=2)}
+    assert len(predicted) == 24
+    for row in rows:
+        if row["file"] in predicted:
+            assert row["label"] == predicted[row["file"]].classes[0].name
+            assert row["confidence"] == pytest.approx(predicted[row["file"]].classes[0].confidence, abs=1e-5)
+    assert {row["model"][:18] for row in rows} == {"model.safetensors "}
+
+
+def test_a_job_from_and_to_an_object_store(nodes, buckets, pictures, weights, capsys):
+    (buckets / "in").mkdir()
+    (buckets / "in" / "a.png").write_bytes((pictures / "02.png").read_bytes())
+    (buckets / "in" / "shard.tar").write_bytes((pictures / "shard.tar").read_bytes())
+    config = BatchConfig("s3://out/results", checkpoint=weights, address=nodes, actors=1)
+    done = run_batch(["s3://in"], config)
+    assert (done.images, done.bad) == (41, 0)
+    files = {row["file"] for row in rows_of(buckets / "out/results")}
+    assert len(files) == 41
+    assert {"s3://in/a.png", "s3://in/shard.tar/shard/039.png"} < files
+    config.address = "127.0.0.1:1"  # nothing is left to do, so nobody is asked
+    assert run_batch(["s3://in"], config).computed == 0
+    assert capsys.readouterr().err.endswith("all 41 images are done already\n")
+    config.topk = 1
+    with pytest.raises(BatchError, match=r"holds another job: topk: 5 -> 1\. Choose another --output"):
+        run_batch(["s3://in"], config)
+
+
+def test_a_killed_job_goes_on_where_it_was(nodes, pictures, weights, tmp_path, capsys):
+    """The job has a cluster of its own, which hears this machine alone and ends with it."""
+    output = tmp_path / "out"
+    arguments = ["batch", str(pictures), "--output", str(output), "--checkpoint", weights, "--part_size", "1"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-m", "vmamba.cli", *arguments, "--actors", "1"]
+    job = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, cwd=tmp_path)
+    try:
+        wait_until(lambda: len(parts_in(output)) >= 2 or job.poll() is not None)
+        job.send_signal(signal.SIGSTOP)
+        family = psutil.Process(job.pid).children(recursive=True)
+        assert len(workers_below(psutil.Process(job.pid))) == 1
+        sockets = [s for p in [psutil.Process(job.pid), *family] for s in p.net_connections() if s.status == "LISTEN"]
+        assert len(sockets) >= 4
+        assert {s.laddr.ip.removeprefix("::ffff:") for s in sockets} == {"127.0.0.1"}
+        assert 8265 not in {s.laddr.port for s in sockets}  # the dashboard
+        environments = [p.environ() for p in family if "raylet" in p.name() or "gcs_server" in p.name()]
+        assert {e["RAY_USAGE_STATS_ENABLED"] for e in environments} == {"0"}
+        assert all(e["RAY_AUTH_MODE"] == "token" and len(e["RAY_AUTH_TOKEN"]) == 32 for e in environments)
+        with pytest.raises(BatchError, match="another process is at work on"):
+            run_batch([pictures], BatchConfig(str(output), checkpoint=weights, part_size=1))
+    finally:
+        job.kill()
+        job.wait()
+        job.stderr.close()
+    wait_until(lambda: not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 60)
+    before = parts_in(output)
+    assert 2 <= len(before) < IMAGES - 2
+    (output / ".part-00000099.parquet.12345678.partial").write_bytes(b"half a part")
+    assert main([*arguments, "--actors", "1", "--address", nodes]) == 0
+    after = parts_in(output)
+    assert len(after) == IMAGES
+    assert before.items() <= after.items()  # not written again
+    assert sorted(Counter(row["file"] for row in rows_of(output)).values()) == [1] * IMAGES
+    assert not [name for name in files_in(output) if "partial" in name]
+    told = capsys.readouterr().err
+    assert f"; {len(before)} of them are done" in told
+    assert f"{IMAGES} images in {IMAGES} files in {output}" in told
+    assert f"{IMAGES - len(before)} of them in " in told
+    assert all(pq.read_schema(output / name).metadata[b"images"] == b"1" for name in after)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"address": "ray://10.0.0.1:10001"}, "is a door for clients outside of a cluster"),
+        ({"part_size": 0}, "part_size is 0; expected 1 or more"),
+        ({"gpus": -1.0}, "gpus is -1.0; expected 0 or more"),
+    ],
+)
+def test_settings_that_are_wrong_are_refused(settings, message, pictures, weights, tmp_path):
+    with pytest.raises(BatchError, match=message):
+        run_batch([pictures], BatchConfig(str(tmp_path), checkpoint=weights, **settings))
+
+
+def test_a_cluster_without_room_and_sources_that_are_not_there(nodes, pictures, weights, tmp_path):
+    with pytest.raises(BatchError, match="no machine has room for a worker of 64 cores and 0 GPUs: all have 2 and 0"):
+        run_batch([pictures], BatchConfig(str(tmp_path), checkpoint=weights, cpus=64, address=nodes))
+    with pytest.raises(BatchError, match="nowhere: no such file or folder"):
+        run_batch([f"{tmp_path}/nowhere"], BatchConfig(f"{tmp_path}/out", checkpoint=weights, address=nodes))
+    assert "_job/plan.parquet" not in files_in(tmp_path / "out")

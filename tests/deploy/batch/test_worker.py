@@ -1,0 +1,232 @@
+"""One worker, without a cluster: what it makes of a unit, for every task."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from vmamba import __version__
+from vmamba.deploy.batch.config import BatchConfig
+from vmamba.deploy.batch.journal import Journal
+from vmamba.deploy.batch.sources import Extent, Segment, find
+from vmamba.deploy.batch.work import Work, work_for
+from vmamba.deploy.batch.worker import Done, Worker, ahead
+from vmamba.errors import BatchError, CheckpointError
+from vmamba.models.registry import create_model
+from vmamba.tasks.detector import Detector
+from vmamba.tasks.prediction import Classifier, Weights, load_weights
+from vmamba.tasks.segmenter import Segmenter
+
+from .conftest import files_in
+
+
+def journal_of(folder, extents, part_size) -> Journal:
+    journal = Journal(str(folder))
+    journal.begin({})
+    journal.plan(extents, part_size)
+    return journal
+
+
+def rows_of(work: Work, sources, folder, **options) -> list[dict]:
+    journal = journal_of(folder, find([str(source) for source in sources]), 1000)
+    done = Worker(work, str(folder), "model", **options).do(0)
+    rows = pq.read_table(journal.part(0)).to_pylist()
+    assert done == Done(0, len(rows), sum(row["error"] is not None for row in rows))
+    assert {(row["model"], row["version"]) for row in rows} == {("model", __version__)}
+    return rows
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_classes_are_those_of_predict_in_batches_across_files(pictures, weights, tmp_path, monkeypatch, threads):
+    work = work_for(load_weights(weights), BatchConfig("", topk=2, batch_size=16))
+    sizes = []
+    confidences = Classifier.confidences
+    monkeypatch.setattr(Classifier, "confidences", lambda self, x: (sizes.append(len(x)), confidences(self, x))[1])
+    rows = rows_of(work, [pictures], tmp_path, threads=threads)
+    assert sizes == [16] * 4  # 24 files, one of them in error between, and 40 in a shard
+    monkeypatch.undo()
+    files = [row["file"] for row in rows if ".tar" not in row["file"]]
+    assert len(files) == 25
+    by_name = {row["file"]: row for row in rows}
+    for expected in Classifier.load(weights).predict(files, topk=2):
+        row = by_name[expected.file]
+        assert row["error"] == expected.error
+        if expected.error is None:
+            assert [score["label"] for score in row["scores"]] == [c.name for c in expected.classes]
+            assert np.allclose([s["confidence"] for s in row["scores"]], [c.confidence for c in expected.classes])
+            assert (row["label"], row["index"]) == (expected.classes[0].name, expected.classes[0].index)
+        else:
+            assert row["label"] is row["scores"] is None
+
+
+def test_features_are_what_the_head_takes(pictures, weights, tmp_path):
+    work = work_for(load_weights(weights), BatchConfig("", task="features"))
+    rows = rows_of(work, [pictures / "02.png"], tmp_path)
+    model = load_weights(weights).model
+    head = model.get_classifier()
+    logits = torch.nn.functional.linear(torch.tensor(rows[0]["features"]), head.weight, head.bias)
+    expected = next(Classifier.load(weights).predict([str(pictures / "02.png")])).classes
+    assert len(rows[0]["features"]) == model.num_features
+    assert logits.softmax(0)[expected[0].index].item() == pytest.approx(expected[0].confidence, rel=1e-4)
+
+
+def test_features_of_a_backbone_without_a_head(tmp_path, pictures):
+    model = create_model("vmamba_femto_s2", num_classes=0).eval()
+    rows = rows_of(work_for(Weights(model, {}, "x"), BatchConfig("", task="features")), [pictures / "02.png"], tmp_path)
+    assert len(rows[0]["features"]) == model.num_features
+    with pytest.raises(CheckpointError, match="cannot tell classes apart"):
+        work_for(Weights(model, {}, "x"), BatchConfig(""))
+
+
+def test_regions_are_run_lengths_of_what_predict_finds(pictures, tmp_path):
+    mask = pytest.importorskip("faster_coco_eval.core.mask")
+    model = create_model("upernet", backbone="vmamba_femto_s2", num_classes=4, channels=16).eval()
+    weights = Weights(model, {"class_names": ["a", "b", "c", "d"], "img_size": [64, 256]}, "x")
+    rows = rows_of(work_for(weights, BatchConfig("")), [pictures / "02.png", pictures / "bad.jpg"], tmp_path)
+    assert rows[1]["error"].endswith("recognition")
+    assert rows[1]["regions"] is None
+    labels = Segmenter.from_weights(weights).segment(pictures / "02.png").labels
+    assert (rows[0]["height"], rows[0]["width"]) == labels.shape == (40, 36)
+    found = np.full(labels.shape, -1)
+    for region in rows[0]["regions"]:
+        where = mask.decode(region["mask"]).astype(bool)
+        assert (found[where] == -1).all()
+        assert region["share"] == pytest.approx(where.mean())
+        found[where] = region["index"]
+    assert np.array_equal(found, labels)
+    assert rows[0]["label"] == "abcd"[np.bincount(labels.ravel()).argmax()]
+
+
+def test_objects_are_those_that_predict_finds(pictures, tmp_path):
+    mask = pytest.importorskip("faster_coco_eval.core.mask")
+    torch.manual_seed(1)
+    model = create_model("maskrcnn", backbone="vmamba_femto_s2", num_classes=3).eval()
+    weights = Weights(model, {"class_names": ["a", "b", "c"], "sides": [96, 128]}, "x")
+    rows = rows_of(work_for(weights, BatchConfig("", threshold=0.05)), [pictures / "04.png"], tmp_path)
+    expected = Detector.from_weights(weights).detect(pictures / "04.png", threshold=0.05)
+    assert len(rows[0]["objects"]) == len(expected) > 0
+    for found, true in zip(rows[0]["objects"], expected.objects, strict=True):
+        assert (found["label"], found["category_id"]) == (true.name, true.category_id)
+        assert np.allclose([found["score"], *found["box"]], [true.score, *true.box], atol=1e-4)
+        assert np.array_equal(mask.decode(found["mask"]), mask.decode(true.mask))
+
+
+def test_a_digest_knows_weights_names_and_preprocessing(weights):
+    def digest(**settings):
+        return work_for(loaded, BatchConfig("", **settings)).digest()
+
+    loaded = load_weights(weights)
+    same = digest()
+    assert digest(topk=1, batch_size=2) == same == work_for(load_weights(weights), BatchConfig("")).digest()
+    assert len({same, digest(img_size=64), digest(task="features")}) == 3
+    loaded.metadata["class_names"][0] = "oak"
+    assert digest() != same
+    loaded = load_weights(weights)
+    with torch.no_grad():
+        next(loaded.model.parameters()).view(-1)[0] += 1e-3
+    assert digest() != same
+
+
+def test_wrong_tasks_and_sizes_are_refused_before_anything_is_read(weights):
+    with pytest.raises(CheckpointError, match="not for detection"):
+        work_for(load_weights(weights), BatchConfig("", task="detection"))
+    model = create_model("upernet", backbone="vmamba_femto_s2", num_classes=4, channels=16).eval()
+    with pytest.raises(CheckpointError, match="no features of a whole image"):
+        work_for(Weights(model, {}, "x"), BatchConfig("", task="features"))
+    with pytest.raises(BatchError, match="windows of 8 pixels are too small"):
+        work_for(Weights(model, {}, "x"), BatchConfig("", window=8))
+
+
+def test_files_with_any_name_and_sources_behind_addresses(bucket, pictures, weights, tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9.png")
+    odd.write_bytes((pictures / "02.png").read_bytes())
+    (bucket / "a.png").write_bytes((pictures / "02.png").read_bytes())
+    (bucket / "shard.tar").write_bytes((pictures / "shard.tar").read_bytes())
+    work = work_for(load_weights(weights), BatchConfig(""))
+    rows = rows_of(work, [odd, "s3://bucket"], tmp_path / "out")
+    assert len(rows) == 42
+    assert rows[0]["file"].endswith("caf\\xe9.png")
+    assert rows[0]["scores"] == rows[1]["scores"]
+    assert rows[1]["file"] == "s3://bucket/a.png"
+
+
+# --- workers that have died
+
+
+class Deadly(Work):
+    """Dies over an all-black image."""
+
+    task = "classification"
+    columns = ()
+    source = "x"
+
+    def __init__(self):
+        self.model = torch.nn.Identity()
+        self.batch_size = 4
+
+    def rows(self, samples):
+        if not all(np.asarray(sample).any() for sample in samples):
+            raise KeyboardInterrupt  # as abruptly as can be in one process
+        return [{} for _ in samples]
+
+
+def test_an_image_that_workers_die_over_is_found_and_left_out(tmp_path):
+    for index in range(6):
+        Image.new("RGB", (8, 8), "black" if index in (2, 5) else "white").save(tmp_path / f"{index}.png")
+    journal = journal_of(tmp_path / "out", find([str(tmp_path)]), 100)
+    deaths = 0
+    while True:
+        try:
+            done = Worker(Deadly(), journal.output, "model").do(0, deaths)
+            break
+        except KeyboardInterrupt:
+            deaths += 1
+            assert journal.parts() == []
+    assert deaths == 2 + 2 * 2
+    assert done == Done(0, 6, 2)
+    rows = pq.read_table(journal.part(0)).to_pylist()
+    assert [row["error"] is not None for row in rows] == [index in (2, 5) for index in range(6)]
+    assert "2.png: a worker died each time it was tried" in rows[2]["error"]
+    assert files_in(tmp_path / "out") == {"_job/job.json", "_job/plan.parquet", "part-00000000.parquet"}
+
+
+def test_a_part_that_a_dead_worker_had_written_is_not_computed_again(pictures, weights, tmp_path):
+    journal = journal_of(tmp_path, [Extent(Segment("file", str(pictures / name))) for name in ("02.png", "bad.jpg")], 2)
+    worker = Worker(work_for(load_weights(weights), BatchConfig("")), str(tmp_path), "model")
+    assert worker.do(0) == Done(0, 2, 1)
+    before = os.stat(journal.part(0)).st_ino
+    assert worker.do(0, deaths=1) == Done(0, 2, 1)
+    assert os.stat(journal.part(0)).st_ino == before
+
+
+def test_a_part_that_cannot_be_written_leaves_nothing(pictures, weights, tmp_path, monkeypatch):
+    journal = journal_of(tmp_path, [Extent(Segment("file", str(pictures / "02.png")))], 2)
+    worker = Worker(work_for(load_weights(weights), BatchConfig("")), str(tmp_path), "model")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            worker.do(0)
+    assert files_in(tmp_path) == {"_job/job.json", "_job/plan.parquet"}
+    assert journal.parts() == []
+
+
+def test_work_ahead_keeps_the_order_and_its_limit():
+    from concurrent.futures import ThreadPoolExecutor
+
+    taken = []
+
+    def values():
+        for value in range(20):
+            taken.append(value)
+            yield value
+
+    with ThreadPoolExecutor(3) as pool:
+        for place, result in enumerate(ahead(pool, lambda x: x * x, values(), 5, lambda x: x % 4)):
+            assert result == (place if place % 4 == 0 else place * place)
+            assert len(taken) <= place + 7
+    assert len(taken) == 20
