@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import os
 import pickle
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,24 +32,24 @@ def peak_memory(model: nn.Module, shape: tuple[int, ...]) -> int:
     device = next(model.parameters()).device
     if device.type == "cuda":
         return _on_gpu(model, torch.randn(shape, device=device))
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.pt"
-        try:
-            torch.save(model, file)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"{type(model).__name__} cannot be sent to a process of its own, where memory is measured ({error}):"
-                " define its class in a module, name a model instead, or measure without memory"
-            ) from error
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            "VMAMBA_BACKEND": choose_backend(None, device).name,
-        }
-        job = json.dumps({"file": str(file), "shape": shape, "threads": torch.get_num_threads()})
-        command = [sys.executable, "-c", f"from vmamba.explain import memory; memory.measure({job!r})"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    sent = io.BytesIO()
+    try:
+        torch.save(model, sent)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be sent to a process of its own, where memory is measured ({error}):"
+            " define its class in a module, name a model instead, or measure without memory"
+        ) from error
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "VMAMBA_BACKEND": choose_backend(None, device).name,
+    }
+    command = [sys.executable, "-c", "from vmamba.explain import memory; memory.measure()"]
+    command += [str(torch.get_num_threads()), *map(str, shape)]
+    done = subprocess.run(command, env=environment, input=sent.getvalue(), capture_output=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"measuring the memory of {type(model).__name__} failed: {done.stderr.strip()[-500:]}")
+        said = done.stderr.decode(errors="replace").strip()[-500:]
+        raise RuntimeError(f"measuring the memory of {type(model).__name__} failed: {said}")
     return int(done.stdout.splitlines()[-1])
 
 
@@ -67,13 +65,13 @@ def _on_gpu(model: nn.Module, images: torch.Tensor) -> int:
 
 
 @torch.inference_mode()
-def measure(job: str) -> None:
+def measure() -> None:
     """What the other process does: run the model once, and print the bytes that this added at its peak."""
-    settings = json.loads(job)
-    torch.set_num_threads(settings["threads"])
-    # Nobody else can have written the file: its folder was made for it a moment ago, for its owner alone.
-    model = torch.load(settings["file"], weights_only=False)
-    images = torch.randn(settings["shape"])
+    threads, *shape = map(int, sys.argv[1:])
+    torch.set_num_threads(threads)
+    # From the process that started this one: no file, in which somebody else might have put a pickle, is between them.
+    model = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=False)
+    images = torch.randn(shape)
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # forget the peak of loading
     resident, files = _resident("VmRSS"), _resident("RssFile")
