@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from vmamba.cli import main
+from vmamba.cli import main, make_parser
 from vmamba.deploy.batch.config import BatchConfig
 from vmamba.deploy.batch.run import run_batch
 from vmamba.errors import BatchError
@@ -158,7 +160,7 @@ def test_a_killed_job_goes_on_where_it_was(nodes, pictures, weights, tmp_path, c
         job.kill()
         job.wait()
         job.stderr.close()
-    wait_until(lambda: not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 60)
+    assert psutil.wait_procs(family, timeout=200)[1] == []
     before = parts_in(output)
     assert 2 <= len(before) < IMAGES - 2
     (output / ".part-00000099.parquet.12345678.partial").write_bytes(b"half a part")
@@ -194,3 +196,18 @@ def test_a_cluster_without_room_and_sources_that_are_not_there(nodes, pictures, 
     with pytest.raises(BatchError, match="nowhere: no such file or folder"):
         run_batch([f"{tmp_path}/nowhere"], BatchConfig(f"{tmp_path}/out", checkpoint=weights, address=nodes))
     assert "_job/plan.parquet" not in files_in(tmp_path / "out")
+
+
+def test_commands_and_snippets_of_the_documentation(nodes, pictures, weights, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[3] / "docs/batch.md").read_text()
+    commands, *snippets = re.findall(r"```(?:bash|python)\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("photos").symlink_to(pictures / "deep")
+    Path("model.safetensors").symlink_to(weights)
+    first, *others = [shlex.split(line)[1:] for line in commands.splitlines()]
+    assert main([*first, "--actors", "1", "--address", nodes]) == 0
+    for words in others:  # these need shards, a bucket and a cluster
+        make_parser("batch").parse_args(words)
+    for snippet in snippets:  # the last of which finds all images done
+        exec(snippet, {})
+    assert capsys.readouterr().out == "12 images; 0 could not be used\n12 0 0\n"

@@ -155,6 +155,21 @@ def test_files_with_any_name_and_sources_behind_addresses(bucket, pictures, weig
     assert rows[1]["file"] == "s3://bucket/a.png"
 
 
+def test_an_image_that_the_network_cannot_take_costs_no_other_its_row(pictures, weights, tmp_path, monkeypatch):
+    work = work_for(load_weights(weights), BatchConfig("", batch_size=8))
+    confidences, culprit = Classifier.confidences, work.sample(Image.open(pictures / "deep" / "03.png"))
+
+    def too_large(self, images):
+        if any(torch.equal(image, culprit) for image in images):
+            raise RuntimeError("can't allocate\nmemory")
+        return confidences(self, images)
+
+    monkeypatch.setattr(Classifier, "confidences", too_large)
+    errors = {row["file"]: row["error"] for row in rows_of(work, [pictures / "deep"], tmp_path) if row["error"]}
+    name = str(pictures / "deep" / "03.png")
+    assert errors == {name: f"{name}: the network cannot take it: can't allocate memory"}
+
+
 # --- workers that have died
 
 

@@ -109,12 +109,24 @@ class Worker:
             return item.name, error
 
     def _batch(self, waiting: list[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
-        good = [sample for _, sample in waiting if not isinstance(sample, ImageError)]
-        found = iter(self.work.rows(good) if good else ())
+        good = [(name, sample) for name, sample in waiting if not isinstance(sample, ImageError)]
+        found = iter(self._found(good) if good else ())
         for name, sample in waiting:
-            error = str(sample) if isinstance(sample, ImageError) else None
-            values = {} if error else next(found)
-            yield {"file": shown(name), "error": error, **values, "model": self.model, "version": __version__}
+            values = sample if isinstance(sample, ImageError) else next(found)
+            values = {"error": str(values)} if isinstance(values, ImageError) else values
+            yield {"file": shown(name), "error": None, **values, "model": self.model, "version": __version__}
+
+    def _found(self, good: list[tuple[str, Any]]) -> list[Any]:
+        """What the network makes of samples, or of one that it cannot take, as when memory is too small, why not."""
+        try:
+            return self.work.rows([sample for _, sample in good])
+        except torch.AcceleratorError:  # after which nothing works any more
+            raise
+        except (RuntimeError, MemoryError, ValueError) as error:
+            if len(good) > 1:
+                return [self._found([each])[0] for each in good]
+            message = " ".join(str(error).split())[:300] or type(error).__name__
+            return [ImageError(f"{shown(good[0][0])}: the network cannot take it: {message}")]
 
     def _carefully(self, unit: int, items: Iterable[Item]) -> Iterator[dict[str, Any]]:
         """The same, one image after another, having noted which one it is before anything is done with it."""
