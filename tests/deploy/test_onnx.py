@@ -154,8 +154,8 @@ def test_steep_steps_stay_finite(tmp_path):
     assert max(written.differences.values()) < 1e-5
 
 
-# In a process of its own: OpenVINO leaves this thread's signals a stack that it later gives back, and the next signal
-# (the end of a child, say) would be the end of all tests in this process.
+# In a process of its own: while it has a Core, OpenVINO (2026.4) gives the thread another stack for signals. Where the
+# lives of two overlap, the freed stack of one stays behind, and the next signal, say of a child's end, ends the process.
 OPENVINO = """
 import sys, numpy, openvino
 core = openvino.Core()
