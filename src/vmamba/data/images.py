@@ -287,7 +287,9 @@ def is_image(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS and not is_hidden(path)
 
 
-def image_files(folder: str, on_error: Callable[[OSError], None]) -> list[str]:
+def image_files(
+    folder: str, on_error: Callable[[OSError], None], wanted: Callable[[str], bool] = is_image
+) -> list[str]:
     """The images in a folder and in all folders inside it, sorted, as training and prediction see them.
 
     Links are followed. A folder that several paths lead to is entered once, by the shortest of them (of equal ones the
@@ -297,6 +299,7 @@ def image_files(folder: str, on_error: Callable[[OSError], None]) -> list[str]:
     Args:
         folder: its own name is not judged.
         on_error: is told of each folder that cannot be read.
+        wanted: tells by a file's name whether it counts.
     """
     files, entered, folders = [], set(), [folder]
     for path in folders:
@@ -310,7 +313,7 @@ def image_files(folder: str, on_error: Callable[[OSError], None]) -> list[str]:
             continue
         visible = [entry for entry in entries if not is_hidden(entry.name)]
         folders += [entry.path for entry in visible if entry.is_dir()]
-        files += [entry.path for entry in visible if is_image(entry.name) and not entry.is_dir()]
+        files += [entry.path for entry in visible if wanted(entry.name) and not entry.is_dir()]
     return sorted(files)
 
 

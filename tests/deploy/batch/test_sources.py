@@ -42,6 +42,14 @@ def test_a_folder_gives_its_pictures_and_what_is_in_its_shards(pictures):
         found[names.index("bad.jpg")].read(3)
 
 
+def test_links_in_a_circle_end(tmp_path):
+    (tmp_path / "a").mkdir()
+    tar_of([("x.png", picture(0))], tmp_path / "a" / "x.tar")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "a" / "folder.tar").mkdir()
+    assert [item.name for item in items(find([str(tmp_path)]))] == [f"{tmp_path}/a/x.tar/x.png"]
+
+
 def test_patterns_files_and_repeats(pictures):
     assert len(items(find([f"{pictures}/*.png", f"{pictures}/0?.png", f"file://{pictures}/02.png"]))) == 12
     assert len(items(find([f"{pictures}/**/*.png"]))) == 24
@@ -120,6 +128,11 @@ def test_bytes_in_parquet_from_any_row_on(tmp_path):
         assert [item.name for item in part] == [f"{path}#{row}" for row in range(first, first + count)]
         assert first == 49 or np.array_equal(pixels(part[0]), original(first))
     assert "no image in this row" in str(part[0].content)
+    pq.write_table(pa.table({"path": [f"{row}.png" for row in range(10_000)]}), path)
+    (extent,) = find([path])
+    assert [item.name for item in images_of(extent.part(8190, 3))] == [
+        f"{tmp_path}/{row}.png" for row in (8190, 8191, 8192)
+    ]
 
 
 def test_paths_in_parquet_are_relative_to_it_and_lead_nowhere_else(pictures, tmp_path):
@@ -169,8 +182,9 @@ def test_results_of_such_jobs_are_no_sources(pictures, tmp_path):
     (tmp_path / "results" / "_job").mkdir(parents=True)
     for name in ("results/part-00000000.parquet", "results/_job/plan.parquet"):
         pq.write_table(pa.table({"file": ["x.png"]}), tmp_path / name)
-    (tmp_path / "a.png").write_bytes(picture(0))
-    assert [item.name for item in items(find([str(tmp_path)]))] == [f"{tmp_path}/a.png"]
+    for name in ("a.png", "results/b.png"):
+        (tmp_path / name).write_bytes(picture(0))
+    assert [item.name for item in items(find([str(tmp_path)]))] == [f"{tmp_path}/a.png", f"{tmp_path}/results/b.png"]
 
 
 # --- addresses

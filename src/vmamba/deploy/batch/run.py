@@ -1,10 +1,10 @@
 """A job over many images: plan it, share the units out among workers, replace workers that die, say how far it is.
 
 Ray starts the workers, brings the weights to them once, and tells when one has died. Ray Data, which is built on that,
-is not used, for three reasons. It delivers rows at least once and writes files of names of its own, while here a unit
-of the plan is a file of a known name, which makes a job exact and able to go on from what is there. It tries a task
-that kills its worker again for ever, while here an image that does so is found and left out. And no image has to pass
-through shared memory, whose size then bounds nothing, for each worker reads what it needs.
+is not used, for three reasons. It writes files under names of its own, and again where a task is tried again, while
+here a unit of the plan is a file of a known name, which makes a job exact and able to go on from what is there. It
+tries a task that kills its worker again for ever, while here an image that does so is found and left out. And no image
+has to pass through shared memory, for each worker reads what it needs.
 """
 
 from __future__ import annotations

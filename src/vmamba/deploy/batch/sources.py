@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from vmamba.data.images import find_images, is_hidden, is_image, read_image
+from vmamba.data.images import image_files, is_hidden, is_image, read_image
 from vmamba.deploy.batch import places
 from vmamba.errors import BatchError, ImageError
 from vmamba.files import shown
@@ -156,23 +156,25 @@ def _local(source: str) -> tuple[list[str], list[str]]:
     if os.path.isfile(source):
         return [source], []
     matches = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
-    names, problems = [], [] if matches else [f"{shown(source)}: no such file or folder"]
+    names: list[str] = []
+    problems = [] if matches else [f"{shown(source)}: no such file or folder"]
+
+    def unreadable(error: OSError) -> None:
+        problems.append(f"{shown(error.filename)}: {_reason(error)}")
+
     for match in matches:
         if not os.path.isdir(match):
             names += [match] if _is_wanted(os.path.basename(match)) or match == source else []
             continue
-        images, told = find_images([match])
-        inner = [path for path in glob.iglob("**/*", root_dir=match, recursive=True) if _is_wanted(path)]
-        shards = [os.path.join(match, path) for path in inner if path.lower().endswith(_SHARDS)]
-        problems += [] if shards and not images else told  # that there are no images
-        names += sorted([*images, *filter(os.path.isfile, _without_results(shards))])
+        names += _without_results(image_files(match, unreadable, _is_wanted))
     return names, problems
 
 
 def _without_results(names: list[str]) -> list[str]:
     """The names without the Parquet files that jobs like this one have written."""
     jobs = {name.rpartition("/_job/")[0] for name in names if "/_job/" in name}
-    return [name for name in names if "/_job/" not in name and posixpath.dirname(name) not in jobs]
+    mine = {name for name in names if name.endswith(".parquet") and posixpath.dirname(name) in jobs}
+    return [name for name in names if "/_job/" not in name and name not in mine]
 
 
 def extents_of(path: str, column: str | None) -> list[Extent]:
@@ -287,13 +289,14 @@ def _parquet_items(segment: Segment, column: str | None) -> Iterator[Item]:
     with places.open_file(segment.path) as file:
         parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
         name = _column(parquet.schema_arrow, column, segment.path)
+        size = 4096 if _is_text(parquet.schema_arrow.field(name).type) else 16  # rows in memory
         row = 0
         for group in range(parquet.num_row_groups):
             rows = parquet.metadata.row_group(group).num_rows
             if row + rows <= segment.start:
                 row += rows
                 continue
-            for batch in parquet.iter_batches(16, row_groups=[group], columns=[name]):
+            for batch in parquet.iter_batches(size, row_groups=[group], columns=[name]):
                 if row + len(batch) > segment.start:
                     first = max(segment.start - row, 0)
                     for place, value in enumerate(batch.column(0)[first:].to_pylist(), start=row + first):
