@@ -37,7 +37,8 @@ def orders(u: Floats, is_column: Bools, is_backward: Bools, route: Ints) -> tupl
 
     Returns positions among the pixels (T, K, B, M); among the pixels' projections (T, K, B, M), and the inverse of
     that, (B, H, W, K). A route of rows is a grid as it lies; a route of columns is the transposed one, read in rows of
-    the same length. Backwards, the whole batch is reversed, images and all.
+    the same length. Backwards, the whole batch is reversed, images and all: its positions count from the end, -1 is
+    the last.
     """
     zero = op.Constant(value_int=0)
     one = op.Constant(value_int=1)
@@ -46,7 +47,7 @@ def orders(u: Floats, is_column: Bools, is_backward: Bools, route: Ints) -> tupl
     rows = op.Reshape(op.Range(zero, count, one), size)
     columns = op.Reshape(op.Transpose(rows, perm=[0, 2, 1]), size)
     forward = op.Where(is_column, columns, rows)
-    visited = op.Where(is_backward, op.Sub(op.Sub(count, one), forward), forward)
+    visited = op.Where(is_backward, op.Sub(op.Constant(value_int=-1), forward), forward)
     steps = op.Transpose(visited, perm=[3, 0, 1, 2])
     routes = op.Size(route)
     projections = op.Add(op.Mul(steps, routes), route)
@@ -65,8 +66,7 @@ def zeros(u: Floats, inner: Ints) -> tuple[Floats, Floats, Floats]:
     pieces = op.Concat(routes, op.Shape(u, start=0, end=2), rest, axis=0)
     nothing = op.Expand(op.Constant(value_float=0.0), pieces)
     everything = op.Expand(op.Constant(value_float=1.0), pieces)
-    images = op.Concat(routes, op.Shape(u, start=0, end=1), rest, axis=0)
-    return nothing, everything, op.Expand(op.Constant(value_float=0.0), images)
+    return nothing, everything, op.Gather(nothing, op.Constant(value_int=0), axis=2)
 
 
 @script(_FUNCTIONS)
