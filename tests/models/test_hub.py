@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import vmamba
 from vmamba.errors import CheckpointError, CheckpointNotFoundError, HubError
-from vmamba.models.checkpoints import read_metadata
+from vmamba.models.checkpoints import read_metadata, save_checkpoint
 from vmamba.models.hub import push_to_hub, save_folder
 from vmamba.models.model_card import CardFacts, model_card
 from vmamba.models.registry import load_model
@@ -172,6 +172,20 @@ def test_a_pickle_that_asks_for_code_is_refused(name: str, tmp_path: Path) -> No
         assert not mark.exists()
 
 
+@pytest.mark.parametrize("name", ["vmamba_femto_s2", "resnet10t"])
+def test_what_transformers_has_trained_is_read(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    save_folder(timm.create_model(name, num_classes=3), tmp_path / "ours", {"class_names": NAMES})
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "ours").eval()
+    with torch.no_grad():
+        wrapped.timm_model.get_classifier().weight.add_(1)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    again, known = load_model(f"local-dir:{tmp_path / 'theirs'}")
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(again(images), wrapped(images).logits)
+    assert (known["class_names"], known["num_classes"]) == (NAMES, 3)
+
+
 # --- What is no such folder -------------------------------------------------------------------------------------------
 
 
@@ -192,7 +206,9 @@ def test_what_is_no_folder_of_a_model_says_so(pretrained: bool, folder: Path, tm
         (folder / "config.json").write_text(text)
         assert "is not the configuration of a model" in told(f"local-dir:{folder}")
     (folder / "config.json").write_text('{"model_type": "bert"}')
-    assert "it is not a configuration of another library ('bert') that is known here" in told(f"local-dir:{folder}")
+    assert "no \"architecture\" of timm's or ours, but a model of another library, 'bert'." in told(
+        f"local-dir:{folder}"
+    )
     (folder / "config.json").write_text('{"architecture": "vmamba_of_tomorrow"}')
     assert "'vmamba_of_tomorrow', which neither this package nor timm knows" in told(f"local-dir:{folder}")
     (folder / "config.json").write_text("{" + " " * (1 << 24) + "}")
@@ -243,6 +259,21 @@ def test_a_configuration_that_asks_for_more_than_a_network(values: dict[str, Any
     name = changed(folder, **values)
     with pytest.raises(CheckpointError, match=re.escape(str(folder))):
         vmamba.create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize("backbone", ["hf-hub:ada/evil", "local-dir:/etc", "no_such_model", 3])
+def test_a_backbone_is_a_models_name_and_not_a_place(backbone: Any, tmp_path: Path) -> None:
+    model: Any = vmamba.create_model("upernet", backbone="resnet18", num_classes=3, channels=16)
+    save_folder(model, tmp_path)
+    arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    for pretrained in (True, False):
+        with pytest.raises(CheckpointError, match=r"its backbone is .*, which is no model's name"):
+            vmamba.create_model(changed(tmp_path, model_args=arguments | {"backbone": backbone}), pretrained=pretrained)
+    save_checkpoint(
+        model, file := tmp_path / "one.safetensors", {"model_kwargs": {"backbone": backbone, "channels": 16}}
+    )
+    with pytest.raises(CheckpointError, match=r"its backbone is .*, which is no model's name"):
+        load_model(file)
 
 
 def test_where_weights_are_is_not_the_configurations_to_say(classifier: Any, folder: Path, tmp_path: Path) -> None:
@@ -508,7 +539,7 @@ def test_a_folder_is_uploaded_and_nothing_else(has_card: bool, folder: Path, mon
     (folder / "private.txt").write_text("mine")
     assert push_to_hub(folder, "ants", token="secret", private=True, revision="v2") == "https://hub/ada/ants/commit/1"
     made, created, asked, uploaded = Api.calls
-    assert made[1] == {"token": "secret", "library_name": "vmamba", "library_version": vmamba.__version__}
+    assert made[1] == {"token": "secret", "library_name": "vmamba"}
     assert created[1] == {"private": True, "exist_ok": True}
     assert asked[1] == {"name": "ada/ants", "file": "README.md", "revision": "v2"}
     files = ["config.json", "model.safetensors", "README.md"]

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import vmamba
 from vmamba.errors import CheckpointError, CheckpointNotFoundError
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -63,10 +62,8 @@ class ModelFolder:
         if parts is None or not all(value is None or type(value) is dict for value in parts.values()):
             raise CheckpointError(f"{path} is not the configuration of a model. {_EXPECTED}")
         if type(config.get("architecture", (config.get("pretrained_cfg") or {}).get("architecture"))) is not str:
-            what = f"of another library ({config['model_type']!r})" if "model_type" in config else "of a model"
-            raise CheckpointError(
-                f'{path} names no "architecture": it is not a configuration {what} that is known here. {_EXPECTED}'
-            )
+            other = f", but a model of another library, {config['model_type']!r}" if "model_type" in config else ""
+            raise CheckpointError(f'{path} names no "architecture" of timm\'s or ours{other}. {_EXPECTED}')
         object.__setattr__(self, "config", config)
         object.__setattr__(self, "path", path.parent)
 
@@ -129,10 +126,9 @@ class ModelFolder:
         try:
             return Path(
                 hf_hub_download(
-                    repository, file, revision=revision or None, cache_dir=self.cache_dir,
-                    library_name="vmamba", library_version=vmamba.__version__,
+                    repository, file, revision=revision or None, cache_dir=self.cache_dir, library_name="vmamba"
                 )
-            )  # fmt: skip
+            )
         except LocalEntryNotFoundError as error:  # which is an EntryNotFoundError too
             reason = "the hub cannot be reached, and the file is not in the cache"
             cause: Exception = error

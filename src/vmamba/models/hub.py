@@ -26,7 +26,6 @@ import torch
 from timm.models._hub import save_config_for_hf  # save_for_hf without the weights
 from torch import nn
 
-import vmamba
 from vmamba.errors import CheckpointError, HubError
 from vmamba.files import atomic_write
 from vmamba.models.checkpoints import default_metadata, named_pattern, save_checkpoint
@@ -123,7 +122,7 @@ def push_to_hub(
     ModelFolder(f"local-dir:{os.fspath(folder)}")  # an error if it is no such folder
     if not (Path(folder) / WEIGHTS).is_file():
         raise CheckpointError(f"{folder} holds no {WEIGHTS}; pickles are not uploaded. Write it with save_folder.")
-    api = HfApi(token=token, library_name="vmamba", library_version=vmamba.__version__)
+    api = HfApi(token=token, library_name="vmamba")
     try:
         made = api.create_repo(repository, private=private, exist_ok=True).repo_id
         has_card = api.file_exists(made, CARD, revision=revision)

@@ -20,11 +20,7 @@ mmsegmentation and mmdetection give them ("decode_head.…", "backbone.outnorm0.
 from __future__ import annotations
 
 import functools
-import inspect
-import math
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -34,20 +30,17 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from vmamba.errors import CheckpointError
-from vmamba.models.checkpoints import Checkpoint, default_metadata, listed
+from vmamba.models.checkpoints import Checkpoint, default_metadata
 from vmamba.models.download import download
 from vmamba.models.folders import ModelFolder, is_source
+from vmamba.models.limits import at_most, check_arguments, check_metadata
 from vmamba.models.variants import VARIANTS, Variant
 from vmamba.models.vmamba import VMamba
 from vmamba.models.weight_files import MAX_TENSORS, read_weight_file
 
 Builder = Callable[..., nn.Module]
-
-_LARGEST = 1 << 22  # sum of all numbers among a model's arguments that a file may ask for
-_LARGEST_IMAGE = 1 << 26  # pixels, likewise
 
 
 @dataclass(frozen=True)
@@ -179,7 +172,7 @@ def load_model(path: str | PathLike[str], ema: bool = False) -> tuple[nn.Module,
     try:
         build = functools.partial(create_model if name in ENTRIES else timm.create_model, name)
         build = functools.partial(build, **_options(checkpoint, stored, ours=name in ENTRIES))
-        with _at_most(2 * len(checkpoint.tensors) + 1024), torch.device("meta"):
+        with at_most(2 * len(checkpoint.tensors) + 1024), torch.device("meta"):
             sketch = build()
     except Exception as error:  # the arguments come from the file, and may fail anywhere
         raise CheckpointError(f"{path} describes a model that cannot be built: {error}") from error
@@ -196,11 +189,11 @@ def _options(checkpoint: Checkpoint, stored: Mapping[str, Any], ours: bool) -> d
     Raises:
         ValueError: they ask for more than a network: where it lives, other weights, sizes beyond reason.
     """
-    _check_metadata(stored)
+    check_metadata(stored)
     options = dict(stored.get("model_kwargs") or {})
     if ours and "img_size" in stored:
         options = {"img_size": stored["img_size"]} | options
-    _check_arguments(options)
+    check_arguments(options)
     info = checkpoint.info
     classes = 0 if info.num_classes is None and info.task == "classification" else info.num_classes
     options |= {"num_classes": classes, "in_chans": info.in_chans}
@@ -209,22 +202,6 @@ def _options(checkpoint: Checkpoint, stored: Mapping[str, Any], ours: bool) -> d
 
 def _statistics(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {name: stored[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in stored}
-
-
-def _check_arguments(options: Mapping[str, Any]) -> None:
-    """Check the arguments that a file or a folder gives for its model.
-
-    Raises:
-        ValueError: they ask for more than a network.
-    """
-    # Options that timm's builders have names for are about everything but the network.
-    others = {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
-    others |= {"device", "dtype", "checkpoint", "features_only", "pruned"}
-    found = list(_keys_and_numbers(options))
-    if refused := [key for key in found if isinstance(key, str) and (key in others or "pretrained" in key)]:
-        raise ValueError(f"model_kwargs has {listed(refused)}")
-    if not sum(abs(number) for number in found if not isinstance(number, str)) <= _LARGEST:
-        raise ValueError(f"the numbers in its model_kwargs are beyond {_LARGEST:,}")
 
 
 def _from_folder(folder: ModelFolder, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
@@ -242,15 +219,15 @@ def _from_folder(folder: ModelFolder, pretrained: bool, kwargs: dict[str, Any]) 
     checkpoint = Checkpoint(folder.weights()) if pretrained else None
     is_dense = name in ENTRIES and ENTRIES[name].task != "classification"
     try:
-        _check_metadata(stored)
-        _check_arguments(folder.config.get("model_args") or {})
+        check_metadata(stored)
+        check_arguments(folder.config.get("model_args") or {})
         if is_dense:
             build = functools.partial(ENTRIES[name].build, pretrained_cfg_overlay=_statistics(stored))
             options = {key: stored[key] for key in ("num_classes", "in_chans", "img_size") if key in stored}
             options = stored["model_kwargs"] | options
         else:  # timm reads the configuration once more, for all that it knows of it
             build, options = functools.partial(timm.create_model, f"local-dir:{folder.path}"), {}
-        with _at_most(2 * (len(checkpoint.tensors) if checkpoint else MAX_TENSORS) + 1024), torch.device("meta"):
+        with at_most(2 * (len(checkpoint.tensors) if checkpoint else MAX_TENSORS) + 1024), torch.device("meta"):
             sketch = build(**options)
     except Exception as error:  # the arguments come from the folder, and may fail anywhere
         raise CheckpointError(f"{folder.name} describes a model that cannot be built: {error}") from error
@@ -280,67 +257,6 @@ def _from_folder(folder: ModelFolder, pretrained: bool, kwargs: dict[str, Any]) 
     configuration: Any = model.pretrained_cfg
     configuration.pop("state_dict", None)
     return model
-
-
-def _check_metadata(stored: Mapping[str, Any]) -> None:
-    """Check what a file says about images and classes, on which prediction relies.
-
-    Raises:
-        ValueError: it is of another kind, or beyond reason.
-    """
-    sound: dict[str, Callable[[Any], bool]] = {
-        "mean": lambda values: all(math.isfinite(value) for value in values),
-        "std": lambda values: all(math.isfinite(value) and value > 0 for value in values),
-        "interpolation": lambda name: name in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"),
-        "crop_pct": lambda share: 0.01 <= share <= 1,
-        "img_size": _is_size,
-        "class_names": lambda names: (
-            names is None or (type(names) is list and all(isinstance(name, str) for name in names))
-        ),
-    }
-    for name, is_sound in sound.items():
-        value = stored.get(name)
-        try:
-            passes = name not in stored or is_sound(value)
-        except (TypeError, ValueError):
-            passes = False
-        if not passes:
-            raise ValueError(f"its metadata has {name} {repr(value)[:100]}")
-
-
-def _is_size(size: Any) -> bool:
-    height, width = (size, size) if isinstance(size, int) else size or (1, 1)
-    return type(height) is type(width) is int and min(height, width) > 0 and height * width <= _LARGEST_IMAGE
-
-
-def _keys_and_numbers(value: object) -> Iterator[str | float]:
-    """Every key and every number in nested dictionaries and lists."""
-    if isinstance(value, Mapping):
-        yield from map(str, value)
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _keys_and_numbers(item)
-    elif isinstance(value, int | float):
-        yield value
-
-
-@contextmanager
-def _at_most(limit: int) -> Iterator[None]:
-    """Stop building a model, in this thread, once it has more parameters than `limit`."""
-    count, builder = 0, threading.get_ident()
-
-    def note(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        nonlocal count
-        count += threading.get_ident() == builder
-        if count > limit:
-            raise ValueError("it has far more parameters than the file has tensors")
-
-    handle = register_module_parameter_registration_hook(note)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _published(name: str, url: str | None) -> str:
