@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from vmamba.cli import main
 from vmamba.models.checkpoints import save_checkpoint
@@ -17,6 +18,7 @@ from vmamba.models.registry import create_model
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
+pytest.importorskip("torchao")
 
 TEXT = (Path(__file__).parents[2] / "docs/deployment.md").read_text()
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", TEXT, re.DOTALL)
@@ -26,6 +28,9 @@ def test_commands_and_snippets(tmp_path, monkeypatch, capfd):
     torch.manual_seed(0)
     model = create_model("vmamba_femto_s2", num_classes=3)
     save_checkpoint(model, tmp_path / "model.safetensors", metadata={"class_names": ["cat", "dog", "树"]})
+    (tmp_path / "photos").mkdir()
+    for index, pixels in enumerate(torch.randint(0, 256, (12, 40, 48, 3), dtype=torch.uint8).numpy()):
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
     monkeypatch.chdir(tmp_path)
     for language, block in BLOCKS:
         if language == "python":
@@ -35,6 +40,6 @@ def test_commands_and_snippets(tmp_path, monkeypatch, capfd):
         for line in block.splitlines():
             assert main(shlex.split(line, comments=True)[1:]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {
-        "model.safetensors", "model.onnx", "pictures.onnx", "small.onnx", "model.pt2"
+        "model.safetensors", "model.onnx", "pictures.onnx", "small.onnx", "model.pt2", "photos", "int8.onnx", "int8.pt2"
     }  # fmt: skip
     assert 'torch.Size([2, 3]) ["cat", "dog", "树"]' in capfd.readouterr().out

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmamba.cli.tables import Table, brief, contents, csv_text, flops, write
 from vmamba.deploy.batch.config import BatchConfig
-from vmamba.deploy.config import ExportConfig, ShareConfig
+from vmamba.deploy.config import ExportConfig, QuantizeConfig, ShareConfig
 from vmamba.errors import CheckpointError, ExportError
 from vmamba.explain.config import ExplainConfig
 from vmamba.files import shown
@@ -147,6 +147,27 @@ def export(config: ExportConfig, name: str) -> int:
     report(f"{shown(written.path)}: {size}{nodes}, {written.seconds:.0f} s")
     for shape, share in written.differences.items():
         report(f"checked on {'×'.join(map(str, shape))}: differs from the model by {share:.1e} of the largest output")
+    return 0
+
+
+def quantize(config: QuantizeConfig, name: str, exclude: Sequence[str]) -> int:
+    """Write a model in int8, and say how near to the float32 model it is."""
+    from vmamba.deploy import quantize
+    from vmamba.deploy.calibration import open_pictures
+
+    options = asdict(config)
+    output, data, dataset = (options.pop(setting) for setting in ("output", "data", "dataset"))
+    pictures = open_pictures(data, dataset)
+    written = quantize(name, output, pictures, exclude=exclude, progress=True, **options)
+    for problem in written.skipped:
+        report(problem)
+    size = written.path.stat().st_size
+    report(f"{shown(written.path)}: {size / 1e6:.1f} MB, {written.layers} layers in int8, {written.seconds:.0f} s")
+    alike = "" if written.agreement is None else f"; {written.agreement:.1%} of the decisions are the same"
+    report(
+        f"calibrated on {written.calibrated} images; on {written.checked} others it differs from the float32 model by"
+        f" {written.mean:.1%} (root mean square) and at most by {written.largest:.1%} of the largest output{alike}"
+    )
     return 0
 
 

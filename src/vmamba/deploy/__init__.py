@@ -1,4 +1,4 @@
-"""From a trained model to where it is used: ONNX files and torch.export programs. Each is imported when it is used."""
+"""From a trained model to where it is used. Each part is imported when it is used."""
 
 from typing import TYPE_CHECKING
 
@@ -6,10 +6,15 @@ from vmamba import lazy
 
 if TYPE_CHECKING:
     from vmamba.deploy.export import Exported, export_onnx, export_torch
+    from vmamba.deploy.quantize import Quantized, load_quantized, quantize
 
-__all__ = ["Exported", "export_onnx", "export_torch"]
+__all__ = ["Exported", "Quantized", "export_onnx", "export_torch", "load_quantized", "quantize"]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy.attributes(
-        __name__, {"vmamba.deploy.export": ["Exported", "export_onnx", "export_torch"]}
+        __name__,
+        {
+            "vmamba.deploy.export": ["Exported", "export_onnx", "export_torch"],
+            "vmamba.deploy.quantize": ["Quantized", "load_quantized", "quantize"],
+        },
     )

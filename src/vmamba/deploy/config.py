@@ -29,6 +29,34 @@ class ExportConfig:
 
 
 @dataclass
+class QuantizeConfig:
+    """Write a model in int8, calibrated on images."""
+
+    output: str
+    """The file to write."""
+    data: str
+    """Images like those that the model will meet: a folder, whose training split is taken if it has one, or a .tar
+    file, or what the data set below expects. Their classes are not needed."""
+    dataset: str = ""
+    """Empty for folders and .tar files; else a name for timm's factory: torch/fashion_mnist, hfds/NAME, ..."""
+    format: Literal["onnx", "torch"] = "onnx"
+    """onnx, for ONNX Runtime, OpenVINO and others; or torch, a program for torch, torchao and this package."""
+    samples: int = 128
+    """Images to calibrate with, at most, drawn from all that there are."""
+    held_back: int = 128
+    """Other images, at most, to compare the written file with the float32 model; of few images, a quarter."""
+    embed: bool = False
+    """ONNX: put the normalisation before the network and the decision behind it: uint8 pictures in, labels out."""
+    sizes: Literal["open", "batch"] = "open"
+    """open: any batch, height and width; batch: any batch of the size the model is meant for, for networks that take no
+    other, such as timm's Swin."""
+    reduce_range: bool | None = None
+    """Weights of 7 bits, for x86 processors without VNNI; null for what this processor needs."""
+    tolerance: float = 0.1
+    """Largest difference from the float32 model that is accepted: root mean square, as a share of the outputs'."""
+
+
+@dataclass
 class ShareConfig:
     """Write a model to a folder for others, and upload it."""
 

@@ -1,0 +1,28 @@
+"""Which layers of a network compute in 8 bits, whatever the format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+_CHANNELS = 8
+
+
+def computes_in_int8(layer: str, kind: str, weight: Sequence[int], exclude: Sequence[str] = ()) -> bool:
+    """Whether a product or convolution with constant weights is quantised.
+
+    Three kinds are not, since int8 gains no time there and costs accuracy: depthwise convolutions and those that read
+    the picture, which have little to multiply; and what `SS2D` multiplies itself, the projection to Δ, B and C, whose
+    outputs are few and go through an exponential in each step of the scan.
+
+    Args:
+        layer: the path of the module whose product it is, as in `named_modules`.
+        kind: that module's class, with or without its package.
+        weight: the shape of the weights, (out, in), (in, out) or (out, in / groups, height, width).
+        exclude: patterns of paths, as of file names, that stay in float32 as well.
+    """
+    if len(weight) > 2 and weight[1] < _CHANNELS:
+        return False
+    if kind.rpartition(".")[2] == "SS2D":
+        return False
+    return not any(fnmatchcase(layer, pattern) for pattern in exclude)
