@@ -254,7 +254,7 @@ def test_refusals(whole, eighth, tmp_path, monkeypatch):
         quantize(whole, path, pictures, samples=4, held_back=1)
     with pytest.raises(TypeError, match="expected uint8"):
         quantize(whole, path, [np.zeros((8, 8, 4), np.uint8)] * 9)
-    with pytest.raises(ExportError, match=r"not written: on 6 pictures .* root mean square.* 0.1% is accepted"):
+    with pytest.raises(ExportError, match=r"not written: on 6 pictures .*root mean square.* 0.1% is accepted"):
         quantize(whole, path, pictures, tolerance=1e-3)
     with pytest.raises(ExportError, match=r"no matrix product or convolution to quantise beside"):
         quantize(whole, path, pictures, exclude=["*"])
