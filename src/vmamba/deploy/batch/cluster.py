@@ -18,7 +18,10 @@ from vmamba.errors import BatchError
 # where that is the default); and whoever can talk to them can run code, which only a secret prevents on a machine that
 # several people share.
 _ALWAYS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+_ALONE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token",
+    "RAY_worker_niceness": "0",  # else workers give way to every other program, as `vmamba predict` does not
+}  # fmt: skip
 
 _STORE = 128 << 20  # bytes of shared memory beside the weights
 _LONGEST = 40  # of a temporary folder's path: Ray's sockets lie deep inside it, and may have 107 characters
