@@ -222,6 +222,7 @@ def keep(subject: Subject, contenders: list[Contender], folder: Path) -> None:
         "std": pre.std,
         "interpolation": pre.interpolation,
         "crop_pct": 1.0,
+        "img_size": pre.img_size,
     }
     for contender in contenders:
         save_checkpoint(contender.average, folder / f"{contender.name}.safetensors", known)

@@ -3,7 +3,9 @@
     python docs/draw.py routes stages
 
 Those of a trained model want what `make demo-dense` leaves: its pictures, runs/garments, and the model that it trained
-on them, runs/garments_segmentation. The costs drawn are those that benchmarks/cpu.py found and counts made now.
+on them, runs/garments_segmentation; those beside other trained networks, what `python benchmarks/learning.py --cifar10
+PATH --keep runs/cifar10` leaves, and the same PATH. The costs drawn are those that benchmarks/cpu.py found and counts
+made now.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from vmamba.data.sources import open_split
 from vmamba.explain import (
     Cost,
     Scaling,
+    accuracy_by_size,
     depth,
+    draw_accuracy_by_size,
     draw_receptive_fields,
     draw_scaling,
     receptive_field,
@@ -45,6 +49,7 @@ FAMILIES = {
     "VMamba-T": "vmamba_tiny_s1l8", "Swin-T": "swin_tiny_patch4_window7_224", "ConvNeXt-T": "convnext_tiny",
     "DeiT-S": "deit_small_patch16_224", "ResNet-50": "resnet50",
 }  # fmt: skip
+PEERS = ("VMamba", "Swin", "ConvNeXt", "ViT", "ResNet")
 ROUTES = {"rows": "#0072B2", "columns": "#D55E00", "rows, backwards": "#009E73", "columns, backwards": "#CC79A7"}
 QUERY = (158, 190)
 
@@ -106,16 +111,52 @@ def memory(options: argparse.Namespace) -> None:
     save(record_scans(options.model, options.photo).selectivity(options.block).figure(), "memory", 80)
 
 
+def cifar(options: argparse.Namespace, *names: str) -> dict[str, nn.Module]:
+    """Networks that benchmarks/learning.py trained and kept."""
+    from vmamba.models.registry import load_model
+
+    return {name: load_model(options.trained / f"{name}.safetensors")[0] for name in names or PEERS}
+
+
+def tested(options: argparse.Namespace, count: int) -> list[tuple[Image.Image, int]]:
+    """Pictures of CIFAR-10's test set and their classes, at even distances."""
+    if options.cifar10 is None:
+        raise SystemExit("this picture is drawn from CIFAR-10: name its folder with --cifar10")
+    split = open_split(DataConfig(root=options.cifar10), training=False)
+    return [split.read(round(i * len(split) / count), 3) for i in range(count)]
+
+
 def meaning(options: argparse.Namespace) -> None:
-    """Edges and meaning against depth, trained and not, on garments whose class is known."""
-    split = open_split(DataConfig(dataset="torch/fashion_mnist", root=str(ROOT / "examples")), training=False)
-    pairs = [split.read(index, 3) for index in range(0, len(split), len(split) // 500)]
-    large = [(image.resize((128, 128), Image.Resampling.BICUBIC), label) for image, label in pairs]
-    models: dict[str, nn.Module] = {"trained": options.model, "as drawn": untrained(options.model)}
-    found = depth.depth_profiles(models, large, size=128)
+    """Edges and meaning against depth: trained networks of three families, and ours before."""
+    models = cifar(options, "VMamba", "ResNet", "Swin")
+    found = depth.depth_profiles(
+        {**models, "VMamba, as drawn": untrained(models["VMamba"])}, tested(options, 1000), size=64
+    )
     for profile in found:
         print(json.dumps(vars(profile)))
     save(depth.draw_depth(found), "depth")
+
+
+def sizes(options: argparse.Namespace) -> None:
+    """Accuracy of trained networks on images larger than those of training."""
+    found = accuracy_by_size(cifar(options), tested(options, 2000), (64, 80, 96, 128, 160, 192))
+    for each in found:
+        print(json.dumps(vars(each)))
+    save(draw_accuracy_by_size(found), "sizes")
+
+
+def peers(options: argparse.Namespace) -> None:
+    """Receptive fields of trained networks, before and after."""
+    pictures = [image for image, _ in tested(options, 64)]
+    trained = cifar(options)
+    drawn = {name: untrained(model) for name, model in trained.items()}
+    for when, models in (("before", drawn), ("after", trained)):
+        stages = {name: -1 if name == "ViT" else 2 for name in models}  # whose maps have 8×8 places
+        found = [
+            receptive_field(model, pictures, stages[name], img_size=128, name=name) for name, model in models.items()
+        ]
+        print(json.dumps([field.numbers() for field in found]))
+        save(draw_receptive_fields(found, columns=3), f"fields_{when}", 80)
 
 
 def fields(options: argparse.Namespace) -> None:
@@ -155,7 +196,8 @@ def costs(options: argparse.Namespace) -> None:
 
 
 PICTURES: dict[str, Callable[[argparse.Namespace], None]] = {
-    function.__name__: function for function in (routes, stages, activation, memory, meaning, fields, training, costs)
+    function.__name__: function
+    for function in (routes, stages, activation, memory, meaning, fields, training, peers, sizes, costs)
 }
 
 
@@ -165,10 +207,12 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[*PICTURES, []], help="all of them if none is named")
     parser.add_argument("--checkpoint", default=ROOT / "runs/garments_segmentation/model.safetensors")
     parser.add_argument("--photo", type=Path, default=ROOT / "runs/garments/images/val/0004.jpg")
+    parser.add_argument("--trained", type=Path, default=ROOT / "runs/cifar10", help="folder of the networks kept")
+    parser.add_argument("--cifar10", metavar="PATH", help="folder of CIFAR-10")
     parser.add_argument("--block", type=int, default=-3, help="which block the maps of the scans are of")
     options = parser.parse_args()
     names = options.names or [*PICTURES]
-    if set(names) - {"routes", "costs"}:
+    if set(names) & {"stages", "activation", "memory", "fields", "training"}:
         from vmamba.models.registry import load_model
 
         options.model = load_model(options.checkpoint)[0]
