@@ -146,7 +146,7 @@ def export(config: ExportConfig, name: str) -> int:
     nodes = f", {written.nodes} nodes" if written.nodes else ""
     report(f"{shown(written.path)}: {size}{nodes}, {written.seconds:.0f} s")
     for shape, share in written.differences.items():
-        report(f"checked on {'×'.join(map(str, shape))}: differs from the model by {share:.1e} of the largest output")
+        report(f"checked on {'×'.join(map(str, shape))}: differs from the model by {share:.1e} {written.unit}")
     return 0
 
 

@@ -25,7 +25,7 @@ class ExportConfig:
     other, such as timm's Swin."""
     tolerance: float | None = None
     """Largest difference from the model that is accepted, as a share of its largest output; null for 1e-4, or 2e-2 in
-    half precision."""
+    half precision. For detection, the share of detections that may have no counterpart; null for 2e-2."""
 
 
 @dataclass

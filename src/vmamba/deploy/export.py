@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from vmamba import __version__
 from vmamba.data.transforms import Preprocessing
+from vmamba.deploy.detection import OUTPUTS, DetectionGraph, in_rows, unmatched
 from vmamba.deploy.graphs import Images, check_target, difference, outputs_of, prepared, traced
 from vmamba.errors import ExportError
 from vmamba.files import replacing, shown
 from vmamba.models.checkpoints import default_metadata
+from vmamba.models.detection import MaskRCNN
 from vmamba.ops.exporting import scans_kept
 
 OPSET = 20
@@ -39,12 +41,14 @@ class Exported:
         differences: for the shape of each batch it was checked with, the largest difference from the model, as a share
             of the output's largest value.
         nodes: of an ONNX file, those of its graph and of the graphs inside.
+        unit: what the differences are shares of.
     """
 
     path: Path
     seconds: float
     differences: dict[tuple[int, ...], float]
     nodes: int | None = None
+    unit: str = "of the largest output"
 
 
 class _Network(nn.Module):
@@ -60,21 +64,33 @@ class _Network(nn.Module):
         return y.float() if isinstance(y, Tensor) else [value.float() for value in y]
 
 
-class _Decision(nn.Module):
-    """Normalisation, the network, and the most probable class."""
+class _Rows(nn.Module):
+    """A model for detection, whose results are put together as those of its graph."""
 
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.model = model
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, C, H, W) to the outputs of `DetectionGraph`."""
+        return in_rows(self.model(images))
+
+
+class _Decision(nn.Module):
+    """Normalisation, the network, and the most probable class, unless the network has decided by itself."""
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing, decides: bool = False) -> None:
+        super().__init__()
+        self.network, self.decides = network, decides
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(-1, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(-1, 1, 1) * 255)
         self.mean: Tensor
         self.std: Tensor
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Any:
         """uint8 (B, C, H, W) to labels (B,) or (B, H, W), int64, and the probabilities of all classes."""
-        logits = self.network((images.float() - self.mean) / self.std)
-        return logits.argmax(1), logits.softmax(1)
+        found = self.network((images.float() - self.mean) / self.std)
+        return found if self.decides else (found.argmax(1), found.softmax(1))
 
 
 def export_onnx(
@@ -88,16 +104,21 @@ def export_onnx(
     preprocessing: Preprocessing | None = None,
     tolerance: float | None = None,
 ) -> Exported:
-    """Write a classifier, a segmentation model or a feature extractor as an ONNX file of standard operators, opset 20.
+    """Write a model as an ONNX file of standard operators, opset 20.
 
     The file is checked in ONNX Runtime, with three batches of other sizes, before it takes the place of what `path`
     held. Its metadata has, as plain text, "model", "task", "vmamba_version", and as JSON "class_names" and
     "preprocessing" (size, mean, standard deviation, interpolation, share of the centre crop).
 
+    A model for detection is written with all that it does behind its network. The outputs are those of the whole batch,
+    by picture and falling score: "boxes" (n, 4) in pixels, "scores" (n,), "labels" (n,), int64, "picture" (n,), int64,
+    which of the batch, and of a model with masks "masks" (n, H, W), bool.
+
     Args:
-        model: any of ours or timm's, changed as you like; one for detection has no graph.
+        model: any of ours or timm's, changed as you like.
         path: the file to write.
-        half: weights and layers in float16. Inputs, outputs and the states of the scans stay float32.
+        half: weights and layers in float16. Inputs, outputs and the states of the scans stay float32. Not for
+            detection, where rounding would decide what is found.
         embed: put the normalisation before the network and the decision behind it. The file then takes "images", uint8
             (B, C, H, W) in RGB, of the size the network is to see, and gives "labels", int64 (B,) or (B, H, W), and
             "probabilities" (B, classes, ...). Without it, it takes normalised float32 and gives "logits".
@@ -105,6 +126,7 @@ def export_onnx(
         class_names: by default those that the model has, if any.
         preprocessing: by default the model's.
         tolerance: the largest difference that is accepted, as a share of the largest output; 1e-4, or 2e-2 with `half`.
+            For detection, the share of detections that may have no counterpart, 2e-2.
 
     Returns:
         What was written, with the differences found.
@@ -118,39 +140,37 @@ def export_onnx(
         import onnxruntime  # type: ignore[import-untyped]
         import onnxscript.optimizer
 
-        from vmamba.deploy.onnx_scans import translations
+        from vmamba.deploy import onnx_detection, onnx_scans
     except ImportError as error:
         raise ImportError(f'ONNX needs more packages ({error}): pip install "vmamba[deploy]"') from error
-    limit = tolerance if tolerance is not None else _TOLERANCE_HALF if half else _TOLERANCE
+    detects = isinstance(model, MaskRCNN)
+    limit = tolerance if tolerance is not None else _TOLERANCE_HALF if half or detects else _TOLERANCE
     images = Images.of(model, is_open=sizes == "open")
-    told = _preprocessing(model, images, preprocessing)
-
-    def between(dtype: torch.dtype) -> nn.Module:
-        network = _Network(prepared(model, dtype), dtype)
-        return _Decision(network, told) if embed and told else network
-
-    if embed and (told is None or not _decides(model)):
-        raise ExportError(
-            f"{type(model).__name__} gives no logits of classes, or takes no pictures, so nothing can be put around it;"
-            " leave out embed"
-        )
-    reference = between(torch.float32)
-    network = between(torch.float16) if half else reference
-
-    def inputs(batch: Tensor) -> Tensor:
-        return (batch * 50 + 128).clamp(0, 255).to(torch.uint8) if embed else batch
+    told, whole = _preprocessing(model, images, preprocessing), prepared(model, detection=detects)
+    if detects and half:
+        raise ExportError("a model for detection is written in float32 alone; leave out half")
+    reference, inputs = surrounded(model, _Rows(whole) if detects else _Network(whole, torch.float32), told, embed)
+    network = reference
+    if isinstance(whole, MaskRCNN):
+        network, _ = surrounded(model, DetectionGraph(whole), told, embed)
+    elif half:
+        network, _ = surrounded(model, _Network(prepared(model, torch.float16), torch.float16), told, embed)
 
     with scans_kept():
         program = traced(network, inputs(images.example()), images)
+    table = onnx_scans.translations() | onnx_detection.translations()
     with _quiet():
         written = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=translations()
+            program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=table
         )
         assert written is not None
         onnxscript.optimizer.optimize_ir(written.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
     with torch.no_grad():
-        count = len(outputs_of(reference(inputs(images.trials()[0]))))
-    names = ["labels", "probabilities"] if embed else ["logits"] if _decides(model) else _numbered(count)
+        count = len(outputs_of(reference(inputs(images.trials()[1]))))
+    if detects:
+        names = list(OUTPUTS[:count])
+    else:
+        names = ["labels", "probabilities"] if embed else ["logits"] if _decides(model) else _numbered(count)
     _name_values(written.model, names, images)
     written.model.metadata_props.update(_metadata(model, class_names, told))
 
@@ -158,16 +178,38 @@ def export_onnx(
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
-        return lambda batch: session.run(None, {"images": batch.numpy()})[1 if embed else 0 :]
+        return lambda batch: session.run(None, {"images": batch.numpy()})[first:]
 
     def expected(batch: Tensor) -> list[Tensor]:
-        return outputs_of(reference(batch))[1 if embed else 0 :]
+        return outputs_of(reference(batch))[first:]
 
+    first = 1 if embed and not detects else 0  # where two classes are almost equal, rounding decides the label
+    compare, unit = (unmatched, "of the detections") if detects else (difference, Exported.unit)
     with replacing(target) as partial:
         written.save(partial, external_data=False)
-        differences = _checked(runner(partial), expected, map(inputs, images.trials()), limit, target)
+        batches = map(inputs, images.trials())
+        differences = _checked(runner(partial), expected, batches, limit, target, compare, unit)
     nodes = sum(1 for _ in written.model.graph.all_nodes())
-    return Exported(target, time.perf_counter() - start, differences, nodes)
+    return Exported(target, time.perf_counter() - start, differences, nodes, unit)
+
+
+def surrounded(
+    model: nn.Module, network: nn.Module, preprocessing: Preprocessing | None, embed: bool
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """A network and how it is given normalised images; with `embed`, between pictures in uint8 and decisions.
+
+    Raises:
+        ExportError: nothing can be put around the model.
+    """
+    if not embed:
+        return network, lambda batch: batch
+    if preprocessing is None or not _decides(model):
+        raise ExportError(
+            f"{type(model).__name__} gives no logits of classes, or takes no pictures, so nothing can be put around it;"
+            " leave out embed"
+        )
+    around = _Decision(network, preprocessing, decides=getattr(model, "task", None) == "detection")
+    return around, lambda batch: (batch * 50 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def export_torch(
@@ -213,6 +255,8 @@ def _checked(
     batches: Iterator[Tensor],
     limit: float,
     target: Path,
+    compare: Callable[[Sequence[Any], Sequence[Tensor]], float] = difference,
+    unit: str = Exported.unit,
 ) -> dict[tuple[int, ...], float]:
     """The differences at every batch; an error if one is too large, or the file does not run."""
     found = {}
@@ -225,11 +269,11 @@ def _checked(
                 raise ExportError(
                     f"{shown(target)} was not written: its graph does not run on {tuple(batch.shape)}: {error}"
                 ) from error
-        found[tuple(batch.shape)] = share = difference(got, wanted)
+        found[tuple(batch.shape)] = share = compare(got, wanted)
         if not share <= limit:
             raise ExportError(
-                f"{shown(target)} was not written: on {tuple(batch.shape)} it differs from the model by {share:.1e} of"
-                f" the largest output, and {limit:.1e} is accepted (tolerance)"
+                f"{shown(target)} was not written: on {tuple(batch.shape)} it differs from the model by {share:.1e}"
+                f" {unit}, and {limit:.1e} is accepted (tolerance)"
             )
     return found
 

@@ -88,16 +88,22 @@ def _averaging(x: Tensor, axis: int, cells: int) -> Tensor:
     return ((pixel >= start) & (pixel < end)).to(x.dtype) / (end - start).to(x.dtype)
 
 
-def prepared(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+def prepared(model: nn.Module, dtype: torch.dtype = torch.float32, detection: bool = False) -> nn.Module:
     """A copy to trace, in evaluation mode on the CPU, whose layers all have a form with open sizes.
 
+    Args:
+        model: to be copied.
+        dtype: of the copy's parameters.
+        detection: whether a model for detection is accepted, whose results are lists of any length.
+
     Raises:
-        ExportError: a model for detection, whose results are lists of any length.
+        ExportError: it is one, and is not.
     """
-    if getattr(model, "task", None) == "detection":
+    if getattr(model, "task", None) == "detection" and not detection:
         raise ExportError(
             f"{type(model).__name__} is a model for detection: what it does between its networks depends on what it"
-            " finds, and has no graph yet. Classification, segmentation and feature extractors have one."
+            " finds, for which ONNX in float32 alone has a graph. Classification, segmentation and feature extractors"
+            " have others too."
         )
     with torch.no_grad():
         copied = copy.deepcopy(model).cpu().eval().requires_grad_(False).to(dtype)

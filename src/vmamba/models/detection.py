@@ -62,7 +62,7 @@ class RPNHead(nn.Module):
         """A map (B, C, H, W) to scores before the sigmoid (B, H·W·ratios) and deltas (B, H·W·ratios, 4)."""
         x = F.relu(self.rpn_conv(x), inplace=True)
         scores, deltas = self.rpn_cls(x).permute(0, 2, 3, 1), self.rpn_reg(x).permute(0, 2, 3, 1)
-        return scores.flatten(1).float(), deltas.reshape(len(x), -1, 4).float()
+        return scores.flatten(1).float(), deltas.reshape(x.shape[0], -1, 4).float()
 
 
 class BoxHead(nn.Module):

@@ -1,0 +1,103 @@
+"""Detection in ONNX: the network and what it does behind it, in ONNX Runtime, against the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vmamba
+from vmamba.deploy import detection, export_onnx
+from vmamba.errors import ExportError
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def _detector(**options):
+    """Random weights whose scores lie apart, so that rounding decides nothing."""
+    torch.manual_seed(0)
+    model = vmamba.create_model(
+        "maskrcnn", backbone="vmamba_femto", num_classes=3, channels=8, hidden=16, img_size=64, **options
+    ).eval()
+    for layer in (model.rpn_head.rpn_cls, model.rpn_head.rpn_reg, model.roi_head.bbox_head.fc_cls):
+        torch.nn.init.normal_(layer.weight, std=0.5)
+    torch.nn.init.normal_(model.roi_head.bbox_head.fc_reg.weight, std=0.1)
+    return model
+
+
+def _run(path, images):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == list(detection.OUTPUTS)[: len(session.get_outputs())]
+    return [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    model = _detector(score_thr=0.3, max_per_img=20)
+    path = tmp_path_factory.mktemp("detection") / "model.onnx"
+    written = export_onnx(model, path, class_names=["cat", "dog", "树"])
+    assert max(written.differences.values()) <= 2e-2
+    return model, path
+
+
+def test_detections_are_the_models(made):
+    """In batches of pictures that the graph was not traced with."""
+    model, path = made
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 20)]
+    kinds = {node.op_type for node in proto.graph.node}
+    assert {"NonMaxSuppression", "RoiAlign", "TopK"} <= kinds
+    for shape in ((1, 3, 64, 96), (3, 3, 101, 70)):
+        images = torch.randn(shape)
+        with torch.no_grad():
+            found = model(images)
+        expected = detection.in_rows(found)
+        assert len(expected[0]) > 5 * shape[0]
+        got = _run(path, images)
+        assert got[4].dtype == torch.bool
+        assert got[4].shape[1:] == shape[2:]
+        assert detection.unmatched(got, expected) <= 0.02
+        for picture, one in enumerate(found):
+            here = got[3] == picture
+            assert abs(int(here.sum()) - len(one["scores"])) <= 1
+            assert (got[1][here].diff() <= 0).all()
+
+
+def test_nothing_found(tmp_path):
+    export_onnx(_detector(score_thr=1.0), tmp_path / "model.onnx")
+    got = _run(tmp_path / "model.onnx", torch.randn(2, 3, 64, 64))
+    assert [tuple(value.shape) for value in got] == [(0, 4), (0,), (0,), (0,), (0, 64, 64)]
+
+
+def test_boxes_alone_from_pictures(tmp_path):
+    model, path = _detector(masks=False, score_thr=0.3), tmp_path / "model.onnx"
+    export_onnx(model, path, embed=True)
+    pictures = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        expected = detection.in_rows(model((pictures / 255 - mean) / std))
+    got = _run(path, pictures)
+    assert len(got) == 4
+    assert detection.unmatched(got, expected) <= 0.02
+
+
+def test_what_counts_as_the_same():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 25, 25]])
+    masks = torch.zeros(2, 30, 30, dtype=torch.bool)
+    masks[0, :10, :10] = masks[1, 5:25, 5:25] = True
+    rows = [boxes, torch.tensor([0.9, 0.8]), torch.tensor([1, 2]), torch.tensor([0, 0]), masks]
+    assert detection.unmatched([value.numpy() for value in rows], rows) == 0.0
+    assert detection.unmatched([value.flip(0) for value in rows], rows) == 0.0
+    assert detection.unmatched([value[:1] for value in rows], rows) == pytest.approx(1 / 3)
+    for place, change in enumerate((boxes + 1, rows[1] + 0.01, rows[2] + 1, rows[3] + 1, ~masks)):
+        assert detection.unmatched([*rows[:place], change, *rows[place + 1 :]], rows) == 1.0
+    assert detection.unmatched([value[:0] for value in rows], [value[:0] for value in rows]) == 0.0
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ExportError, match="float32 alone"):
+        export_onnx(_detector(), tmp_path / "model.onnx", half=True)
+    with pytest.raises(ExportError, match="is a model for detection"):
+        vmamba.deploy.export_torch(_detector(), tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
