@@ -123,13 +123,13 @@ def explore(config: ExploreConfig, checkpoints: Sequence[str], pretrained: Seque
 
 def export(config: ExportConfig, name: str) -> int:
     """Write a model for other programs, and say how near to the model it is."""
-    from vmamba.deploy import export_onnx, export_torch
+    from vmamba.deploy import export_aoti, export_onnx, export_torch
     from vmamba.deploy.graphs import check_target
     from vmamba.models.registry import ENTRIES, create_model, load_model
 
     check_target(config.output)  # before anything is downloaded
-    if config.format == "torch" and (config.half or config.embed):
-        raise ExportError("--half and --embed are for --format onnx; a torch.export program is the model as it is")
+    if (config.half and config.format != "onnx") or (config.embed and config.format == "torch"):
+        raise ExportError("--half is for --format onnx, --embed for onnx and aoti; a torch program is as the model is")
     if name in ENTRIES:
         if config.pretrained and ENTRIES[name].url is None:
             raise ExportError(f"{name} has no published weights; give a file, or --pretrained false for random ones")
@@ -140,6 +140,8 @@ def export(config: ExportConfig, name: str) -> int:
     options: dict[str, Any] = {"sizes": config.sizes, "tolerance": config.tolerance, "class_names": names}
     if config.format == "onnx":
         written = export_onnx(model, config.output, half=config.half, embed=config.embed, **options)
+    elif config.format == "aoti":
+        written = export_aoti(model, config.output, embed=config.embed, **options)
     else:
         written = export_torch(model, config.output, **options)
     size = f"{written.path.stat().st_size / 1e6:.1f} MB"

@@ -12,14 +12,16 @@ class ExportConfig:
 
     output: str
     """The file to write."""
-    format: Literal["onnx", "torch"] = "onnx"
-    """onnx, for ONNX Runtime, OpenVINO and others; or torch, a torch.export program, which needs torch alone."""
+    format: Literal["onnx", "torch", "aoti"] = "onnx"
+    """onnx, for ONNX Runtime, OpenVINO and others; torch, a torch.export program, which needs torch alone; or aoti, a
+    package compiled for this kind of processor, which C++ runs without Python."""
     pretrained: bool = True
     """Of a model given by name, take the published weights; false for random ones, to measure speed."""
     half: bool = False
     """ONNX: weights and layers in float16, of half the size; the scans' states, inputs and outputs stay float32."""
     embed: bool = False
-    """ONNX: put the normalisation before the network and the decision behind it: uint8 pictures in, labels out."""
+    """ONNX and aoti: put the normalisation before the network and the decision behind it: uint8 pictures in, labels
+    out."""
     sizes: Literal["open", "batch"] = "open"
     """open: any batch, height and width; batch: any batch of the size the model is meant for, for networks that take no
     other, such as timm's Swin."""

@@ -1,0 +1,169 @@
+"""A model compiled ahead of time by inductor: a package that C++ runs without Python, checked before it takes its name.
+
+Inductor writes the layers as C++ and compiles them for the processor at hand. The scans it could only write as many
+passes over memory; they stay operators, and the kernel that computes them (`csrc/package.cpp`) is compiled and linked
+into the same shared library, so that the package needs torch's C++ library and nothing of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import vmamba
+from vmamba.data.transforms import Preprocessing
+from vmamba.deploy.export import _TOLERANCE, Exported, _checked, _metadata, _Network, _preprocessing, surrounded
+from vmamba.deploy.graphs import Images, check_target, outputs_of, prepared, traced
+from vmamba.errors import ExportError
+from vmamba.files import replacing
+from vmamba.ops.backends.native.library import kernels
+from vmamba.ops.exporting import scans_kept
+from vmamba.ops.routes import PATTERNS
+
+_SOURCE = Path(vmamba.__file__).parent / "csrc/package.cpp"
+# As in CMakeLists.txt, and what each instruction set needs.
+_FLAGS = [
+    "-c",
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-w",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+]
+_AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
+_INSTRUCTIONS = {"avx512_bf16": _AVX512, "avx512": _AVX512, "avx2": ["-mavx2", "-mfma"]}
+
+_T = "AtenTensorHandle"
+_DECLARATIONS = {
+    "ss2d_scan": f"({_T}, {_T}, {_T}, {_T}, {_T}, {_T}, const char*, const char*, {_T}*)",
+    "recurrence": f"({_T}, {_T}, int32_t, {_T}*)",
+}
+
+
+def export_aoti(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    embed: bool = False,
+    sizes: Literal["open", "batch"] = "open",
+    class_names: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    tolerance: float | None = None,
+) -> Exported:
+    """Compile a classifier, a segmentation model or a feature extractor for this kind of processor.
+
+    The package takes normalised float32 images (B, C, H, W) and gives the model's outputs. It is read in C++ by
+    `torch::inductor::AOTIModelPackageLoader` and in Python by `torch._inductor.aoti_load_package`, with the torch it
+    was made with, and its `get_metadata()` has what an ONNX file's metadata has. It holds machine code: load only what
+    you trust. A C++ compiler is needed to make it and none to run it; the processor that runs it must have the vector
+    instructions of the one it was made on.
+
+    Args:
+        model: any of ours or timm's, changed as you like; not one for detection.
+        path: the file to write.
+        embed, sizes, class_names, preprocessing, tolerance: as of `export_onnx`.
+
+    Raises:
+        ExportError: the model has no such graph, there is no compiler, the path cannot be written to, or the package
+            computes something else.
+    """
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    start, target = time.perf_counter(), check_target(path)
+    compiler = _compiler()
+    images = Images.of(model, is_open=sizes == "open")
+    told = _preprocessing(model, images, preprocessing)
+    network, inputs = surrounded(model, _Network(prepared(model), torch.float32), told, embed)
+    with scans_kept():
+        program = traced(network, inputs(images.example()), images)
+    operators = {name: getattr(torch.ops.vmamba, name).default for name in _DECLARATIONS}
+    _lay_out(program, list(operators.values()))
+    metadata = _metadata(model, class_names, told)
+    with tempfile.TemporaryDirectory() as folder:
+        kernel = _compiled_kernel(compiler, Path(folder))
+        package = Path(folder) / "model.pt2"
+        options: dict[str, Any] = {
+            "aot_inductor.custom_ops_to_c_shims": {
+                operators[name]: [f"AOTITorchError aoti_torch_cpu_{name}{given}"]
+                for name, given in _DECLARATIONS.items()
+            },
+            # What stands here follows "-l" on the linker's command line.
+            "aot_inductor.custom_op_libs": [f":{kernel.name} -L{folder}"],
+            "aot_inductor.metadata": metadata,
+            "aot_inductor.enable_line_tables": False,
+        }
+        try:
+            aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)
+        except Exception as error:  # whatever inductor or the compiler says
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ExportError(f"{type(model).__name__} could not be compiled by inductor: {said}") from error
+        run = aoti_load_package(str(package))
+        first = int(embed)  # where two classes are almost equal, rounding decides the label
+        differences = _checked(
+            lambda batch: outputs_of(run(batch))[first:],
+            lambda batch: outputs_of(network(batch))[first:],
+            map(inputs, images.trials()),
+            _TOLERANCE if tolerance is None else tolerance,
+            target,
+        )
+        with replacing(target) as partial:
+            shutil.copyfile(package, partial)
+    return Exported(target, time.perf_counter() - start, differences)
+
+
+def _compiler() -> str:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return get_cpp_compiler()
+    except Exception as error:  # inductor's own, of whatever it tried
+        raise ExportError(
+            "a package of AOTInductor needs a C++ compiler, and none was found; install GCC 12 or Clang 15, or newer,"
+            " or name one in the environment variable CXX"
+        ) from error
+
+
+def _compiled_kernel(compiler: str, folder: Path) -> Path:
+    """The scans as an object file."""
+    rows = (
+        f'{{"{name}", {{{", ".join(str(route.columns + 2 * route.backwards) for route in routes)}}}}}'
+        for name, routes in PATTERNS.items()
+        if isinstance(routes, tuple)
+    )
+    target = folder / "vmamba_scans.o"
+    flags = [*_FLAGS, *_INSTRUCTIONS.get(kernels() or "", []), f"-DVMAMBA_PATTERNS={', '.join(rows)}"]
+    command = [compiler, *flags, str(_SOURCE), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ExportError(f"the scans could not be compiled by {compiler}: {done.stderr.strip()[-500:]}")
+    return target
+
+
+def _lay_out(program: torch.export.ExportedProgram, operators: Sequence[Any]) -> None:
+    """Give our operators dense tensors, as their kernels take them."""
+    for operator in operators:
+        for node in program.graph.find_nodes(op="call_function", target=operator):
+            for i, value in enumerate(node.args):
+                if not isinstance(value, torch.fx.Node):
+                    continue
+                with program.graph.inserting_before(node):
+                    dense = program.graph.call_function(
+                        torch.ops.aten.clone.default, (value,), {"memory_format": torch.contiguous_format}
+                    )
+                dense.meta = value.meta | {"val": value.meta["val"].clone(memory_format=torch.contiguous_format)}
+                node.update_arg(i, dense)

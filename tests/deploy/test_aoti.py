@@ -1,0 +1,95 @@
+"""Packages of AOTInductor against the models they were made from, in Python and in C++."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vmamba
+from vmamba.deploy import export_aoti
+from vmamba.errors import ExportError
+from vmamba.models.vmamba import VMamba
+
+EXAMPLE = Path(__file__).parents[2] / "examples/cpp"
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A model, and its package with normalisation and decision."""
+    torch.manual_seed(0)
+    model = VMamba(depths=(1,), dims=(8,), num_classes=4, img_size=16, stem_stride=2).eval()
+    path = tmp_path_factory.mktemp("aoti") / "model.pt2"
+    written = export_aoti(model, path, embed=True, class_names=["cat", "dog", "树", "car"])
+    assert written.path == path
+    assert list(path.parent.iterdir()) == [path]
+    assert len(written.differences) == 3
+    assert max(written.differences.values()) < 1e-5
+    return model, path
+
+
+def _expected(model, pictures):
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        return model((pictures / 255 - mean) / std).softmax(1)
+
+
+def test_packages_take_any_size(made):
+    model, path = made
+    package = torch._inductor.aoti_load_package(str(path))
+    metadata = package.get_metadata()
+    assert json.loads(metadata["class_names"]) == ["cat", "dog", "树", "car"]
+    assert json.loads(metadata["preprocessing"])["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    for shape in ((1, 3, 16, 16), (3, 3, 9, 31), (1, 3, 2, 2)):
+        pictures = torch.randint(0, 256, shape, dtype=torch.uint8)
+        expected = _expected(model, pictures)
+        labels, probabilities = package(pictures)
+        torch.testing.assert_close(probabilities, expected, rtol=1e-4, atol=1e-6)
+        assert labels.tolist() == expected.argmax(1).tolist()
+
+
+def test_the_example_in_cpp(made, tmp_path):
+    """Built as its first line says, and run on two pictures."""
+    if shutil.which("cmake") is None:
+        pytest.skip("there is no CMake")
+    model, path = made
+    configure = ["cmake", "-S", EXAMPLE, "-B", tmp_path / "build", f"-DTORCH={torch.__path__[0]}"]
+    for command in (configure, ["cmake", "--build", tmp_path / "build"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    pictures = [np.random.default_rng(i).integers(0, 256, (16 + i, 20, 3), np.uint8) for i in range(2)]
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{i}.ppm")
+    command = [tmp_path / "build/classify", path, tmp_path / "0.ppm", tmp_path / "1.ppm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    classes, *lines = done.stdout.splitlines()
+    assert json.loads(classes.removeprefix("classes: ")) == ["cat", "dog", "树", "car"]
+    for picture, line in zip(pictures, lines, strict=True):
+        (expected,) = _expected(model, torch.from_numpy(picture).permute(2, 0, 1)[None])
+        label, probability = line.split(": ")[1].split()
+        assert int(label) == expected.argmax()
+        assert float(probability) == pytest.approx(float(expected.max()), abs=1e-4)
+    (tmp_path / "short.ppm").write_bytes((tmp_path / "0.ppm").read_bytes()[:-1])
+    done = subprocess.run([*command[:2], tmp_path / "short.ppm"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "short.ppm is no binary PPM" in done.stderr
+
+
+def test_refusals(tmp_path, monkeypatch):
+    detector = vmamba.create_model("maskrcnn", backbone="vmamba_femto", num_classes=2, channels=8, hidden=8)
+    with pytest.raises(ExportError, match="is a model for detection"):
+        export_aoti(detector, tmp_path / "model.pt2")
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/c++"))
+    with pytest.raises(ExportError, match=r"needs a C\+\+ compiler"):
+        export_aoti(vmamba.create_model("vmamba_femto"), tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
