@@ -17,7 +17,9 @@ from vmamba.models.checkpoints import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(page for page in DOCS.glob("*.md") if page.stem not in ("kernels", "patterns", "deployment", "serving", "batch"))
+PAGES = sorted(
+    page for page in DOCS.glob("*.md") if page.stem not in ("kernels", "patterns", "deployment", "serving", "batch")
+)
 
 
 def blocks(page: Path, language: str) -> list[str]:

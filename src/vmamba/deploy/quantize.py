@@ -121,7 +121,7 @@ def quantize(
         raise ExportError(f"{type(source).__name__} is quantised already; give the float32 model")
     if getattr(source, "task", None) == "detection":
         raise _of_detection(type(source).__name__)
-    options = {"sizes": sizes, "class_names": class_names, "preprocessing": preprocessing}
+    options: dict[str, Any] = {"sizes": sizes, "class_names": class_names, "preprocessing": preprocessing}
 
     def gathered(chans: int, told: Preprocessing | None, raw: bool) -> Calibration:
         return gather(pictures, chans, told, samples, held_back, raw, progress)
