@@ -78,7 +78,8 @@ def batch(config: BatchConfig, sources: Sequence[str]) -> int:
     from vmamba.deploy.batch.run import run_batch
 
     done = run_batch(sources, config)
-    report(f"{done.images:,} images in {done.parts:,} files in {shown(done.output)}")
+    images, files = "image" + "s" * (done.images != 1), "file" + "s" * (done.parts != 1)
+    report(f"{done.images:,} {images} in {done.parts:,} {files} in {shown(done.output)}")
     if done.computed:
         rate = done.computed / max(done.seconds, 1e-9)
         report(
