@@ -173,6 +173,8 @@ def export_onnx(
         names = ["labels", "probabilities"] if embed else ["logits"] if _decides(model) else _numbered(count)
     _name_values(written.model, names, images)
     written.model.metadata_props.update(_metadata(model, class_names, told))
+    for node in written.model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it names this machine's files
 
     def runner(file: Path) -> Callable[[Tensor], list[Any]]:
         options = onnxruntime.SessionOptions()
