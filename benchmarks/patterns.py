@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from learning import SMALL, FashionMnist
+from learning import SMALL, Classes, fashion_mnist
 from page import Row, curves, page, sentence
 from runner import RESULTS, describe
 from side_by_side import Contender
@@ -63,7 +63,7 @@ class Tally:
         }
 
 
-def learn(lesson: FashionMnist, steps: dict[str, int], seed: int) -> dict[str, tuple[Contender, float]]:
+def learn(lesson: Classes, steps: dict[str, int], seed: int) -> dict[str, tuple[Contender, float]]:
     """Train one network for each pattern, in turns, for so many steps; the networks, and processor seconds of each."""
     contenders, seconds = {}, defaultdict(float)
     for pattern, count in steps.items():
@@ -81,7 +81,7 @@ def learn(lesson: FashionMnist, steps: dict[str, int], seed: int) -> dict[str, t
     return {pattern: (contender, seconds[pattern]) for pattern, contender in contenders.items()}
 
 
-def add_seed(tallies: dict[str, Tally], lesson: FashionMnist, steps: int, seed: int) -> None:
+def add_seed(tallies: dict[str, Tally], lesson: Classes, steps: int, seed: int) -> None:
     """Train every pattern with a seed on as many images as the others."""
     for pattern, (contender, seconds) in learn(lesson, dict.fromkeys(tallies, steps), seed).items():
         tally = tallies[pattern]
@@ -91,7 +91,7 @@ def add_seed(tallies: dict[str, Tally], lesson: FashionMnist, steps: int, seed: 
         tally.curve = tally.curve or [(used * lesson.recipe.batch, score) for used, score in contender.curve]
 
 
-def add_same_time(tallies: dict[str, Tally], lesson: FashionMnist, steps: int, seed: int) -> None:
+def add_same_time(tallies: dict[str, Tally], lesson: Classes, steps: int, seed: int) -> None:
     """Train with that seed those whose steps take longer than the first one's, for as long as that."""
     least = next(iter(tallies.values())).seconds
     slower = {p: round(steps * least / t.seconds) for p, t in tallies.items() if t.seconds > SLOWER * least}
@@ -101,14 +101,14 @@ def add_same_time(tallies: dict[str, Tally], lesson: FashionMnist, steps: int, s
         tally.timely.append(contender.curve[-1][1] if contender else tally.accuracies[-1])
 
 
-def write(tallies: dict[str, Tally], lesson: FashionMnist, steps: int, folder: Path) -> str:
+def write(tallies: dict[str, Tally], lesson: Classes, steps: int, folder: Path) -> str:
     """Write patterns.json, patterns.md and patterns.png; returns the page."""
     seeds = len(next(iter(tallies.values())).accuracies)
     rows = [tally.row(pattern) for pattern, tally in tallies.items()]
     images, environment = steps * lesson.recipe.batch, describe()
     notes = [
         f"{images:,} images each, {images / lesson.epoch:.1f} epochs, one recipe, seeds 0 to {seeds - 1}; judged by"
-        f" {len(lesson.labels):,} training images held out",
+        f" {len(lesson.judged[1]):,} training images held out",
         "Images a second are of the processor's time, in training",
         f"In the same time: as long as {rows[0]['pattern']} takes for its images; trained anew, on fewer of them, where"
         f" a step takes over {SLOWER - 1:.0%} longer",
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="registered names; the first sets the time")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
-    lesson = FashionMnist("held-out")
+    lesson = fashion_mnist("held-out").lesson
     tallies = {pattern: Tally() for pattern in arguments.patterns}
     for seed in range(arguments.seeds):
         for learn_more in (add_seed, add_same_time):

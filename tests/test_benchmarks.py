@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,10 @@ from PIL import Image
 from tasks.landscapes import make_landscapes
 from tasks.shapes import make_shapes
 
+from vmamba.models.registry import load_model
 from vmamba.nn import SS2D, VSSBlock
 from vmamba.ops import ss2d_scan
+from vmamba.tasks.prediction import preprocessing_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PACKAGE = BENCHMARKS.parent / "src" / "vmamba"
@@ -41,24 +44,47 @@ def learning(load):
     return load("learning")
 
 
-def test_contenders_are_of_one_size(learning):
-    sizes = {name: sum(p.numel() for p in make().parameters()) for name, make in learning.CONTENDERS.items()}
+@pytest.mark.parametrize("colour", [False, True], ids=["Fashion-MNIST", "CIFAR-10"])
+def test_contenders_are_of_one_size(learning, colour):
+    makers = {name: partial(learning.coloured, name) for name in learning.COLOURED} if colour else learning.CONTENDERS
+    sizes = {name: sum(p.numel() for p in make().parameters()) for name, make in makers.items()}
     assert set(sizes) == {"VMamba", "Swin", "ConvNeXt", "ViT", "ResNet"}
     for name, size in sizes.items():
         assert 0.85 < size / sizes["VMamba"] < 1.15, name
 
 
+def lesson_of(learning, images, labels, batch):
+    """Small images in grey, learned and judged."""
+    recipe = dataclasses.replace(learning.RECIPE, batch=batch)
+    return learning.Classes((images, labels), (images, labels), tuple("ab"), learning.GREY, recipe, 0)
+
+
+def test_networks_that_were_kept_see_what_they_learned_from(learning, tmp_path):
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    samples = (images, torch.arange(8) % 2)
+    recipe = dataclasses.replace(learning.COLOUR_RECIPE, batch=4)
+    lesson = learning.Classes(samples, samples, tuple("abcdefghij"), learning.COLOUR, recipe, 4)
+    subject = learning.Subject("x", "X", {"VMamba": partial(learning.coloured, "VMamba")}, lesson)
+    contenders = learning.run(subject, 0.1, seed=0)
+    learning.keep(subject, contenders, tmp_path)
+    model, metadata = load_model(tmp_path / "VMamba.safetensors")
+    assert metadata["class_names"] == list("abcdefghij")
+    pre = preprocessing_of(model, stored=metadata)
+    picture = Image.fromarray(images[0].permute(1, 2, 0).numpy())
+    seen = pre.normalise(pre.eval_transform()(picture))
+    torch.testing.assert_close(seen, lesson.seen(images[:1])[0], atol=0.03, rtol=0)  # uint8 between
+    assert lesson.loss(contenders[0].model, next(lesson.batches())).isfinite()
+
+
 def test_patterns_learn_from_as_many_images_and_then_for_as_long(learning, load, monkeypatch, tmp_path):
     patterns = load("patterns")
     images, labels = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8), torch.arange(40) % 2
-    monkeypatch.setattr(learning, "load", lambda split: (images, labels, images, labels))
-    monkeypatch.setattr(learning.FashionMnist, "recipe", dataclasses.replace(learning.RECIPE, batch=4))
     made, seconds = [], itertools.accumulate(itertools.cycle([0.0, 1.0, 0.0, 2.0]))  # the second takes twice as long
     build = patterns.vmamba.create_model
     monkeypatch.setattr(patterns.vmamba, "create_model", lambda *a, **k: made.append(k["pattern"]) or build(*a, **k))
     monkeypatch.setattr(patterns, "time", SimpleNamespace(process_time=lambda: next(seconds)))
     tallies = {"cross": patterns.Tally(), "spiral": patterns.Tally()}
-    lesson = patterns.FashionMnist("held-out")
+    lesson = lesson_of(learning, images, labels, 4)
     patterns.add_seed(tallies, lesson, 8, seed=0)
     assert "same time, %" not in patterns.write(tallies, lesson, 8, tmp_path)
     patterns.add_same_time(tallies, lesson, 8, seed=0)
@@ -75,12 +101,12 @@ def test_patterns_learn_from_as_many_images_and_then_for_as_long(learning, load,
 def test_a_short_run_learns_and_reports(learning, monkeypatch, tmp_path):
     images, labels = torch.zeros(64, 1, 28, 28, dtype=torch.uint8), torch.arange(64) % 2
     images[labels == 1, :, 10:18, 10:18] = 255
-    monkeypatch.setattr(learning, "load", lambda split: (images, labels, images, labels))
-    monkeypatch.setattr(learning.FashionMnist, "recipe", dataclasses.replace(learning.RECIPE, batch=16))
+    lesson = lesson_of(learning, images, labels, 16)
+    subject = learning.Subject("learning", "squares", learning.CONTENDERS, lesson)
     ticks = itertools.count()  # a step takes 0.025 s, however busy the machine is
     monkeypatch.setattr(learning, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.025))
-    contenders = learning.run(3.0, "test", seed=0, only=["VMamba"])
-    table = learning.write(contenders, 3.0, "test", 0, tmp_path)
+    contenders = learning.run(subject, 3.0, seed=0, only=["VMamba"])
+    table = learning.write(subject, contenders, 3.0, "test", 0, tmp_path)
     assert contenders[0].curve[-1][1] > 0.9
     assert "| VMamba  | 0.71 " in table
     assert {path.name for path in tmp_path.iterdir()} == {"learning.json", "learning.md", "learning.png"}
