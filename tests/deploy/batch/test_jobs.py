@@ -30,7 +30,12 @@ from .conftest import FAKES, files_in
 # Not imported here: it reads some of its settings then.
 pytestmark = [pytest.mark.timeout(400), pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
 IMAGES = 65
-SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1"}
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "OMP_NUM_THREADS": "1",
+    "RAY_worker_niceness": "0",  # with 15, which is what Ray gives them, they wait for all else that runs here
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +93,8 @@ def test_two_nodes_do_a_job_and_a_killed_worker_is_replaced(nodes, pictures, wei
 
     def kill_one_at_work():
         wait_until(lambda: len(parts_in(output)) >= 2)
-        workers = workers_below(psutil.Process())
+        # One worker may have written parts before the other is there.
+        workers = wait_until(lambda: found if len(found := workers_below(psutil.Process())) == 2 else None)
         raylets.update(worker.ppid() for worker in workers)
         workers[0].kill()
         killed.append(workers[0].pid)
