@@ -230,7 +230,7 @@ def test_cpu_benchmark_from_end_to_end(load, monkeypatch, tmp_path, capsys):
     assert len(figures) == 9
     assert all(value > 0 for value in figures.values())
     kernels = {row["kernel"] for row in results["tables"]["kernels"]}
-    assert "_call_linear" in kernels  # which torch's profiler does not see by itself
+    assert "_call_scan" in kernels  # which torch's profiler does not see by itself
     assert "not met" in capsys.readouterr().out
 
 
