@@ -415,13 +415,13 @@ def check_all(length: int, read: Callable[[int], Any], where: str, workers: int 
     refuse(problems, length, "images", where, most=len(problems))
 
 
-def tracked(work: Any, description: str) -> Any:
-    """The same iterable, with a progress bar on stderr if that is a terminal."""
+def tracked(work: Any, description: str, transient: bool = False) -> Any:
+    """The same iterable, with a progress bar on stderr if that is a terminal; one that goes at the end if wanted."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    return track(work, description, console=console, disable=not console.is_terminal)
+    return track(work, description, console=console, transient=transient, disable=not console.is_terminal)
 
 
 def check_files(split: Split, in_chans: int, workers: int = 0) -> None:

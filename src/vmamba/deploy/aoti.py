@@ -21,7 +21,7 @@ from torch import nn
 
 import vmamba
 from vmamba.data.transforms import Preprocessing
-from vmamba.deploy.export import _TOLERANCE, Exported, _checked, _metadata, _Network, _preprocessing, surrounded
+from vmamba.deploy.export import TOLERANCE, Exported, Network, checked, metadata_of, preprocessing_for, surrounded
 from vmamba.deploy.graphs import Images, check_target, outputs_of, prepared, traced
 from vmamba.errors import ExportError
 from vmamba.files import replacing
@@ -87,13 +87,13 @@ def export_aoti(
     start, target = time.perf_counter(), check_target(path)
     compiler = _compiler()
     images = Images.of(model, is_open=sizes == "open")
-    told = _preprocessing(model, images, preprocessing)
-    network, inputs = surrounded(model, _Network(prepared(model), torch.float32), told, embed)
+    told = preprocessing_for(model, images, preprocessing)
+    network, inputs = surrounded(model, Network(prepared(model), torch.float32), told, embed)
     with scans_kept():
         program = traced(network, inputs(images.example()), images)
     operators = {name: getattr(torch.ops.vmamba, name).default for name in _DECLARATIONS}
     _lay_out(program, list(operators.values()))
-    metadata = _metadata(model, class_names, told)
+    metadata = metadata_of(model, class_names, told)
     with tempfile.TemporaryDirectory() as folder:
         kernel = _compiled_kernel(compiler, Path(folder))
         package = Path(folder) / "model.pt2"
@@ -114,11 +114,11 @@ def export_aoti(
             raise ExportError(f"{type(model).__name__} could not be compiled by inductor: {said}") from error
         run = aoti_load_package(str(package))
         first = int(embed)  # where two classes are almost equal, rounding decides the label
-        differences = _checked(
+        differences = checked(
             lambda batch: outputs_of(run(batch))[first:],
             lambda batch: outputs_of(network(batch))[first:],
             map(inputs, images.trials()),
-            _TOLERANCE if tolerance is None else tolerance,
+            TOLERANCE if tolerance is None else tolerance,
             target,
         )
         with replacing(target) as partial:

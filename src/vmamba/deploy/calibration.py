@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from vmamba.data.config import DataConfig
 from vmamba.data.images import any_image, find_images
-from vmamba.data.sources import Split, open_split, split_names
+from vmamba.data.sources import Split, open_split, split_names, tracked
 from vmamba.data.transforms import Preprocessing
 from vmamba.errors import DataError, ImageError
 
@@ -182,6 +180,4 @@ def _as_input(image: Image.Image | Tensor, chans: int, transform: Callable[[Any]
 
 
 def _progress(steps: range, label: str, watched: bool) -> Iterator[int]:
-    """The steps, with a bar on stderr if it is wanted and that is a terminal."""
-    console = Console(stderr=True)
-    yield from track(steps, label, console=console, transient=True, disable=not (watched and console.is_terminal))
+    yield from tracked(steps, label, transient=True) if watched else steps

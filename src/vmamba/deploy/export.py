@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from vmamba.models.detection import MaskRCNN
 from vmamba.ops.exporting import scans_kept
 
 OPSET = 20
-_TOLERANCE, _TOLERANCE_HALF = 1e-4, 2e-2
+TOLERANCE, _TOLERANCE_HALF = 1e-4, 2e-2
 _FOLDED = 2**28  # bytes of a constant that may be computed while exporting: every weight there is
 
 
@@ -51,7 +51,7 @@ class Exported:
     unit: str = "of the largest output"
 
 
-class _Network(nn.Module):
+class Network(nn.Module):
     """A model between float32 inputs and outputs, whatever it computes in."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -144,17 +144,17 @@ def export_onnx(
     except ImportError as error:
         raise ImportError(f'ONNX needs more packages ({error}): pip install "vmamba[deploy]"') from error
     detects = isinstance(model, MaskRCNN)
-    limit = tolerance if tolerance is not None else _TOLERANCE_HALF if half or detects else _TOLERANCE
+    limit = tolerance if tolerance is not None else _TOLERANCE_HALF if half or detects else TOLERANCE
     images = Images.of(model, is_open=sizes == "open")
-    told, whole = _preprocessing(model, images, preprocessing), prepared(model, detection=detects)
+    told, whole = preprocessing_for(model, images, preprocessing), prepared(model, detection=detects)
     if detects and half:
         raise ExportError("a model for detection is written in float32 alone; leave out half")
-    reference, inputs = surrounded(model, _Rows(whole) if detects else _Network(whole, torch.float32), told, embed)
+    reference, inputs = surrounded(model, _Rows(whole) if detects else Network(whole, torch.float32), told, embed)
     network = reference
     if isinstance(whole, MaskRCNN):
         network, _ = surrounded(model, DetectionGraph(whole), told, embed)
     elif half:
-        network, _ = surrounded(model, _Network(prepared(model, torch.float16), torch.float16), told, embed)
+        network, _ = surrounded(model, Network(prepared(model, torch.float16), torch.float16), told, embed)
 
     with scans_kept():
         program = traced(network, inputs(images.example()), images)
@@ -170,9 +170,9 @@ def export_onnx(
     if detects:
         names = list(OUTPUTS[:count])
     else:
-        names = ["labels", "probabilities"] if embed else ["logits"] if _decides(model) else _numbered(count)
+        names = ["labels", "probabilities"] if embed else ["logits"] if gives_logits(model) else _numbered(count)
     _name_values(written.model, names, images)
-    written.model.metadata_props.update(_metadata(model, class_names, told))
+    written.model.metadata_props.update(metadata_of(model, class_names, told))
     for node in written.model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it names this machine's files
 
@@ -190,7 +190,7 @@ def export_onnx(
     with replacing(target) as partial:
         written.save(partial, external_data=False)
         batches = map(inputs, images.trials())
-        differences = _checked(runner(partial), expected, batches, limit, target, compare, unit)
+        differences = checked(runner(partial), expected, batches, limit, target, compare, unit)
     nodes = sum(1 for _ in written.model.graph.all_nodes())
     return Exported(target, time.perf_counter() - start, differences, nodes, unit)
 
@@ -205,7 +205,7 @@ def surrounded(
     """
     if not embed:
         return network, lambda batch: batch
-    if preprocessing is None or not _decides(model):
+    if preprocessing is None or not gives_logits(model):
         raise ExportError(
             f"{type(model).__name__} gives no logits of classes, or takes no pictures, so nothing can be put around it;"
             " leave out embed"
@@ -231,17 +231,14 @@ def export_torch(
     """
     start, target = time.perf_counter(), check_target(path)
     images = Images.of(model, is_open=sizes == "open")
-    network = _Network(prepared(model), torch.float32)
+    network = Network(prepared(model), torch.float32)
     program = traced(network, images.example(), images)
-    metadata = _metadata(model, class_names, _preprocessing(model, images, preprocessing))
+    metadata = metadata_of(model, class_names, preprocessing_for(model, images, preprocessing))
     trials = [batch.expand(max(2, len(batch)), -1, -1, -1) for batch in images.trials(least=2 * images.smallest)]
     with replacing(target) as partial:
-        with partial.open("wb") as file:
-            torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
-        with partial.open("rb") as file:
-            module = torch.export.load(file).module()
-        limit = _TOLERANCE if tolerance is None else tolerance
-        differences = _checked(
+        module = stored(program, partial, metadata)
+        limit = TOLERANCE if tolerance is None else tolerance
+        differences = checked(
             lambda batch: outputs_of(module(batch)),
             lambda batch: outputs_of(network(batch)),
             iter(trials),
@@ -251,7 +248,15 @@ def export_torch(
     return Exported(target, time.perf_counter() - start, differences)
 
 
-def _checked(
+def stored(program: torch.export.ExportedProgram, file: Path, metadata: Mapping[str, str]) -> nn.Module:
+    """Write a program with the metadata as its extra file "metadata.json"; what is read back from there."""
+    with file.open("wb") as writing:
+        torch.export.save(program, writing, extra_files={"metadata.json": json.dumps(metadata)})
+    with file.open("rb") as reading:
+        return torch.export.load(reading).module()
+
+
+def checked(
     run: Callable[[Tensor], Sequence[Any]],
     expected: Callable[[Tensor], list[Tensor]],
     batches: Iterator[Tensor],
@@ -280,7 +285,7 @@ def _checked(
     return found
 
 
-def _decides(model: nn.Module) -> bool:
+def gives_logits(model: nn.Module) -> bool:
     """Whether a model's output is the logits of classes."""
     return bool(getattr(model, "num_classes", 0)) and not hasattr(getattr(model, "feature_info", None), "out_indices")
 
@@ -289,7 +294,7 @@ def _numbered(count: int) -> list[str]:
     return ["features"] if count == 1 else [f"features_{i}" for i in range(count)]
 
 
-def _preprocessing(model: nn.Module, images: Images, given: Preprocessing | None) -> Preprocessing | None:
+def preprocessing_for(model: nn.Module, images: Images, given: Preprocessing | None) -> Preprocessing | None:
     """How pictures become the model's inputs; None where they are not pictures."""
     if given is not None or images.chans not in (1, 3):
         return given
@@ -303,11 +308,12 @@ def _statistics(told: dict[str, Any], chans: int) -> dict[str, Any]:
     return {name: value if len(value) == chans else [sum(value) / len(value)] * chans for name, value in values.items()}
 
 
-def _metadata(model: nn.Module, names: Sequence[str] | None, preprocessing: Preprocessing | None) -> dict[str, str]:
+def metadata_of(model: nn.Module, names: Sequence[str] | None, preprocessing: Preprocessing | None) -> dict[str, str]:
+    """What every format says of a model, as plain text or JSON; see `export_onnx`."""
     told = default_metadata(model)
     found = {
         "model": str(told.get("variant") or type(model).__name__),
-        "task": str(told.get("task") or "classification" if _decides(model) else "features"),
+        "task": str(told.get("task") or "classification" if gives_logits(model) else "features"),
         "vmamba_version": __version__,
     }
     if names := names or told.get("class_names"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vmamba.data.transforms import Preprocessing
 from vmamba.deploy.calibration import Calibration, Pictures, gather
-from vmamba.deploy.export import _decides, _metadata, _preprocessing, export_onnx
+from vmamba.deploy.export import export_onnx, gives_logits, metadata_of, preprocessing_for, stored
 from vmamba.deploy.graphs import Images, check_target, outputs_of, prepared, traced
 from vmamba.errors import ExportError
 from vmamba.files import replacing, shown
@@ -195,7 +195,7 @@ def _write_onnx(
             calibration = gathered(chans, pre, raw)
         else:
             images = Images.of(source, is_open=options["sizes"] == "open")
-            calibration = gathered(images.chans, _preprocessing(source, images, options["preprocessing"]), embed)
+            calibration = gathered(images.chans, preprocessing_for(source, images, options["preprocessing"]), embed)
             exported = export_onnx(source, Path(folder) / "whole.onnx", embed=embed, **options)
             whole = int8_onnx.read(exported.path)
             told = int8_onnx.metadata(whole)
@@ -226,23 +226,20 @@ def _write_torch(
 ) -> tuple[_Damage, Calibration, int]:
     int8 = _int8_torch()
     images = Images.of(source, is_open=sizes == "open")
-    told = _preprocessing(source, images, preprocessing)
+    told = preprocessing_for(source, images, preprocessing)
     calibration = gathered(images.chans, told, False)
     network = prepared(source)
     with scans_kept():  # our operator, whose kernel inductor calls: written in torch's functions, scans take most time
         program = traced(network, images.example(), images)
     batches = calibration.batches(calibration.seen, "calibrating")
     module, layers = int8.quantised(program, batches, exclude, reduce_range)
-    metadata = _metadata(source, class_names, told) | {NOTE: _note(len(calibration.seen), reduce_range)}
+    metadata = metadata_of(source, class_names, told) | {NOTE: _note(len(calibration.seen), reduce_range)}
     program = traced(module, images.example(), images)
     with replacing(target) as partial:
-        with partial.open("wb") as file:
-            torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
-        with partial.open("rb") as file:
-            written = int8.load(file, {})
+        written = stored(program, partial, metadata)
         damage = _damage(
             lambda batch: outputs_of(written(batch)), lambda batch: outputs_of(network(batch)), calibration,
-            _decides(source),
+            gives_logits(source),
         )  # fmt: skip
         _accept(damage, tolerance, target, len(calibration.held_back))
     return damage, calibration, layers

@@ -44,6 +44,7 @@ __all__ = [
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
+INPUT_KEYS = ("mean", "std", "interpolation", "crop_pct")  # how images become inputs, beside their size
 METADATA_FORMAT = 1  # of the files that save_checkpoint writes; raised when an old reader would misread a new file
 _FIRST_CONV = ("stem.conv1.", "stem.conv.")
 _HEAD = ("head.fc.",)
@@ -183,7 +184,7 @@ def default_metadata(model: nn.Module) -> dict[str, Any]:
         "class_names": getattr(model, "class_names", None),
         **own,
         "model_kwargs": {name: value for name, value in arguments.items() if own.get(name) is None},
-        **{name: cfg.get(name) for name in ("mean", "std", "interpolation", "crop_pct")},
+        **{name: cfg.get(name) for name in INPUT_KEYS},
     }
     return {"format": METADATA_FORMAT, **{name: value for name, value in known.items() if value is not None}}
 

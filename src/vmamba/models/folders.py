@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vmamba.errors import CheckpointError, CheckpointNotFoundError
+from vmamba.models.checkpoints import INPUT_KEYS
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # In the order in which timm looks for them. Those of torch.save are read without running what is in them.
@@ -88,7 +89,7 @@ class ModelFolder:
         """What the configuration says of the model, under the names that `save_checkpoint` uses."""
         config, arguments = self.config, dict(self.config.get("model_args") or {})
         told: Mapping[str, Any] = config.get("pretrained_cfg") or config
-        known = {name: told.get(name) for name in ("mean", "std", "interpolation", "crop_pct")}
+        known = {name: told.get(name) for name in INPUT_KEYS}
         known |= {name: config.get(name) for name in ("task", "category_ids", "sides")}
         chans, size = arguments.pop("in_chans", None), arguments.pop("img_size", None)
         arguments.pop("num_classes", None)

@@ -32,7 +32,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from vmamba.errors import CheckpointError
-from vmamba.models.checkpoints import Checkpoint, default_metadata
+from vmamba.models.checkpoints import INPUT_KEYS, Checkpoint, default_metadata
 from vmamba.models.download import download
 from vmamba.models.folders import ModelFolder, is_source
 from vmamba.models.limits import at_most, check_arguments, check_metadata
@@ -201,7 +201,7 @@ def _options(checkpoint: Checkpoint, stored: Mapping[str, Any], ours: bool) -> d
 
 
 def _statistics(stored: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: stored[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in stored}
+    return {name: stored[name] for name in INPUT_KEYS if name in stored}
 
 
 def _from_folder(folder: ModelFolder, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
