@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vmamba import __version__
 from vmamba.data.transforms import Preprocessing
 from vmamba.deploy.detection import OUTPUTS, DetectionGraph, in_rows, unmatched
-from vmamba.deploy.graphs import Images, check_target, difference, outputs_of, prepared, traced
+from vmamba.deploy.graphs import Images, check_target, difference, outputs_of, prepared, traced, traced_from_one
 from vmamba.errors import ExportError
 from vmamba.files import replacing, shown
 from vmamba.models.checkpoints import default_metadata
@@ -225,16 +225,16 @@ def export_torch(
 ) -> Exported:
     """Write a model as a `torch.export.ExportedProgram`, read back by `torch.export.load(path).module()`.
 
-    Reading it needs torch alone. It takes float32 batches of two images or more, and of coarsest grids of two pixels a
-    side or more, since torch takes one for a special case. Its extra file "metadata.json" has what an ONNX file's
-    metadata has. Arguments, result and errors as of `export_onnx`.
+    Reading it needs torch alone. It takes float32 batches of normalised images. Written by torch before 2.14, or of a
+    network that pools, as ResNet does, it is for two images or more, and for coarsest grids of two pixels a side or
+    more, since torch takes one for a special case. Its extra file "metadata.json" has what an ONNX file's metadata has.
+    Arguments, result and errors as of `export_onnx`.
     """
     start, target = time.perf_counter(), check_target(path)
     images = Images.of(model, is_open=sizes == "open")
     network = Network(prepared(model), torch.float32)
-    program = traced(network, images.example(), images)
+    program, trials = traced_from_one(network, images)
     metadata = metadata_of(model, class_names, preprocessing_for(model, images, preprocessing))
-    trials = [batch.expand(max(2, len(batch)), -1, -1, -1) for batch in images.trials(least=2 * images.smallest)]
     with replacing(target) as partial:
         module = stored(program, partial, metadata)
         limit = TOLERANCE if tolerance is None else tolerance

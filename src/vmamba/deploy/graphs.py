@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +131,44 @@ def traced(model: nn.Module, example: Tensor, images: Images) -> torch.export.Ex
         advice = "; a network that takes images of one size alone needs sizes='batch'" if images.is_open else ""
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(f"{type(model).__name__} cannot be written as a graph: {first}{advice}") from error
+
+
+def traced_from_one(model: nn.Module, images: Images) -> tuple[torch.export.ExportedProgram, list[Tensor]]:
+    """The graph of a prepared model for batches from one image on, and batches to check it with.
+
+    Torch takes sizes of 1 for a special case: a graph is for batches of two images or more, and for coarsest grids of
+    two pixels a side or more. It also has sizes without special cases, from 2.14 on, and they are taken where every
+    layer can be traced with them, which those that pool cannot.
+
+    Raises:
+        ExportError: as of `traced`.
+    """
+    with suppress(Exception), _silence(), torch.no_grad():
+        from torch.fx.experimental.dynamic_spec import ParamsSpec, ShapeVar, TensorSpec
+
+        sides: list[Any] = [images.height, images.width]
+        if images.is_open:
+            sides = [ShapeVar(name, min=images.smallest) for name in ("height", "width")]
+        (given,) = inspect.signature(model.forward).parameters
+        shapes: Any = ParamsSpec({given: TensorSpec([ShapeVar("batch", min=1), images.chans, *sides])})
+        return torch.export.export(model, (images.example(),), dynamic_shapes=shapes, strict=False), images.trials()
+    trials = [batch.expand(max(2, len(batch)), -1, -1, -1) for batch in images.trials(least=2 * images.smallest)]
+    return traced(model, images.example(), images), trials
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without what torch says, at length, of a graph that it cannot trace."""
+    loggers = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def difference(found: Sequence[Any], expected: Sequence[Tensor]) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vmamba.data.transforms import Preprocessing
 from vmamba.deploy.calibration import Calibration, Pictures, gather
 from vmamba.deploy.export import export_onnx, gives_logits, metadata_of, preprocessing_for, stored
-from vmamba.deploy.graphs import Images, check_target, outputs_of, prepared, traced
+from vmamba.deploy.graphs import Images, check_target, outputs_of, prepared, traced, traced_from_one
 from vmamba.errors import ExportError
 from vmamba.files import replacing, shown
 from vmamba.models.registry import ENTRIES, create_model, load_model
@@ -148,11 +148,11 @@ def load_quantized(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, A
     """Read a torch program that `quantize` wrote, and what it says of itself.
 
     The program as it is rounds to 8 bits and computes in float32. It is fast once it is compiled, with weights as
-    constants: ``torch.compile(module, options={"freezing": True})``, called under `torch.no_grad`.
+    constants: set ``torch._inductor.config.freezing = True``, and call ``torch.compile(module)`` under `torch.no_grad`.
 
     Returns:
-        The program, which takes float32 batches of two images or more; and its metadata, which has "model", "task",
-        "vmamba_version", "class_names" and "preprocessing", as far as they are known, and "quantization".
+        The program, which takes float32 batches as that of `export_torch` does; and its metadata, which has "model",
+        "task", "vmamba_version", "class_names" and "preprocessing", as far as they are known, and "quantization".
 
     Raises:
         ExportError: it is no such file.
@@ -234,7 +234,7 @@ def _write_torch(
     batches = calibration.batches(calibration.seen, "calibrating")
     module, layers = int8.quantised(program, batches, exclude, reduce_range)
     metadata = metadata_of(source, class_names, told) | {NOTE: _note(len(calibration.seen), reduce_range)}
-    program = traced(module, images.example(), images)
+    program, _ = traced_from_one(module, images)
     with replacing(target) as partial:
         written = stored(program, partial, metadata)
         damage = _damage(
