@@ -8,8 +8,11 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from vmamba.errors import BatchError
 
@@ -24,7 +27,11 @@ _ALONE = {
 }  # fmt: skip
 
 _STORE = 128 << 20  # bytes of shared memory beside the weights
-_LONGEST = 40  # of a temporary folder's path: Ray's sockets lie deep inside it, and may have 107 characters
+_LONGEST = 25  # of a temporary folder's path: Ray's sockets lie deep inside it, and may have 107 characters
+_PREFIX, _LOCK = (
+    "vmamba_",
+    "in_use",
+)  # of the folders in it, and a file in each that is locked for as long as it is used
 
 
 @contextmanager
@@ -57,24 +64,42 @@ def cluster(address: str | None, cores: int | None = None, weights: int = 0) -> 
         yield ray
         return
     quiet: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
-    folder = None
-    try:
+    with ExitStack() as stack:
         if address is None:
-            folder = tempfile.mkdtemp(prefix="vmamba", dir=None if len(tempfile.gettempdir()) < _LONGEST else "/tmp")
             quiet |= {
-                "num_cpus": cores or usable_cores(), "include_dashboard": False, "_temp_dir": folder,
-                "object_store_memory": _STORE + weights,
+                "num_cpus": cores or usable_cores(), "include_dashboard": False,
+                "_temp_dir": stack.enter_context(_temporary_folder()), "object_store_memory": _STORE + weights,
             }  # fmt: skip
+        stack.callback(ray.shutdown)
         try:
             ray.init(address=address or "local", **quiet)
         except (OSError, RuntimeError, ValueError) as error:
             which = "a Ray cluster cannot be started here" if address is None else f"no Ray cluster at {address!r}"
             raise BatchError(f"{which}: {' '.join(str(error).split()) or type(error).__name__}") from error
         yield ray
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """A place for Ray's sockets and notes; those that jobs left behind when they were killed are cleared away."""
+    place = Path(tempfile.gettempdir())
+    if len(str(place)) > _LONGEST:
+        place = Path("/tmp")
+    for lock in place.glob(f"{_PREFIX}*/{_LOCK}"):
+        try:
+            if lock.parent.lstat().st_uid == os.getuid():
+                with FileLock(lock, timeout=0):
+                    shutil.rmtree(lock.parent, ignore_errors=True)
+        except (Timeout, OSError):  # in use, or gone in the meantime
+            continue
+    made = tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=place)
+    folder = str(place / Path(made).name[1:])
+    try:
+        with FileLock(os.path.join(made, _LOCK)):
+            os.rename(made, folder)  # under this name others look whether it is locked
+            yield os.path.join(folder, "r")  # Ray lets everybody write to its folder, but nobody gets there
     finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def usable_cores() -> int:
