@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -274,6 +275,36 @@ def test_a_backbone_is_a_models_name_and_not_a_place(backbone: Any, tmp_path: Pa
     )
     with pytest.raises(CheckpointError, match=r"its backbone is .*, which is no model's name"):
         load_model(file)
+
+
+@pytest.mark.parametrize("backbone", ["vmamba_femto_s2", "resnet18"])
+def test_a_dense_model_on_a_folders_backbone_is_made_again_by_name(backbone: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"pattern": "diagonal"} if backbone.startswith("vmamba") else {}
+    source: Any = (vmamba.create_model if changes else timm.create_model)(backbone, num_classes=3, **changes)
+    save_folder(source, tmp_path / "backbone")
+    place = f"local-dir:{tmp_path / 'backbone'}"
+    model: Any = vmamba.create_model("upernet", backbone=place, num_classes=3, channels=16, pretrained_backbone=True)
+    weights = source.state_dict()
+    inside = {key: value for key, value in model.backbone.state_dict().items() if value.ndim > 3}
+    assert inside
+    assert all(any(torch.equal(value, other) for other in weights.values()) for value in inside.values())
+    save_folder(model.eval(), tmp_path / "whole", {"class_names": NAMES})
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    assert config["model_args"].items() >= {"backbone": backbone, **changes}.items()
+    shutil.rmtree(tmp_path / "backbone")
+    for again in (
+        load_model(tmp_path / "whole/model.safetensors")[0],
+        vmamba.create_model(f"local-dir:{tmp_path / 'whole'}", pretrained=True).eval(),
+    ):
+        assert_same(model, again)
+    with pytest.raises(CheckpointError, match="holds upernet, a model for segmentation; a backbone is a classifier"):
+        vmamba.create_model("upernet", backbone=f"local-dir:{tmp_path / 'whole'}")
+
+
+def test_a_variants_dense_model_on_another_backbone_is_made_again(tmp_path: Path) -> None:
+    model: Any = vmamba.create_model("upernet_vmamba_tiny_s1l8", backbone="resnet18", num_classes=3, channels=16)
+    save_checkpoint(model.eval(), tmp_path / "model.safetensors")
+    assert_same(model, load_model(tmp_path / "model.safetensors")[0])
 
 
 def test_where_weights_are_is_not_the_configurations_to_say(classifier: Any, folder: Path, tmp_path: Path) -> None:

@@ -127,6 +127,10 @@ def open_pictures(where: str, dataset: str = "") -> Split | list[str]:
     names = (os.path.join(where, name) for name in split_names("train"))
     if any(os.path.isdir(name) or os.path.isfile(f"{name}.tar") for name in names):
         return open_split(DataConfig(root=where), training=True)
+    files, problems = find_images([where])
+    if not files:
+        advice = ". Of a data set that timm's factory reads, say which it is (--dataset torch/fashion_mnist)"
+        raise DataError("; ".join(problems) + advice * os.path.isdir(where))
     return [where]
 
 

@@ -16,9 +16,11 @@ import timm
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from vmamba.errors import CheckpointError
 from vmamba.models.class_names import ADE20K, COCO
 from vmamba.models.detection import MaskRCNN
-from vmamba.models.registry import Entry, register
+from vmamba.models.folders import ModelFolder, is_source
+from vmamba.models.registry import ENTRIES, Entry, create_model, register
 from vmamba.models.segmentation import UPerNet
 from vmamba.models.variants import VARIANTS, release_url
 
@@ -48,21 +50,29 @@ def create(
     Args:
         name: what the model is called.
         family: "upernet" or "maskrcnn".
-        backbone: any model of ours or timm's that gives feature maps.
+        backbone: any model of ours or timm's that gives feature maps, by its name, or by the folder it is in,
+            "local-dir:FOLDER" or "hf-hub:OWNER/NAME". A file of the whole keeps the name and the arguments, and does
+            not ask for the folder again.
         num_classes: number of classes; by default those of ADE20K or COCO.
         in_chans: channels of the images.
         img_size: height and width the model is meant for; any other works as well.
-        pretrained_backbone: whether to download ImageNet weights for the backbone, from which training starts.
+        pretrained_backbone: whether to download ImageNet weights for the backbone, or to take the folder's, from which
+            training starts.
         pretrained_cfg_overlay: what differs from timm's configuration of the published models: "mean", "std", ...
         **kwargs: the network's, see `UPerNet` and `MaskRCNN`; all others are the backbone's: `drop_path_rate`,
             `out_indices`, ...
+
+    Raises:
+        CheckpointError: the folder holds no model, or none that gives feature maps.
     """
     network, size, class_names = _FAMILIES[family]
     of_heads = inspect.signature(network).parameters
     heads = {key: kwargs.pop(key) for key in list(kwargs) if key in of_heads}
-    extractor = timm.create_model(
-        backbone, pretrained=pretrained_backbone, features_only=True, in_chans=in_chans, **kwargs
-    )
+    make, source = (create_model if is_source(backbone) else timm.create_model), backbone
+    if is_source(source):
+        backbone, arguments = _described(source)
+        kwargs = arguments | kwargs
+    extractor = make(source, pretrained=pretrained_backbone, features_only=True, in_chans=in_chans, **kwargs)
     model = network(extractor, len(class_names) if num_classes is None else num_classes, **heads)
     model.variant = name
     model.in_chans = in_chans
@@ -80,13 +90,26 @@ def create(
         "first_conv": next(convs),
         **(pretrained_cfg_overlay or {}),
     }
-    given = {} if name != family else {"backbone": backbone}
+    given = {"backbone": backbone} if name == family or backbone != ENTRIES[name].backbone else {}
     model._model_args = {  # type: ignore[assignment]  # for timm's get_model_args
         **given,
         **heads,
         **kwargs,
     }
     return model
+
+
+def _described(source: str) -> tuple[str, dict[str, Any]]:
+    """The name of a folder's model and the arguments of its network.
+
+    Raises:
+        CheckpointError: it is no backbone.
+    """
+    folder = ModelFolder(source)
+    name, arguments = folder.architecture, folder.metadata()["model_kwargs"]
+    if name in ENTRIES and ENTRIES[name].task != "classification":
+        raise CheckpointError(f"{source} holds {name}, a model for {ENTRIES[name].task}; a backbone is a classifier")
+    return name, arguments
 
 
 _ADE, _COCO = "4xb4-160k_ade20k-512x512", "mask_rcnn_swin_fpn_coco"
