@@ -23,6 +23,7 @@ from unittest import mock
 
 import numpy as np
 import onnxruntime
+import openvino
 import torch
 from page import Row
 from runner import RESULTS, Bench, Benchmark, Figures, Part, Results, Section, Settings, Tables
@@ -39,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 GREY, COLOUR, LARGE = "Fashion-MNIST", "CIFAR-10", "VMamba-T"
 ORT, ORT_INT8 = "ONNX Runtime, float32", "ONNX Runtime, int8"
 TORCH, BFLOAT16, TORCH_INT8 = "torch, float32", "torch, bfloat16", "torch, int8"
+OPENVINO = {"f32": "OpenVINO, float32", "bf16": "OpenVINO, bfloat16", "int8": "OpenVINO, int8"}
 OURS = "as written"
 LAYOUT = {
     "accuracy": ("Accuracy", "data;form;accuracy, %;loss, points;same decisions, %;MB"),
@@ -105,8 +107,19 @@ def pictures(name: str) -> Any:
 def in_onnx(file: Path, threads: int) -> Call:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # while others have their turn
     session = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images})[0]
+
+
+def in_openvino(file: Path, precision: str, threads: int) -> Call:
+    """For one image of 224²."""
+    core = openvino.Core()
+    graph = core.read_model(file)
+    graph.reshape([1, 3, 224, 224])
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+    request = core.compile_model(graph, "CPU", settings).create_infer_request()
+    return lambda images: request.infer([images])[0]
 
 
 def in_torch(model: Callable[[Tensor], Tensor], low: bool = False) -> Call:
@@ -117,20 +130,25 @@ def in_torch(model: Callable[[Tensor], Tensor], low: bool = False) -> Call:
     return call
 
 
-def forms(name: str, threads: int, compiled: bool) -> Iterator[tuple[str, Call, int | None]]:
-    """The model in each form, with the bytes of its file."""
+def forms(name: str, threads: int, timed: bool) -> Iterator[tuple[str, Call, int | None]]:
+    """The model in each form, with the bytes of its file; to be timed, also those that are for speed alone."""
     model = large() if name == LARGE else SUBJECTS[name].model[0].eval()
     noise = {"samples": 6, "held_back": 2, "tolerance": 1.0} if name == LARGE else {}
     yield ORT, in_onnx(whole(name), threads), whole(name).stat().st_size
     file = quantize(whole(name), path(f"{name}-int8.onnx"), pictures(name), **noise).path
     yield ORT_INT8, in_onnx(file, threads), file.stat().st_size
+    if timed:
+        for precision, form in OPENVINO.items():
+            read = file if precision == "int8" else whole(name)
+            yield form, in_openvino(read, precision, threads), read.stat().st_size
     size = 4 * sum(p.numel() for p in model.parameters())
     yield TORCH, in_torch(model), size
     yield BFLOAT16, in_torch(model, low=True), size // 2
     file = quantize(model, path(f"{name}.pt2"), pictures(name), format="torch", **noise).path
     program: Any = load_quantized(file)[0]
-    if compiled:
-        program = torch.compile(program, dynamic=False, options={"freezing": True})
+    if timed:
+        torch._inductor.config.freezing = True
+        program = torch.compile(program)
     yield TORCH_INT8, in_torch(program), file.stat().st_size
 
 
@@ -139,7 +157,7 @@ def accuracy(bench: Bench) -> Iterator[Part]:
     for name, subject in SUBJECTS.items():
         _, labels = subject.test
         wanted = None
-        for form, call, size in forms(name, torch.get_num_threads(), compiled=False):
+        for form, call, size in forms(name, torch.get_num_threads(), timed=False):
             found = subject.outputs(call)
             wanted = found if wanted is None else wanted
             same = (found.argmax(1) == wanted.argmax(1)).mean()
@@ -152,15 +170,12 @@ def accuracy(bench: Bench) -> Iterator[Part]:
 def turns(bench: Bench, calls: dict[str, Call]) -> dict[str, float]:
     """Median seconds of one picture of 224² through each, in turns."""
     image = np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)
-    # torch takes one image for a special case, so int8 programs are shown two, and half of their time is counted.
-    shown = {form: np.concatenate([image] * 2) if form == TORCH_INT8 else image for form in calls}
-    seconds = bench.interleave({form: partial(call, shown[form]) for form, call in calls.items()})
-    return {form: found / len(shown[form]) for form, found in seconds.items()}
+    return bench.interleave({form: partial(call, image) for form, call in calls.items()})
 
 
 def times(bench: Bench) -> Iterator[Part]:
     """Every form of VMamba-T."""
-    found = list(forms(LARGE, torch.get_num_threads(), compiled=True))
+    found = list(forms(LARGE, torch.get_num_threads(), timed=True))
     seconds = turns(bench, {form: call for form, call, _ in found})
     yield "times", [{"form": form, "seconds": seconds[form], "bytes": size} for form, _, size in found]
 
@@ -225,9 +240,9 @@ def notes(settings: Settings) -> list[str]:
     return [
         f"Post-training: 128 pictures of the training split to calibrate with; accuracy on the whole test set, loss "
         f"against {ORT}",
-        f"{clock.capitalize()} in turns, medians; torch in int8 compiled by inductor, for two images, halved; "
-        "bfloat16 under autocast",
-        f"ONNX Runtime {onnxruntime.__version__}",
+        f"{clock.capitalize()} in turns, medians; torch in int8 compiled by inductor, in bfloat16 under autocast; "
+        "OpenVINO for one size",
+        f"ONNX Runtime {onnxruntime.__version__}, OpenVINO {openvino.__version__.split('-')[0]}",
     ]
 
 
