@@ -5,6 +5,9 @@ over the rounds, or a ratio of two such medians. Peak memory is that of a fresh 
 
     python benchmarks/cpu.py                    # the committed table, profile and plot: about ten minutes on two cores
     python benchmarks/cpu.py --quick            # 224² only, few rounds, nothing written: a minute or two
+    python benchmarks/cpu.py --sections best-224 best-768 steps --files FOLDER
+                                                # these parts of cpu_best.md (best.py): every network in every runtime;
+                                                # exported files are kept in FOLDER; other parts of the page stay
     python benchmarks/cpu.py --against SRC      # every time and memory of ours over that of another checkout's src,
                                                 # which has its _native.so in it or beside it
 """
@@ -19,6 +22,7 @@ import pkgutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,11 +31,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import best
 import networks
 import torch
 from networks import CONVNEXT, DEIT, FOUR, SWIN, TINY, Contender, prepare, random_images
 from page import Row, columns
 from runner import EAGER, RESULTS, Bench, Benchmark, Call, Figures, Part, Results, Section, Settings, Tables
+from runtimes import Shelf, resident_mb
 from scan_speed import MINE, scan_inputs
 from torch import Tensor
 from torch.profiler import record_function
@@ -55,6 +61,7 @@ SMOKE = replace(
 LAYOUT = networks.LAYOUT | {"scans": ("Scans, and models for the sake of their scans", "what;ms")}
 # An operator belongs to the first kind whose words its name contains.
 KINDS = {
+    "whole blocks": ("_call_block",),
     "scan": ("scan",),
     "normalisation": ("norm",),
     "activations": ("gelu", "silu_"),
@@ -195,12 +202,6 @@ def measure_memory(bench: Bench, label: str, size: int) -> float:
     return resident_mb("VmHWM") - before
 
 
-def resident_mb(field: str) -> float:
-    """MB of this process in memory, now ("VmRSS") or at most ("VmHWM")."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
-
-
 def measure_ours(bench: Bench) -> dict[str, float]:
     """Seconds and peak memory of everything of ours, by name."""
     results = Results(CPU, replace(bench.settings, contenders=(MINE,), most=2), None)
@@ -240,6 +241,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="224² only, few rounds; written only to --output")
     parser.add_argument("--tiny", action="store_true", help="tiny models: whether the program works, not how fast")
+    names = ", ".join([*CPU.sections, *best.benchmark(best.FULL, Shelf(Path())).sections])
+    parser.add_argument("--sections", nargs="+", metavar="NAME", help=f"of {names}")
+    parser.add_argument("--files", type=Path, help="folder of exported files, kept between runs")
     parser.add_argument("--output", type=Path, help=f"folder of the results; {RESULTS} for a full run")
     parser.add_argument("--against", type=Path, metavar="SRC", help="compare with the package in this folder")
     parser.add_argument("--rounds", type=int, default=5, help="processes of each tree with --against")
@@ -264,13 +268,35 @@ def main(arguments: list[str] | None = None) -> None:
         print("\n".join(columns(rows, ["what", "ours", "other", "ratio", "of single rounds"])))
         return
 
+    with ExitStack() as stack:
+        folder = options.files or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        measure(settings, bench, options.sections, options.output, folder)
+
+
+def measure(settings: Settings, bench: Bench, chosen: list[str] | None, output: Path | None, files: Path) -> None:
+    """Fill the pages that the chosen sections belong to; without a choice, this program's own page anew."""
     kernels = importlib.import_module("vmamba.ops.backends.native").kernels()
-    results = Results(CPU, settings, options.output or (RESULTS if settings is FULL else None), kernels=kernels)
-    results.data |= {"tables": {}, "skipped": {}}
-    results.run(bench, CPU.sections)
-    print(results.page)
-    if results.folder:
-        print(f"written: {results.folder / 'cpu.json'}, cpu.md and cpu.png")
+    output = output or (RESULTS if settings is FULL else None)
+    best_settings = best.SMOKE if settings is SMOKE else best.FULL
+    best_of = best.benchmark(best_settings, Shelf.new(files, best_settings.options))
+    known = [*CPU.sections, *best_of.sections]
+    if unknown := [name for name in chosen or () if name not in known]:
+        sys.exit(f"there is no section {unknown[0]}; there are {', '.join(known)}")
+    found: list[Results] = []
+    if not chosen or set(chosen) & CPU.sections.keys():
+        found.append(Results(CPU, settings, output, kernels=kernels))
+        if not chosen:
+            found[0].data |= {"tables": {}, "skipped": {}}
+        found[0].run(bench, [name for name in CPU.sections if not chosen or name in chosen])
+    if chosen and (names := [name for name in best_of.sections if name in chosen]):
+        found.append(best.BestResults(best_of, best_settings, output, kernels=kernels))
+        found[-1].run(replace(bench, settings=best_settings), names)
+    for results in found:
+        print(results.page)
+        if results.folder:
+            name = results.benchmark.name
+            print(f"written: {results.folder / name}.json, {name}.md and {name}.png")
 
 
 if __name__ == "__main__":

@@ -33,10 +33,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import vmamba
 
-SWIN, CONVNEXT, DEIT = "Swin-T", "ConvNeXt-T", "DeiT-S"
+SWIN, CONVNEXT, DEIT, RESNET = "Swin-T", "ConvNeXt-T", "DeiT-S", "ResNet-50"
 FOUR = (MINE, SWIN, CONVNEXT, DEIT)
 NAMES = dict.fromkeys((MINE, RELEASED, CHAIN), "vmamba_tiny_s1l8") | {
-    SWIN: "swin_tiny_patch4_window7_224", CONVNEXT: "convnext_tiny", DEIT: "deit_small_patch16_224"
+    SWIN: "swin_tiny_patch4_window7_224", CONVNEXT: "convnext_tiny", DEIT: "deit_small_patch16_224",
+    RESNET: "resnet50",
 }  # fmt: skip
 # Small enough to try a program on any machine.
 TINY = {
@@ -44,6 +45,7 @@ TINY = {
     NAMES[SWIN]: {"depths": (1,), "embed_dim": 24, "num_heads": (1,)},
     NAMES[CONVNEXT]: {"depths": (1, 1, 1, 1), "dims": (16, 16, 16, 16)},
     NAMES[DEIT]: {"depth": 1, "embed_dim": 48, "num_heads": 1},
+    NAMES[RESNET]: {"layers": (1,) * 4, "channels": (8,) * 4},
 }
 LAYOUT = {
     "inference": ("Inference", "model;mode;batch;ms;images/s;peak memory, MB"),
@@ -69,7 +71,7 @@ def build(name: str, size: int, **options: Any) -> nn.Module:
     with torch.inference_mode(False):
         if "vmamba" in name:
             return vmamba.create_model(name, **options).eval()
-        if name != NAMES[CONVNEXT]:
+        if name in (NAMES[SWIN], NAMES[DEIT]):
             options = {"img_size": size} | options
         return timm.create_model(name, **options).eval()
 

@@ -34,6 +34,7 @@ COLUMNS = {
     "allowed": ("allowed", ".0e", 1),
     "parameters, M": ("params", ".2f", 1e-6),
     "accuracy, %": ("accuracy", ".2f", 1e2),
+    "± points": ("spread", ".2f", 1e2),
     "mIoU, %": ("mIoU", ".2f", 1e2),
     "mAcc, %": ("mAcc", ".2f", 1e2),
     "box AP, %": ("AP", ".2f", 1e2),
@@ -42,8 +43,8 @@ COLUMNS = {
 }
 COLOURS = {
     "VMamba": "#0072B2", "Swin": "#E69F00", "ConvNeXt": "#009E73", "ViT": "#CC79A7", "DeiT": "#CC79A7",
-    "ResNet": "#7F7F7F", "cross": "#0072B2", "unidirectional": "#E69F00", "bidirectional": "#009E73",
-    "diagonal": "#D55E00", "hilbert": "#CC79A7", "spiral": "#7F7F7F",
+    "ResNet": "#7F7F7F", "products": "#BBBBBB", "cross": "#0072B2", "unidirectional": "#E69F00",
+    "bidirectional": "#009E73", "diagonal": "#D55E00", "hilbert": "#CC79A7", "spiral": "#7F7F7F",
 }  # fmt: skip
 
 

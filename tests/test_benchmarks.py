@@ -106,10 +106,33 @@ def test_a_short_run_learns_and_reports(learning, monkeypatch, tmp_path):
     ticks = itertools.count()  # a step takes 0.025 s, however busy the machine is
     monkeypatch.setattr(learning, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.025))
     contenders = learning.run(subject, 3.0, seed=0, only=["VMamba"])
-    table = learning.write(subject, contenders, 3.0, "test", 0, tmp_path)
+    table = learning.write(subject, contenders, 3.0, "test", [0], tmp_path)
     assert contenders[0].curve[-1][1] > 0.9
     assert "| VMamba  | 0.71 " in table
+    assert "±" not in table
     assert {path.name for path in tmp_path.iterdir()} == {"learning.json", "learning.md", "learning.png"}
+
+
+def test_several_seeds_give_their_mean_and_spread(learning, monkeypatch, tmp_path):
+    images, labels = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8), torch.arange(40) % 2
+    subject = learning.Subject("learning", "noise", learning.CONTENDERS, lesson_of(learning, images, labels, 8))
+    ticks = itertools.count()
+    monkeypatch.setattr(learning, "time", SimpleNamespace(process_time=lambda: next(ticks)))
+    contenders = []
+    for seed in (3, 4):
+        contenders += learning.run(subject, 4, seed, ["VMamba", "ResNet"], clock="processor")
+    for contender, score in zip(contenders, (0.5, 0.9, 0.7, 0.8), strict=True):
+        contender.scores = {"accuracy": score}
+        contender.curve[-1] = (4.0, score)
+    text = learning.write(subject, contenders, 4, "held-out", [3, 4], tmp_path, "processor")
+    assert "seeds 3, 4 (mean, and standard deviation)" in text
+    assert "4 s of one process's time in training each" in text
+    first, second = json.loads((tmp_path / "learning.json").read_text())["tables"]["learning"]
+    assert (first["network"], second["network"]) == ("ResNet", "VMamba")
+    assert first["seeds"] == [0.9, 0.8]
+    assert (first["accuracy"], second["accuracy"]) == pytest.approx((0.85, 0.6))
+    assert (first["spread"], second["spread"]) == pytest.approx((0.1 / 2**0.5, 0.2 / 2**0.5))
+    assert first["curve"][-1] == pytest.approx([4.0, 0.85])
 
 
 # --- dense.py --------------------------------------------------------------------------------------------------------
@@ -230,8 +253,141 @@ def test_cpu_benchmark_from_end_to_end(load, monkeypatch, tmp_path, capsys):
     assert len(figures) == 9
     assert all(value > 0 for value in figures.values())
     kernels = {row["kernel"] for row in results["tables"]["kernels"]}
-    assert "_call_scan" in kernels  # which torch's profiler does not see by itself
+    assert kernels & {"_call_scan", "_call_block"}  # which torch's profiler does not see by itself
     assert "not met" in capsys.readouterr().out
+
+
+@pytest.fixture
+def shelf(load, tmp_path):
+    return load("runtimes").Shelf.new(tmp_path, load("networks").TINY)
+
+
+@pytest.mark.timeout(180)
+def test_networks_run_in_processes_of_their_runtimes(load, shelf):
+    """Every kind of process, with a network each; the compiled one aside, which takes long to make."""
+    runtimes, networks = load("runtimes"), load("networks")
+    ours = partial(runtimes.Subject, "VMamba-T", networks.NAMES["VMamba-T"], size=64)
+    other = partial(runtimes.Subject, "ResNet-50", networks.NAMES["ResNet-50"], size=64)
+    subjects = [
+        ours(mode=runtimes.EAGER), ours(mode=runtimes.ORT), ours(mode=runtimes.OPENVINO, precision="int8"),
+        ours(mode=runtimes.OPEN), ours(mode=runtimes.PRODUCTS), ours(mode=runtimes.STEP, precision="bfloat16"),
+        other(mode=runtimes.CAST, batch=2, precision="bfloat16"), other(mode=runtimes.OPENVINO, batch=2),
+    ]  # fmt: skip
+    rows = runtimes.race(shelf, subjects, threads=1, rounds=1, least=0.0, most=1.0, say=lambda text: None)
+    assert [row.get("error") for row in rows] == [None] * len(subjects)
+    assert [row["mode"] for row in rows] == [subject.mode for subject in subjects]
+    assert all(row["images_per_second"] == row["batch"] / row["seconds"] for row in rows)
+    differences = {(row["mode"], row["precision"]): row.get("difference") for row in rows}
+    assert differences[runtimes.PRODUCTS, "float32"] is None
+    assert 0 < differences[runtimes.ORT, "float32"] < 1e-4 < differences[runtimes.CAST, "bfloat16"] < 5e-2
+    assert differences[runtimes.OPENVINO, "int8"] > 1e-4
+    files = {path.name.split("-")[0] for path in shelf.folder.glob("*.onnx")}
+    assert files == {networks.NAMES["VMamba-T"], networks.NAMES["ResNet-50"]}
+
+
+def test_wrong_results_and_lost_processes_are_noted_and_not_timed(load, shelf):
+    import numpy as np
+
+    runtimes = load("runtimes")
+    subject = runtimes.Subject("ResNet-50", "resnet50", runtimes.EAGER, 64)
+    race = partial(runtimes.race, shelf, threads=1, rounds=1, least=0.0, most=1.0, say=lambda text: None)
+    np.save(shelf.path(subject, "npy"), np.ones((1, 1000), np.float32))
+    (row,) = race([subject])
+    assert "its result is off by" in row["error"]
+    assert "seconds" not in row
+    with runtimes.Worker("eager", shelf, 1) as worker:
+        with pytest.raises(runtimes.WorkerError, match="KeyError"):
+            worker.ask("run", subject, least=0.0)  # not loaded
+        worker.process.kill()
+        with pytest.raises(runtimes.WorkerError, match="the process eager ended with status -9"):
+            worker.ask("load", subject)
+
+
+def test_processes_that_wait_must_not_compute(load, monkeypatch):
+    runtimes = load("runtimes")
+    monkeypatch.setattr(runtimes.time, "sleep", lambda seconds: None)
+    used = itertools.count()
+    busy = SimpleNamespace(name="busy", seconds_used=lambda: next(used), ask=lambda *_, **__: {"seconds": 1.0})
+    subject = runtimes.Subject("a", "a", runtimes.EAGER, 64)
+    with pytest.raises(runtimes.WorkerError, match="the process busy waits and uses"):
+        runtimes.turns([(busy, subject)], 1, 0, 0)
+    calm = SimpleNamespace(name="calm", seconds_used=lambda: 0, ask=lambda *_, **__: {"seconds": 1.0})
+    assert runtimes.turns([(calm, subject)], 9, 0, 0) == {subject: 1.0}
+
+
+def test_a_turn_is_long_enough_and_leaves_its_first_call_out(load, monkeypatch):
+    runtimes = load("runtimes")
+    ticks = iter([0, 9, 9, 10, 10, 12, 12, 13])  # calls of 9, 1, 2 and 1 seconds
+    monkeypatch.setattr(runtimes, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert runtimes.turn(lambda: None, least=13) == 1
+    ticks = iter([0, 9])
+    assert runtimes.turn(lambda: None, least=5) == 9
+
+
+def test_the_best_of_every_runtime_is_compared(load):
+    best = load("best")
+
+    def rows(case, *found):
+        base = {"size": case.size, "batch": case.batch, "precision": case.precision}
+        return [base | {"model": model, "mode": mode, "seconds": seconds} for model, mode, seconds in found]
+
+    near, far = best.Case(224, 1, "float32", 1.0), best.Case(768, 1, "float32", 0.9)
+    settings = dataclasses.replace(best.FULL, cases=(near, far))
+    found = rows(
+        near, ("VMamba-T", "eager", 3.0), ("VMamba-T", "OpenVINO", 2.0), ("VMamba-T", best.PRODUCTS, 1.0),
+        ("Swin-T", "eager", 5.0), ("Swin-T", "OpenVINO", 2.5), ("DeiT-S", "ONNX Runtime", 4.0),
+        ("ResNet-50", "compiled", 1.6),
+    )  # fmt: skip
+    found.append({"model": "DeiT-S", "mode": "compiled", "error": "no compiler"})
+    records = best.figures({"rows best-224": found}, settings)
+    values = {record["name"]: (record["value"], record["met"], record.get("note")) for record in records}
+    assert values["One image of 224², float32: our best / the best of Swin-T, ConvNeXt-T, DeiT-S"] == (
+        0.8, True, "ours OpenVINO; Swin-T OpenVINO"
+    )  # fmt: skip
+    assert values["One image of 224², float32: our best / ResNet-50's best"] == (
+        1.25, False, "ours OpenVINO; ResNet-50 compiled"
+    )  # fmt: skip
+    assert values["One image of 224², float32: our best / products alone"][:2] == (2.0, False)
+    assert values["One image of 768², float32: our best / products alone"][0] is None
+    (ours, swin, deit, resnet) = best.by_model(found)
+    assert (ours["best"], ours["eager, ms"], ours["products alone, ms"]) == ("OpenVINO", "3,000.00", "1,000.00")
+    assert (swin["products alone, ms"], resnet["best"]) == ("–", "compiled")
+    assert (deit["error"], deit["ONNX Runtime, ms"]) == ("compiled: no compiler", "4,000.00")
+
+
+def test_models_of_as_many_operations_are_found(load):
+    best = load("best")
+    (ours, wanted), *others = best.equals("vmamba_femto_s2", 32, best.FULL)
+    assert (ours.model, ours.size) == ("vmamba_femto_s2", 32)
+    assert {subject.model for subject, _ in others} == {"mobilenetv4_conv_small", "convnext_atto"}
+    for subject, count in others:
+        assert subject.size % 8 == 0
+        assert abs(count / wanted - 1) <= best.APART
+
+
+@pytest.mark.timeout(180)
+def test_pages_of_the_cpu_keep_sections_that_were_not_run(load, monkeypatch, tmp_path):
+    cpu, best = load("cpu"), load("best")
+    if cpu.available_backends()["native"]:
+        pytest.skip("the native backend is absent")
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+
+    def raced(shelf, subjects, *_):
+        return [subject.row | {"seconds": 0.5, "images_per_second": 2 * subject.batch} for subject in subjects]
+
+    monkeypatch.setattr(best, "race", raced)
+    monkeypatch.setattr(best, "peak_mb", lambda shelf, subject, threads: float(subject.size))
+    for names in (["best-64", "int8-64"], ["large", "steps"], ["small"]):
+        cpu.main(["--tiny", "--threads", "1", "--output", str(tmp_path), "--sections", *names])
+    results = json.loads((tmp_path / "cpu_best.json").read_text())
+    assert results["skipped"] == {}
+    assert {"best-64", "int8-64", "large", "grids", "steps", "small"} < set(results["tables"])
+    figures = {figure["name"]: figure["value"] for figure in results["figures"]}
+    assert all(value is not None for value in figures.values())
+    assert figures["ours, memory a pixel at 96² / at 64²"] == pytest.approx(64 / 96)
+    assert {path.name for path in tmp_path.iterdir()} == {"cpu_best.json", "cpu_best.md", "cpu_best.png"}
+    with pytest.raises(SystemExit, match="there is no section best-65"):
+        cpu.main(["--tiny", "--sections", "best-65"])
 
 
 @pytest.mark.timeout(120)
