@@ -6,8 +6,12 @@ import pytest
 import torch
 
 import vmamba
-from vmamba.nn import VSSBlock, cpu
+from vmamba.nn import SS2D, VSSBlock, cpu
+from vmamba.nn import ss2d as ss2d_module
+from vmamba.nn.mlp import Mlp
 from vmamba.ops import use_backend
+from vmamba.ops.backends.native import block as native
+from vmamba.ops.ss2d import watch_scans
 
 BLOCKS = {
     "MLP": {},
@@ -21,7 +25,7 @@ BLOCKS = {
 @pytest.mark.parametrize("stretch", [64, 2**21])
 def test_blocks_infer_what_they_compute(options, backend, stretch, monkeypatch):
     """In stretches and in place, from inputs of any strides, which are left as they were."""
-    monkeypatch.setattr(cpu, "_STRETCH", stretch)
+    monkeypatch.setattr(native, "_STRETCH", stretch)
     torch.manual_seed(0)
     block = VSSBlock(8, **options).eval()
     contiguous = torch.randn(2, 5, 7, 8)
@@ -69,10 +73,10 @@ def test_hooks_see_what_they_saw():
 
 @torch.no_grad()
 def test_large_images_are_worked_on_in_stretches(monkeypatch):
-    """No tensor of a block is much larger than a stretch, except those of the whole image and its width."""
+    """No tensor of an MLP is much larger than a stretch, except those of the whole image and its width."""
     sizes = []
     monkeypatch.setattr(cpu, "_STRETCH", 64 * 32)
-    block, x = VSSBlock(8).eval(), torch.randn(1, 40, 50, 8)
+    mlp, x = Mlp(8, 32).eval(), torch.randn(1, 40, 50, 8)
     original = torch.Tensor.new_empty
     monkeypatch.setattr(
         torch.Tensor, "new_empty", lambda self, *size, **kw: sizes.append(size) or original(self, *size, **kw)
@@ -80,8 +84,50 @@ def test_large_images_are_worked_on_in_stretches(monkeypatch):
     parts = cpu.stretches(x.flatten(0, -2), 32)
     assert len(parts) == 32
     assert max(len(part) for part in parts) * 32 <= 64 * 32
-    block(x)
+    mlp(x)
     assert sizes
+
+
+@torch.no_grad()
+@pytest.mark.skipif(native.reason_unavailable() is not None, reason="needs the CPU kernel")
+@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
+def test_a_block_as_built_is_one_call(options, monkeypatch):
+    calls = []
+    call = native._call_block
+    monkeypatch.setattr(native, "_call_block", lambda block: calls.append(block) or call(block))
+    block, x = VSSBlock(8, **options).eval(), torch.randn(1, 5, 7, 8)
+    block(x)
+    assert len(calls) == 1
+    with use_backend("eager"):
+        block(x)
+    with watch_scans(lambda arguments, y: None):
+        block(x)
+    block.ss2d.pattern = spiral
+    block(x)
+    assert len(calls) == 1
+
+
+def spiral(height, width):
+    """Four orders that are not along the axes: each the same, pixels from the last to the first."""
+    return torch.arange(height * width).flip(0).expand(4, -1)
+
+
+@torch.no_grad()
+def test_what_is_put_in_place_of_a_scan_is_called(monkeypatch):
+    """The function of the scans, or a method between projection and projection, of the class or of one module."""
+    torch.manual_seed(0)
+    block, x = VSSBlock(8).eval(), torch.randn(1, 5, 7, 8)
+    without_scans = x + block.ss2d.out_proj(block.ss2d.norm(block.ss2d.conv(block.ss2d.in_proj(block.norm1(x)))))
+    without_scans = without_scans + block.mlp(block.norm2(without_scans))
+    assert not torch.allclose(block(x), without_scans, atol=1e-3)
+    places = (
+        (ss2d_module, "ss2d_scan", lambda u, *_: u), (SS2D, "scan", lambda self, u: u),
+        (block.ss2d, "scan", lambda u: u), (SS2D, "mix", lambda self, x: (self.conv(x), None)),
+    )  # fmt: skip
+    for owner, name, function in places:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, function)
+            torch.testing.assert_close(block(x), without_scans, atol=1e-5, rtol=1e-5)
 
 
 def test_compiled_models_give_the_same():

@@ -6,6 +6,7 @@
 
 #include <atomic>
 
+#include "block.h"
 #include "enlarging.h"
 #include "layers.h"
 #include "nms.h"
@@ -184,7 +185,7 @@ int32_t run(Call* p, void (*task)(const Call&, int64_t, float*), size_t scratch 
     EXPORT int32_t name(Structure* p)
 
 // Changes with the structures and the functions below, so that a library left over from another version is recognised.
-EXPORT int32_t vmamba_interface() { return 7; }
+EXPORT int32_t vmamba_interface() { return 8; }
 
 EXPORT const char* vmamba_kernels() { return chosen->name; }
 
@@ -259,10 +260,16 @@ COMPUTE(vmamba_gelu, Layer) { return run(p, chosen->layers->gelu); }
 
 COMPUTE(vmamba_gelu_backward, Layer) { return run(p, chosen->layers->gelu_backward); }
 
+COMPUTE(vmamba_gate, Layer) { return run(p, chosen->layers->gate); }
+
+COMPUTE(vmamba_widen, Layer) { return run(p, chosen->layers->widen); }
+
 COMPUTE(vmamba_linear, Product) {
     const ProductKernels& products = *chosen->products;
     return !share<Product>(*p, products.tasks(*p), products.scratch(*p), products.multiply);
 }
+
+COMPUTE(vmamba_block, Block) { return run_block(*p); }
 
 COMPUTE(vmamba_roi_align, RoIAlign) {
     const RoIAlignKernels& roi_align = *chosen->roi_align;

@@ -1,5 +1,5 @@
-// LayerNorm, depthwise 3×3 convolution with SiLU, and GELU, each in one pass over memory, for one instruction set: compiled
-// once for each, as scan.cpp is, and under the same rules.
+// LayerNorm, depthwise 3×3 convolution with SiLU, GELU and gate, each in one pass over memory, for one instruction set:
+// compiled once for each, as scan.cpp is, and under the same rules.
 //
 // What a value comes to depends on its place in the image alone, not on how the work was split into tasks.
 
@@ -55,14 +55,14 @@ inline Floats sum_row(const T* x, int64_t channels, Of of) {
     return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-template <class T>
+template <class T, class Y>
 void layer_norm_rows(const Layer& p, int64_t task) {
     int64_t channels = p.channels;
     const float *weight = p.weight, *bias = p.bias;
     float share = 1.0f / float(channels);
     for (int64_t row = first_of(p, p.width, task); row < first_of(p, p.width, task + 1); row++) {
         const T* x = static_cast<const T*>(p.x) + row * channels;
-        T* y = static_cast<T*>(p.y) + row * channels;
+        Y* y = static_cast<Y*>(p.y) + row * channels;
         Floats mean = sum_row(x, channels, [](Floats v) { return v; }) * share;
         Floats squares = sum_row(x, channels, [&](Floats v) { return (v - mean) * (v - mean); });
         Floats scale = splat(1.0f / __builtin_sqrtf(squares[0] * share + p.eps));
@@ -314,8 +314,23 @@ void gelu_backward_values(const Layer& p, int64_t task) {
     if (values.rest) gelu_backward_part<false>(x + end, grad + end, y + end, grad_x + end, values.rest);
 }
 
+template <class T>
+void gate_values(const Layer& p, int64_t task) {
+    Values values(p, task);
+    const T* x = static_cast<const T*>(p.x);
+    T* y = static_cast<T*>(p.y);
+    auto multiply = [&](int64_t i, int64_t valid, auto kind) {
+        Floats v = load_part<kind.FULL>(x + i, valid);
+        store_part<kind.FULL>(y + i, load_part<kind.FULL>(y + i, valid) * v / (1.0f + exp_minus(v)), valid);
+    };
+    for (int64_t i = values.begin; i < values.end; i += LANES) multiply(i, LANES, Whole());
+    if (values.rest) multiply(values.end, values.rest, Part());
+}
+
 void layer_norm(const Layer& p, int64_t task, float*) {
-    p.bfloat16 ? layer_norm_rows<uint16_t>(p, task) : layer_norm_rows<float>(p, task);
+    auto rows = p.bfloat16 ? (p.y_bfloat16 ? layer_norm_rows<uint16_t, uint16_t> : layer_norm_rows<uint16_t, float>)
+                           : (p.y_bfloat16 ? layer_norm_rows<float, uint16_t> : layer_norm_rows<float, float>);
+    rows(p, task);
 }
 void depthwise_silu(const Layer& p, int64_t task, float*) {
     p.bfloat16 ? depthwise_silu_units<uint16_t>(p, task) : depthwise_silu_units<float>(p, task);
@@ -330,12 +345,23 @@ void gelu(const Layer& p, int64_t task, float*) {
 void gelu_backward(const Layer& p, int64_t task, float*) {
     p.bfloat16 ? gelu_backward_values<uint16_t>(p, task) : gelu_backward_values<float>(p, task);
 }
+void gate(const Layer& p, int64_t task, float*) {
+    p.bfloat16 ? gate_values<uint16_t>(p, task) : gate_values<float>(p, task);
+}
+void widen(const Layer& p, int64_t task, float*) {
+    Values values(p, task);
+    const uint16_t* x = static_cast<const uint16_t*>(p.x);
+    float* y = static_cast<float*>(p.y);
+    for (int64_t i = values.begin; i < values.end; i += LANES) store(y + i, load(x + i));
+    if (values.rest) store_part<false>(y + values.end, load_part<false>(x + values.end, values.rest), values.rest);
+}
 
 }  // namespace
 
 extern const LayerKernels layers;
 const LayerKernels layers = {
     layer_norm, depthwise_silu, depthwise_silu_backward_scratch, depthwise_silu_backward, gelu, gelu_backward,
+    gate, widen,
 };
 
 }  // namespace VMAMBA_ISA

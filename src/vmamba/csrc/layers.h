@@ -17,11 +17,11 @@ struct Layer {
     const void* grad;      // of y, dtype of x
     const float* weight;   // LayerNorm's (channels) or null, the convolution's (channels, 3, 3)
     const float* bias;     // (channels) or null
-    void* y;               // dtype of x
+    void* y;               // dtype of x; LayerNorm's float or bfloat16
     void* grad_x;          // dtype of x
     float* grad_weights;   // (batch, bands, channels · TAPS + channels): of the convolution's weight, then of its bias
     float eps;
-    int32_t bfloat16, threads;
+    int32_t bfloat16, y_bfloat16, threads;
 };
 
 // The layers of one instruction set; a task runs as those of struct ScanKernels do.
@@ -32,4 +32,6 @@ struct LayerKernels {
     void (*depthwise_silu_backward)(const Layer&, int64_t task, float* scratch);
     void (*gelu)(const Layer&, int64_t task, float*);
     void (*gelu_backward)(const Layer&, int64_t task, float*);
+    void (*gate)(const Layer&, int64_t task, float*);   // y = y · SiLU(x)
+    void (*widen)(const Layer&, int64_t task, float*);  // bfloat16 to float
 };

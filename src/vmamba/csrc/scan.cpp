@@ -28,6 +28,10 @@ constexpr int TILE = LANES == 4 ? 2 : 128 / BLOCK / VECTORS;
 // The same for the two matrix products of the backward pass.
 constexpr int GRADIENT_TILE = LANES == 16 ? 8 : 4;
 
+// Images from this size on are fetched ahead where a route goes by columns: no two of its positions are neighbours, and the
+// processor does not guess the next one.
+constexpr int64_t FAR_BYTES = 4 << 20;
+
 // What the backward pass holds of a sequence at a time, per thread: about a second-level cache.
 constexpr int64_t BACKWARD_BYTES = 1024 * 1024;
 
@@ -226,7 +230,7 @@ enum class Adding { ALONE, FIRST, FURTHER };  // kept apart; with the skip; onto
 template <int N, class T, bool FULL>
 void scan_chunk(
     const Scan& p, const Inputs& in, const T* u, const Where& at, const Parameters& of, const Block& skip, float* h,
-    const int64_t* positions, int count, float* steps, Adding adding, float* y, int64_t y_stride
+    const int64_t* positions, int count, float* steps, Adding adding, float* y, int64_t y_stride, const int64_t* ahead
 ) {
     int64_t states = count_states<N>(p), stride = p.pixel_stride;
     Block decay_1, h_1;  // in registers, where there is one state
@@ -235,6 +239,11 @@ void scan_chunk(
     soften<false>(p, steps, nullptr, count);
     for (int t = 0; t < count; t++) {
         int64_t position = positions[t];
+        if (ahead) {
+            __builtin_prefetch(u + ahead[t] * p.channels);
+            __builtin_prefetch(y + ahead[t] * y_stride, 1);
+            __builtin_prefetch(in.dt_low + ahead[t] * stride);
+        }
         Block delta = load_block(steps + t * BLOCK), x = load_block<FULL>(u + position * p.channels, at.valid), out;
         const float *B = in.B + position * stride, *C = in.C + position * stride;
         for (int i = 0; i < VECTORS; i++) {
@@ -290,7 +299,18 @@ int64_t blocks_per_slot(const Scan& p) { return (blocks(p) + p.slots - 1) / p.sl
 
 size_t forward_scratch(const Scan& p) {
     int64_t rows_per_block = p.rank + 1 + 2 * p.states + (adds_in_scratch(p) ? length(p) : 0);
-    return (blocks_per_slot(p) * rows_per_block + CHUNK + 2 * CHUNK / BLOCK) * BLOCK * sizeof(float);
+    return (blocks_per_slot(p) * rows_per_block + CHUNK + 4 * CHUNK / BLOCK) * BLOCK * sizeof(float);
+}
+
+// The order in which routes are taken and added up: first those by rows. One that runs backwards then begins where the one
+// before it has just been.
+inline int64_t nth_route(const Scan& p, int64_t i) {
+    for (int columns = 0; columns < 2; columns++) {
+        for (int64_t k = 0; k < p.routes; k++) {
+            if ((p.route_bits[k] & 1) == columns && i-- == 0) return k;
+        }
+    }
+    return 0;
 }
 
 // One image's channels of one slot, on all routes or, where those are kept apart, on one. All blocks of a chunk are scanned
@@ -305,15 +325,17 @@ void forward_blocks(const Scan& p, int64_t task, float* memory) {
     Scratch scratch{memory};
     Parameters all(p, scratch, count);
     float *h = scratch.floats(count * N * BLOCK), *steps = scratch.floats(CHUNK * BLOCK);
-    int64_t* positions = scratch.positions(CHUNK);
+    int64_t *positions = scratch.positions(CHUNK), *ahead = scratch.positions(CHUNK);
     int64_t offset = image * total * p.channels;
     const T* u = static_cast<const T*>(p.u) + offset;
     float* y = static_cast<float*>(p.y) + offset;
-    if (p.route_y) y = p.route_y + k_first * p.batch * total * p.channels + offset;
+    if (p.route_y) y = p.route_y + nth_route(p, k_first) * p.batch * total * p.channels + offset;
     float* sums = adds_in_scratch(p) ? scratch.floats(total * count * BLOCK) : nullptr;
 
-    for (int64_t k = k_first; k < k_last; k++) {
-        Adding adding = p.route_y ? Adding::ALONE : k == 0 ? Adding::FIRST : Adding::FURTHER;
+    for (int64_t i = k_first; i < k_last; i++) {
+        int64_t k = nth_route(p, i);
+        Adding adding = p.route_y ? Adding::ALONE : i == 0 ? Adding::FIRST : Adding::FURTHER;
+        bool jumps = p.route_bits[k] & 1 && total * p.channels * int64_t(sizeof(T)) >= FAR_BYTES;
         for (int64_t j = 0; j < count; j++) {
             Parameters of = all.of_block(p, j);
             of.pack(p, locate(p, first + j), k);
@@ -322,6 +344,8 @@ void forward_blocks(const Scan& p, int64_t task, float* memory) {
         for (int64_t from = 0; from < total; from += CHUNK) {
             int chunk = int(smaller(CHUNK, total - from));
             walk(p, p.route_bits[k], from, chunk, positions);
+            const int64_t* next = jumps && from + CHUNK < total ? ahead : nullptr;
+            if (next) walk(p, p.route_bits[k], smaller(from + CHUNK, total - CHUNK), CHUNK, ahead);
             for (int64_t j = 0; j < count; j++) {
                 Where at = locate(p, first + j);
                 auto scan = at.valid < BLOCK ? scan_chunk<0, T, false>
@@ -331,7 +355,7 @@ void forward_blocks(const Scan& p, int64_t task, float* memory) {
                 scan(
                     p, Inputs(p, image, k, at), u + at.first, at, all.of_block(p, j), skip_of(p, at), h + j * N * BLOCK,
                     positions, chunk, steps, adding, sums ? sums + j * BLOCK : y + at.first,
-                    sums ? count * BLOCK : p.channels
+                    sums ? count * BLOCK : p.channels, next
                 );
             }
         }
@@ -359,8 +383,8 @@ void merge_block(const Scan& p, int64_t task) {
         Block y = load_block<false>(static_cast<const T*>(p.u) + offset, at.valid);
         for (int i = 0; i < VECTORS; i++) y.v[i] = y.v[i] * skip.v[i];
         round_here(y);
-        for (int64_t k = 0; k < p.routes; k++) {
-            Block part = load_block<false>(p.route_y + k * p.batch * total * p.channels + offset, at.valid);
+        for (int64_t i = 0; i < p.routes; i++) {
+            Block part = load_block<false>(p.route_y + nth_route(p, i) * p.batch * total * p.channels + offset, at.valid);
             for (int i = 0; i < VECTORS; i++) y.v[i] = y.v[i] + part.v[i];
         }
         store_block<false>(static_cast<T*>(p.y) + offset, y, at.valid);

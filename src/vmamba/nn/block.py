@@ -12,7 +12,8 @@ from vmamba.nn import cpu
 from vmamba.nn.layers import LayerNorm
 from vmamba.nn.mlp import Mlp
 from vmamba.nn.ss2d import SS2D
-from vmamba.ops.layers import applies, is_compiled, product, product_dtype
+from vmamba.ops.backends.native.block import Affine, vss_block
+from vmamba.ops.layers import applies, is_compiled, product_dtype
 
 
 @cpu.known
@@ -50,24 +51,24 @@ class VSSBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) to the same."""
         if not (is_compiled() or torch.is_grad_enabled()) and applies(x) and cpu.as_built(self):
-            layers = [self.ss2d.out_proj] if self.mlp is None else [self.ss2d.out_proj, self.mlp.fc1, self.mlp.fc2]
-            if applies(x, *(value for layer in layers for value in (layer.weight, layer.bias))):
-                return self._infer(x)
+            y = self._infer(x)
+            if y is not None:
+                return y
         x = x + self.drop_path1(self.ss2d(self.norm1(x)))
         if self.mlp is not None:
             x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
 
-    def _infer(self, x: Tensor) -> Tensor:
-        """The same, by stretches of pixels wherever pixels do not mix: they stay in the cache from norm to sum."""
-        ss2d, mlp, dtype = self.ss2d, self.mlp, product_dtype(x)
-        width = max(ss2d.in_proj.out_features, mlp.fc1.out_features if mlp is not None else 0)
-        u = cpu.in_stretches(lambda part: ss2d.in_proj(self.norm1(part)), (x,), width)
-        y, gate = ss2d.mix(u)
-        del u
-
-        def rest(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-            x = product(ss2d.gated_norm(y, gate).to(dtype), ss2d.out_proj.weight, ss2d.out_proj.bias, residual=x)
-            return x if mlp is None else mlp.infer(self.norm2(x).to(dtype), x)
-
-        return cpu.in_stretches(rest, (x, y, gate), width, out=y)
+    def _infer(self, x: Tensor) -> Tensor | None:
+        """The same in one call, for a block as it was built; None where it has to be computed layer by layer."""
+        ss2d, mlp = self.ss2d, self.mlp
+        if not cpu.is_depthwise_silu(ss2d.conv, ss2d.conv.in_channels):
+            return None
+        scan = ss2d.fused_scan(x)
+        layers = [self.norm1, ss2d.in_proj, ss2d.conv, ss2d.norm, ss2d.out_proj]
+        layers += [] if mlp is None else [self.norm2, mlp.fc1, mlp.fc2]
+        affine = [Affine(layer.weight, layer.bias, getattr(layer, "eps", 0.0)) for layer in layers]
+        if scan is None or not applies(x, *scan[:-1], *(value for layer in affine for value in layer[:2])):
+            return None
+        norm1, in_proj, conv, norm, out_proj, *rest = affine
+        return vss_block(x, norm1, in_proj, conv, scan, norm, out_proj, rest, ss2d.gated, product_dtype(x))

@@ -30,17 +30,23 @@ _LARGE_FILTER = 2**20
 # --- modules as they were built --------------------------------------------------------------------------------------
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
-# For each class the `forward`s, its own and those it inherits, as they were written.
-_FORWARDS: dict[type[nn.Module], list[tuple[type, Any]]] = {}
+# For each class its methods that compute, its own and those it inherits, as they were written.
+_METHODS: dict[type[nn.Module], list[tuple[type, str, Any]]] = {}
 
 
 def known(kind: Kind) -> Kind:
     """Declare a class, as it stands now, one whose modules can be `as_built`.
 
     A class with `PARTS`, the class or classes of each of its children, is so only with these children and no others.
+    `STEPS` names methods that compute beside `forward`.
     """
-    _FORWARDS[kind] = [(base, vars(base)["forward"]) for base in kind.__mro__ if "forward" in vars(base)]
+    names = _computing(kind)
+    _METHODS[kind] = [(base, name, vars(base)[name]) for base in kind.__mro__ for name in names if name in vars(base)]
     return kind
+
+
+def _computing(kind: type[nn.Module]) -> tuple[str, ...]:
+    return ("forward", *getattr(kind, "STEPS", ()))
 
 
 for _kind in (nn.Dropout, nn.Identity, DropPath):
@@ -48,8 +54,8 @@ for _kind in (nn.Dropout, nn.Identity, DropPath):
 
 
 def is_unpatched(kind: type[nn.Module]) -> bool:
-    """Whether the class is known, and nobody has since replaced its `forward` or that of a class it inherits from."""
-    return kind in _FORWARDS and all(vars(base).get("forward") is forward for base, forward in _FORWARDS[kind])
+    """Whether the class is known, and nobody has since replaced a method of it, or of a class it inherits from."""
+    return kind in _METHODS and all(vars(base).get(name) is method for base, name, method in _METHODS[kind])
 
 
 def as_built(module: nn.Module) -> bool:
@@ -63,7 +69,9 @@ def as_built(module: nn.Module) -> bool:
 
 def _is_as_built(module: nn.Module) -> bool:
     kind = type(module)
-    if not is_unpatched(kind) or "forward" in module.__dict__ or module._compiled_call_impl:
+    if not is_unpatched(kind) or module._compiled_call_impl:
+        return False
+    if any(name in module.__dict__ for name in _computing(kind)):
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
@@ -142,8 +150,8 @@ def convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
     return linear(patches.flatten(3), layer.weight.flatten(1), layer.bias)
 
 
-def is_depthwise_silu(layer: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a convolution of (B, H, W, C) is the one that `depthwise_silu` knows."""
+def is_depthwise_silu(layer: nn.Conv2d, channels: int) -> bool:
+    """Whether a convolution of (B, H, W, channels) is the one that `depthwise_silu` knows."""
     geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.padding_mode)
-    is_small = geometry == ((3, 3), (1, 1), (1, 1), (1, 1), "zeros") and x.ndim == 4
-    return is_small and layer.groups == layer.in_channels == layer.out_channels == x.shape[-1]
+    is_small = geometry == ((3, 3), (1, 1), (1, 1), (1, 1), "zeros")
+    return is_small and layer.groups == layer.in_channels == layer.out_channels == channels

@@ -66,6 +66,6 @@ class ConvSiLU(GridConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """SiLU of the convolution of (B, H, W, C)."""
         is_usual = applies(x, self.weight, self.bias) and cpu.is_unpatched(ConvSiLU)
-        if is_usual and can_fuse(x) and cpu.is_depthwise_silu(self, x):
+        if is_usual and can_fuse(x) and x.ndim == 4 and cpu.is_depthwise_silu(self, x.shape[-1]):
             return depthwise_silu(x, self.weight, self.bias)
         return F.silu(super().forward(x))

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from vmamba.nn import cpu
 from vmamba.nn.layers import ConvSiLU, LayerNorm, Linear
 from vmamba.ops import ss2d_scan
+from vmamba.ops.backends.native.block import Scan
 from vmamba.ops.precision import state_dtype
 from vmamba.ops.routes import Pattern, check_pattern, name_of
+from vmamba.ops.ss2d import scans_natively
 
 # One node each in a torch.fx graph, as timm's and torchvision's feature extractors make them.
 torch.fx.wrap("ss2d_scan")
 torch.fx.wrap("state_dtype")
 
+_SCAN = ss2d_scan  # as it is here, before anybody puts another function in its place
 _ROUTES = 4
 _STEP_RANGE, _STEP_FLOOR = (1e-3, 1e-1), 1e-4  # of the initial Δ
 
@@ -48,6 +51,7 @@ class SS2D(nn.Module):
     PARTS: ClassVar = {
         "in_proj": Linear, "conv": ConvSiLU, "norm": LayerNorm, "out_proj": Linear, "dropout": nn.Dropout,
     }  # fmt: skip
+    STEPS: ClassVar = ("mix", "scan", "gated_norm")
 
     def __init__(
         self,
@@ -127,6 +131,13 @@ class SS2D(nn.Module):
         # By a name, since graphs hold no functions.
         pattern = self.pattern if isinstance(self.pattern, str) else name_of(self.pattern)
         return ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, pattern)
+
+    def fused_scan(self, x: Tensor) -> Scan | None:
+        """The scans' parameters for `vss_block`; None where a call of `scan` in a block of x would do anything else."""
+        if ss2d_scan is not _SCAN or not isinstance(self.pattern, str) or not scans_natively(x, self.pattern):
+            return None
+        A = -torch.exp(self.A_log.to(state_dtype(self.A_log)))
+        return Scan(self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, self.pattern)
 
     def gated_norm(self, y: Tensor, gate: Tensor | None) -> Tensor:
         """The scans' result (..., D), normalised and gated."""

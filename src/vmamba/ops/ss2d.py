@@ -101,6 +101,13 @@ def ss2d_scan(
     return y
 
 
+def scans_natively(u: Tensor, pattern: str) -> bool:
+    """Whether `ss2d_scan` of such an image would run the kernel of the CPU, with nobody to watch it."""
+    if _watcher.get() is not None or not is_along_axes(pattern):
+        return False
+    return choose_backend(None, u.device, u.dtype, pattern).name == "native"
+
+
 def _scan_by_routes(backend: Backend, arguments: SS2DArguments) -> Tensor:
     """The operator's result for a pattern that is a function, by one call for each route.
 

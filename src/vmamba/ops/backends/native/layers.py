@@ -33,7 +33,7 @@ class _Layer(ctypes.Structure):
         sizes="batch height width channels bands tasks",
         pointers="x grad weight bias y grad_x grad_weights",
         floats="eps",
-        flags="bfloat16 threads",
+        flags="bfloat16 y_bfloat16 threads",
     )
 
 
@@ -192,7 +192,8 @@ def _layer(x: Tensor, **arguments: Tensor | float | None) -> _Layer:
     """What the library is told: of tensors, where they are. It writes nothing that is not given here."""
     threads = torch.get_num_threads() if x.numel() > _VALUES_FOR_THREADS else 1
     fields = {name: v.data_ptr() if isinstance(v, Tensor) else v for name, v in arguments.items()}
-    return _Layer(x=x.data_ptr(), bfloat16=x.dtype is torch.bfloat16, threads=threads, **fields)
+    is_low = x.dtype is torch.bfloat16
+    return _Layer(x=x.data_ptr(), bfloat16=is_low, y_bfloat16=is_low, threads=threads, **fields)
 
 
 def _image_layer(x: Tensor, **tensors: Tensor | None) -> _Layer:

@@ -98,7 +98,7 @@ def _grid_scan(arguments: SS2DArguments) -> tuple[_Scan, list[Tensor]]:
     """What the kernel is told of an SS2D, and the tensors that must outlive the call."""
     arguments.check()
     u, *others, pattern = arguments
-    image, bits = _dense(u, _image_dtype(u)), _route_bits(pattern)
+    image, bits = _dense(u, _image_dtype(u)), route_bits(pattern)
     projected, weight, bias, A, D = (_dense(value) for value in others)
     (batch, height, width, channels), (K, _, N), R = u.shape, A.shape, weight.shape[2]
     scan = _Scan(
@@ -112,7 +112,7 @@ def _grid_scan(arguments: SS2DArguments) -> tuple[_Scan, list[Tensor]]:
 
 
 @functools.cache
-def _route_bits(pattern: str) -> Tensor:
+def route_bits(pattern: str) -> Tensor:
     """A pattern's routes as the kernel knows them: 1 by columns, 2 backwards."""
     return torch.tensor(
         [route.columns + 2 * route.backwards for route in get_routes(pattern)], dtype=torch.int32, device="cpu"

@@ -1,0 +1,196 @@
+// A VSS block as a sequence of the library's own functions. What Python and torch do between two of them, twelve times a
+// block, takes as long as the work of a small grid; here nothing is between them, and what they leave each other lies in
+// one piece of memory.
+
+#include "block.h"
+
+#include "layers.h"
+#include "memory.h"
+#include "products.h"
+#include "scan.h"
+
+extern "C" {
+int32_t vmamba_layer_norm(Layer*);
+int32_t vmamba_depthwise_silu(Layer*);
+int32_t vmamba_gate(Layer*);
+int32_t vmamba_widen(Layer*);
+int32_t vmamba_linear(Product*);
+int32_t vmamba_scan(Scan*);
+}
+
+namespace {
+
+// Below these amounts of work, waking other threads takes longer: values, multiply-adds, steps of 16 channels.
+constexpr int64_t VALUES_FOR_THREADS = 16384, PRODUCTS_FOR_THREADS = 1 << 20, STEPS_FOR_THREADS = 512;
+constexpr int64_t BAND_ROWS = 16, LANES_OF_SCAN = 16;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+int64_t common_divisor(int64_t a, int64_t b) {
+    while (b) {
+        int64_t rest = a % b;
+        a = b, b = rest;
+    }
+    return a;
+}
+
+int64_t size_of(int32_t bfloat16) { return bfloat16 ? 2 : 4; }
+
+struct Weight {
+    const void* data;
+    const float* bias;
+    int32_t bfloat16;
+};
+
+// The calls of one block, in order, until one of them fails.
+struct Calls {
+    const Block& p;
+    bool failed = false;
+
+    int32_t threads(int64_t work, int64_t least) const { return work > least ? p.threads : 1; }
+
+    Layer layer(const void* x, void* y, int64_t values, int32_t bfloat16) const {
+        Layer call{};
+        call.x = x, call.y = y, call.bfloat16 = call.y_bfloat16 = bfloat16, call.threads = threads(values, VALUES_FOR_THREADS);
+        return call;
+    }
+
+    void norm(
+        const void* x, void* y, int64_t rows, int64_t channels, const float* weight, const float* bias, float eps,
+        int32_t x_bfloat16
+    ) {
+        if (failed) return;
+        Layer call = layer(x, y, rows * channels, x_bfloat16);
+        call.width = rows, call.channels = channels, call.weight = weight, call.bias = bias, call.eps = eps;
+        call.y_bfloat16 = p.low_products;
+        failed = vmamba_layer_norm(&call);
+    }
+
+    // y = act(x · weightᵀ + bias) + residual; x in the dtype of the products.
+    void product(
+        const void* x, void* y, int64_t rows, int64_t inputs, int64_t outputs, const Weight& weight, int32_t y_bfloat16,
+        bool gelu = false, const void* residual = nullptr
+    ) {
+        if (failed) return;
+        Product call{};
+        call.rows = rows, call.inputs = inputs, call.outputs = outputs, call.x = x, call.y = y, call.residual = residual;
+        call.weight = weight.data, call.bias = weight.bias, call.weight_bfloat16 = weight.bfloat16;
+        call.bfloat16 = p.low_products, call.y_bfloat16 = y_bfloat16, call.gelu = gelu;
+        call.threads = threads(rows * inputs * outputs, PRODUCTS_FOR_THREADS);
+        failed = vmamba_linear(&call);
+    }
+
+    void convolve(const void* x, void* y) {
+        if (failed) return;
+        Layer call = layer(x, y, p.batch * p.height * p.width * p.inner, p.low_products);
+        call.batch = p.batch, call.height = p.height, call.width = p.width, call.channels = p.inner;
+        call.bands = divide_up(p.height, BAND_ROWS), call.weight = p.conv_weight, call.bias = p.conv_bias;
+        failed = vmamba_depthwise_silu(&call);
+    }
+
+    void elementwise(int32_t (*function)(Layer*), const void* x, void* y, int64_t values) {
+        if (failed) return;
+        Layer call = layer(x, y, values, p.low_products);
+        call.channels = values;
+        failed = function(&call);
+    }
+
+    Scan scan(const void* u, const float* projected, void* y) const {
+        int64_t blocks = divide_up(p.inner, LANES_OF_SCAN), each = p.rank + 2 * p.states;
+        Scan call{};
+        call.batch = p.batch, call.height = p.height, call.width = p.width, call.channels = p.inner, call.groups = 1;
+        call.states = p.states, call.rank = p.rank, call.routes = p.routes, call.route_bits = p.route_bits;
+        call.pixel_stride = p.routes * each, call.route_stride = each, call.softplus = 1;
+        call.u = u, call.dt_low = projected, call.B = projected + p.rank, call.C = call.B + p.states, call.y = y;
+        call.dt_weight = p.dt_weight, call.dt_bias = p.dt_bias, call.A = p.A, call.D = p.D;
+        call.bfloat16 = p.low_products;
+        int64_t steps = p.batch * p.height * p.width * p.routes * blocks * p.states;
+        call.threads = threads(steps, STEPS_FOR_THREADS);
+        int64_t tasks = p.batch * (keeps_routes_apart(call) ? p.routes : 1);
+        call.slots = smaller(blocks, call.threads / common_divisor(tasks, call.threads));
+        return call;
+    }
+
+    // Where there are few tasks and many threads.
+    bool keeps_routes_apart(const Scan& call) const {
+        return call.threads > 2 && p.batch * divide_up(p.inner, LANES_OF_SCAN) < 2 * call.threads;
+    }
+};
+
+}  // namespace
+
+int32_t run_block(const Block& p) {
+    Calls calls{p};
+    int64_t rows = p.batch * p.height * p.width, channels = p.channels, inner = p.inner, low = p.low_products;
+    int64_t parts = divide_up(rows, p.stretch), longest = divide_up(rows, parts);
+    int64_t size = size_of(low), parameters = p.routes * (p.rank + 2 * p.states);
+    bool has_mlp = p.fc1_weight;
+
+    // Of all pixels: what the convolution takes, which becomes the scan's result; what it gives; the gate; the scan's
+    // parameters; routes that are kept apart. Of a stretch: normalised pixels, x after SS2D, the MLP's hidden layer.
+    Scan scan = calls.scan(nullptr, nullptr, nullptr);
+    Memory memory;
+    int64_t whole = rows * inner * size;
+    int64_t first = memory.piece(whole), image = memory.piece(whole), gate = memory.piece(p.gated ? whole : 0);
+    int64_t projected = memory.piece(rows * parameters * 4);
+    int64_t apart = memory.piece(calls.keeps_routes_apart(scan) ? p.routes * rows * inner * 4 : 0);
+    int64_t normalised = memory.piece(longest * larger(channels, inner) * size);
+    int64_t wide = memory.piece(low ? longest * inner * 4 : 0);
+    int64_t middle = memory.piece(has_mlp ? longest * channels * size_of(p.bfloat16) : 0);
+    int64_t hidden = memory.piece(longest * p.hidden * size);
+    char* base = memory.obtain();
+    if (!base) return 1;
+    auto at = [&](int64_t piece, int64_t offset = 0) { return base + piece + offset; };
+
+    auto in_stretches = [&](auto function) {
+        for (int64_t i = 0; i < parts; i++) {
+            int64_t begin = rows * i / parts;
+            function(begin, rows * (i + 1) / parts - begin);
+        }
+    };
+    const char* x = static_cast<const char*>(p.x);
+    char* y = static_cast<char*>(p.y);
+
+    in_stretches([&](int64_t begin, int64_t count) {
+        const char* pixels = x + begin * channels * size_of(p.bfloat16);
+        calls.norm(pixels, at(normalised), count, channels, p.norm1_weight, p.norm1_bias, p.norm1_eps, p.bfloat16);
+        Weight weight{p.in_weight, p.in_bias, p.low_in};
+        calls.product(at(normalised), at(first, begin * inner * size), count, channels, inner, weight, low);
+        if (!p.gated) return;
+        weight.data = static_cast<const char*>(weight.data) + inner * channels * size_of(p.low_in);
+        if (weight.bias) weight.bias += inner;
+        calls.product(at(normalised), at(gate, begin * inner * size), count, channels, inner, weight, low);
+    });
+    calls.convolve(at(first), at(image));
+    in_stretches([&](int64_t begin, int64_t count) {
+        char* u = at(image, begin * inner * size);
+        float* values = reinterpret_cast<float*>(at(projected)) + begin * parameters;
+        if (low) calls.elementwise(vmamba_widen, u, at(wide), count * inner), u = at(wide);
+        Product call{};
+        call.rows = count, call.inputs = inner, call.outputs = parameters, call.x = u, call.y = values;
+        call.weight = p.x_weight, call.threads = calls.threads(count * inner * parameters, PRODUCTS_FOR_THREADS);
+        if (!calls.failed) calls.failed = vmamba_linear(&call);
+    });
+    if (calls.failed) return 1;
+    scan = calls.scan(at(image), reinterpret_cast<float*>(at(projected)), at(first));
+    if (calls.keeps_routes_apart(scan)) scan.route_y = reinterpret_cast<float*>(at(apart));
+    if (vmamba_scan(&scan)) return 1;
+
+    in_stretches([&](int64_t begin, int64_t count) {
+        char* mixed = at(first, begin * inner * size);
+        int64_t offset = begin * channels * size_of(p.bfloat16);
+        char* after = has_mlp ? at(middle) : y + offset;
+        calls.norm(mixed, at(normalised), count, inner, p.norm_weight, p.norm_bias, p.norm_eps, low);
+        if (p.gated) calls.elementwise(vmamba_gate, at(gate, begin * inner * size), at(normalised), count * inner);
+        Weight out{p.out_weight, p.out_bias, p.low_out};
+        calls.product(at(normalised), after, count, inner, channels, out, p.bfloat16, false, x + offset);
+        if (!has_mlp) return;
+        calls.norm(after, at(normalised), count, channels, p.norm2_weight, p.norm2_bias, p.norm2_eps, p.bfloat16);
+        Weight fc1{p.fc1_weight, p.fc1_bias, p.low_fc1}, fc2{p.fc2_weight, p.fc2_bias, p.low_fc2};
+        calls.product(at(normalised), at(hidden), count, channels, p.hidden, fc1, low, true);
+        calls.product(at(hidden), y + offset, count, p.hidden, channels, fc2, p.bfloat16, false, after);
+    });
+    return calls.failed;
+}

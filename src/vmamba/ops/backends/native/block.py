@@ -1,0 +1,169 @@
+"""A VSS block of inference in one call (`csrc/block.cpp`).
+
+The function needs the library (`reason_unavailable`), is not recorded for autograd, and is for callers that have made
+sure that nobody wants that. Results do not depend on the number of threads, which is torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmamba.ops.backends.native.library import compute_function, fields, reason_unavailable
+from vmamba.ops.backends.native.products import wins
+from vmamba.ops.backends.native.scan import route_bits
+
+__all__ = ["Affine", "Scan", "reason_unavailable", "vss_block"]
+
+# Values of the MLP's hidden layer that are computed at a time, 8 MB in float32.
+_STRETCH = 2**21
+
+
+class Affine(NamedTuple):
+    """The parameters of a linear layer, of a convolution or, with its eps, of a LayerNorm."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float = 0.0
+
+
+class Scan(NamedTuple):
+    """The parameters of SS2D's scans, as `vmamba.ops.ss2d_scan` takes them, and a pattern along rows and columns."""
+
+    x_proj_weight: Tensor
+    dt_proj_weight: Tensor
+    dt_proj_bias: Tensor
+    A: Tensor
+    D: Tensor
+    pattern: str
+
+
+class _Block(ctypes.Structure):
+    """`struct Block` of csrc/block.h."""
+
+    _fields_ = fields(
+        sizes="batch height width channels inner hidden states rank routes stretch",
+        pointers="route_bits x norm1_weight norm1_bias in_weight in_bias conv_weight conv_bias x_weight dt_weight"
+        " dt_bias A D norm_weight norm_bias out_weight out_bias norm2_weight norm2_bias fc1_weight fc1_bias fc2_weight"
+        " fc2_bias y",
+        floats="norm1_eps norm_eps norm2_eps",
+        flags="bfloat16 low_products low_in low_out low_fc1 low_fc2 gated threads",
+    )
+
+
+_call_block = compute_function("vmamba_block", _Block)
+
+
+class _UnfitError(Exception):
+    """The call is not one that the kernel knows."""
+
+
+def vss_block(
+    x: Tensor,
+    norm1: Affine,
+    in_proj: Affine,
+    conv: Affine,
+    scan: Scan,
+    norm: Affine,
+    out_proj: Affine,
+    mlp: Sequence[Affine] = (),
+    gated: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor | None:
+    """x + SS2D(LayerNorm(x)), then of that x + MLP(LayerNorm(x)), the exact GELU in between.
+
+    Args:
+        x: (B, H, W, C), float32, or bfloat16 where `dtype` is; left as it is.
+        norm1: before SS2D, (C,).
+        in_proj: (D, C), with a gate (2D, C).
+        conv: depthwise, (D, 1, 3, 3).
+        scan: of D channels.
+        norm: after the scans, (D,).
+        out_proj: (C, D).
+        mlp: LayerNorm (C,), weights (M, C) and (C, M), or nothing.
+        gated: whether the second half of in_proj makes a gate.
+        dtype: of the products and of what lies between them, float32 or bfloat16. Parameters have this dtype or, beside
+            bfloat16, float32.
+
+    Returns:
+        (B, H, W, C) in the dtype of x, contiguous; None where shapes or dtypes are not these, the scans have no state
+        or no rank, or products of this size are faster elsewhere.
+
+    Raises:
+        RuntimeError: memory ran out.
+    """
+    try:
+        block, keep = _described(x, norm1, in_proj, conv, scan, norm, out_proj, mlp, gated, dtype)
+    except _UnfitError:
+        return None
+    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    block.y = y.data_ptr()
+    _call_block(block)
+    del keep
+    return y
+
+
+def _described(
+    x: Tensor, norm1: Affine, in_proj: Affine, conv: Affine, scan: Scan, norm: Affine, out_proj: Affine,
+    mlp: Sequence[Affine], gated: bool, dtype: torch.dtype,
+) -> tuple[_Block, list[Tensor]]:  # fmt: skip
+    """What the kernel is told, and the tensors that must outlive the call."""
+    keep: list[Tensor] = []
+    if x.ndim != 4 or not x.numel() or x.dtype not in (dtype, torch.float32) or in_proj.weight is None:
+        raise _UnfitError
+    channels, rows, inner = x.shape[-1], x.numel() // x.shape[-1], len(in_proj.weight) // (2 if gated else 1)
+    routes, states, rank = scan.A.shape[0], scan.A.shape[-1], scan.dt_proj_weight.shape[-1]
+    if not states * rank:
+        raise _UnfitError
+
+    def address(value: Tensor | None, *shape: int, low: bool = False) -> int | None:
+        """Of a tensor of this shape, in float32, or as it is where `low` dtypes do."""
+        if value is None:
+            return None
+        if value.shape != shape or value.dtype not in (torch.float32, dtype) or not value.is_cpu:
+            raise _UnfitError
+        if not (value.dtype is torch.float32 or low) or not value.is_contiguous():
+            value = (value.detach() if low else value.detach().float()).contiguous()
+            keep.append(value)
+        return value.data_ptr()
+
+    def weight(layer: Affine, outputs: int, inputs: int) -> int | None:
+        if layer.weight is None or not wins(rows, inputs, outputs, dtype):
+            raise _UnfitError
+        return address(layer.weight, outputs, inputs, low=True)
+
+    def is_low(layer: Affine) -> bool:
+        return layer.weight is not None and layer.weight.dtype is torch.bfloat16
+
+    image, bits = x.contiguous(), route_bits(scan.pattern)
+    keep.append(image)
+    batch, height, width, _ = x.shape
+    wide = (2 if gated else 1) * inner
+    block = _Block(
+        batch=batch, height=height, width=width, channels=channels, inner=inner, states=states, rank=rank,
+        routes=routes, route_bits=bits.data_ptr(), x=image.data_ptr(),
+        norm1_weight=address(norm1.weight, channels), norm1_bias=address(norm1.bias, channels), norm1_eps=norm1.eps,
+        in_weight=weight(in_proj, wide, channels), in_bias=address(in_proj.bias, wide), low_in=is_low(in_proj),
+        conv_weight=address(conv.weight, inner, 1, 3, 3), conv_bias=address(conv.bias, inner),
+        x_weight=address(scan.x_proj_weight.flatten(0, 1), routes * (rank + 2 * states), inner),
+        dt_weight=address(scan.dt_proj_weight, routes, inner, rank), dt_bias=address(scan.dt_proj_bias, routes, inner),
+        A=address(scan.A, routes, inner, states), D=address(scan.D, routes, inner),
+        norm_weight=address(norm.weight, inner), norm_bias=address(norm.bias, inner), norm_eps=norm.eps,
+        out_weight=weight(out_proj, channels, inner), out_bias=address(out_proj.bias, channels),
+        low_out=is_low(out_proj), bfloat16=x.dtype is torch.bfloat16, low_products=dtype is torch.bfloat16, gated=gated,
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    hidden = wide
+    if mlp:
+        norm2, fc1, fc2 = mlp
+        hidden = 0 if fc1.weight is None else len(fc1.weight)
+        block.hidden, block.norm2_eps, block.low_fc1, block.low_fc2 = hidden, norm2.eps, is_low(fc1), is_low(fc2)
+        block.norm2_weight, block.norm2_bias = address(norm2.weight, channels), address(norm2.bias, channels)
+        block.fc1_weight, block.fc1_bias = weight(fc1, hidden, channels), address(fc1.bias, hidden)
+        block.fc2_weight, block.fc2_bias = weight(fc2, channels, hidden), address(fc2.bias, channels)
+    block.stretch = max(1, _STRETCH // max(wide, hidden))
+    return block, keep
