@@ -673,3 +673,24 @@ def test_tuning_tries_configurations(load, monkeypatch):
     ]  # fmt: skip
     assert {rows[0]["configuration"] for rows in groups} == {repr(fastest)}
     assert any(row.get("error") == "too large" for rows in groups for row in rows)
+
+
+def test_pages_of_exports_keep_the_rows_of_other_runs(load, monkeypatch, tmp_path):
+    exports = load("exports")
+    found = {
+        "vmamba_nano": ["7", "", "1e-06"],
+        "vmamba_femto": ["3", "99", "1e-07"],
+        "vmamba_pico_s2": ["", "", "none"],
+    }
+    monkeypatch.setattr(exports, "write", lambda name, form, seconds: [name, form, *found[name]])
+    where = ["--output", str(tmp_path), "--formats"]
+    assert exports.main([*where, "torch", "--models", "vmamba_femto", "vmamba_nano"]) == 0
+    found["vmamba_femto"] = ["4", "88", "2e-07"]
+    assert exports.main([*where, "onnx", "torch", "--models", "vmamba_femto", "vmamba_pico_s2"]) == 1
+    rows = exports.read(tmp_path / "exports.md")
+    assert list(rows) == [
+        ("vmamba_nano", "torch"), ("vmamba_pico_s2", "onnx"), ("vmamba_pico_s2", "torch"), ("vmamba_femto", "onnx"),
+        ("vmamba_femto", "torch"),
+    ]  # fmt: skip
+    assert rows["vmamba_femto", "torch"] == ["vmamba_femto", "torch", "4", "88", "2e-07"]
+    assert rows["vmamba_nano", "torch"] == ["vmamba_nano", "torch", "7", "", "1e-06"]
