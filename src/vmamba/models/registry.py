@@ -290,7 +290,7 @@ def _default_cfg(variant: Variant) -> dict[str, Any]:
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1" if variant.stem == "conv" else "stem.conv",
+        "first_conv": "stem.conv" if variant.stem == "patch" else "stem.conv1",
         "classifier": "head.fc",
         "license": "mit",
         "paper_name": "VMamba: Visual State Space Model",

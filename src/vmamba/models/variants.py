@@ -47,7 +47,10 @@ class Variant:
         mlp_ratio: hidden channels of the MLP over outer ones; 0 for blocks without MLP.
         gated: whether SS2D's output is multiplied by SiLU of a second projection.
         conv_bias: whether SS2D's depthwise convolution has a bias.
-        stem: "conv" for two 3×3 convolutions, "patch" for one convolution whose stride is its kernel.
+        mlp: "pixel" for an MLP at each pixel, "local" for two 3×3 convolutions in its place.
+        norm: "layer", or "batch" in stem and downsampling and before each SS2D.
+        stem: "conv" for two 3×3 convolutions, "wide" for a 7×7 one before the second, "patch" for one convolution whose
+            stride is its kernel.
         stem_stride: 1, 2 or 4.
         downsample: "conv" for a 3×3 convolution of stride 2, "merge" for patch merging.
         drop_path_rate: stochastic depth of the published or recommended training recipe.
@@ -62,7 +65,9 @@ class Variant:
     mlp_ratio: float = 4.0
     gated: bool = False
     conv_bias: bool = False
-    stem: Literal["conv", "patch"] = "conv"
+    mlp: Literal["pixel", "local"] = "pixel"
+    norm: Literal["layer", "batch"] = "layer"
+    stem: Literal["conv", "wide", "patch"] = "conv"
     stem_stride: Literal[1, 2, 4] = 4
     downsample: Literal["conv", "merge"] = "conv"
     drop_path_rate: float = 0.0

@@ -7,7 +7,8 @@ learning rates, optimizers, its training scripts) finds what it looks for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,11 +19,16 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from vmamba.nn import SS2D, ConvDownsample, ConvStem, LayerNorm, PatchMerging, PatchStem, VSSBlock
+from vmamba.nn.local import LocalMlp
 from vmamba.ops.registration import is_tracing_for_export
 from vmamba.ops.routes import Pattern, check_pattern
 
-_STEMS = {"conv": ConvStem, "patch": PatchStem}
-_DOWNSAMPLES = {"conv": ConvDownsample, "merge": PatchMerging}
+_STEMS: dict[str, Callable[..., nn.Module]] = {
+    "conv": ConvStem,
+    "wide": partial(ConvStem, wide=True),
+    "patch": PatchStem,
+}
+_DOWNSAMPLES: dict[str, Callable[..., nn.Module]] = {"conv": ConvDownsample, "merge": PatchMerging}
 
 
 class Stage(nn.Module):
@@ -52,8 +58,9 @@ class VMamba(nn.Module):
         depths, dims: blocks and channels per stage.
         d_state, ssm_ratio, conv_bias, gated, init: see `vmamba.nn.SS2D`.
         pattern: the routes of the scans, as for `vmamba.nn.SS2D`: one pattern, or one for each block.
-        mlp_ratio: see `vmamba.nn.VSSBlock`.
-        stem, stem_stride: "conv" or "patch"; 4, 2 or 1.
+        mlp_ratio, mlp: see `vmamba.nn.VSSBlock`.
+        norm: of stem and downsampling and before each SS2D, "layer" or "batch"; not for the vanilla models' parts.
+        stem, stem_stride: "conv", "wide" (`vmamba.nn.ConvStem`) or "patch"; 4, 2 or 1.
         downsample: "conv" or "merge".
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after each SS2D and in each MLP.
@@ -83,7 +90,9 @@ class VMamba(nn.Module):
         mlp_ratio: float = 4.0,
         gated: bool = False,
         conv_bias: bool = False,
-        stem: Literal["conv", "patch"] = "conv",
+        mlp: Literal["pixel", "local"] = "pixel",
+        norm: Literal["layer", "batch"] = "layer",
+        stem: Literal["conv", "wide", "patch"] = "conv",
         stem_stride: Literal[1, 2, 4] = 4,
         downsample: Literal["conv", "merge"] = "conv",
         init: Literal["v0", "v1", "v2"] = "v0",
@@ -111,6 +120,8 @@ class VMamba(nn.Module):
                 f"output_stride is {output_stride}, but patch merging cannot keep a grid's size: choose a variant that"
                 " downsamples by convolutions"
             )
+        if norm != "layer" and "patch" in (stem, "patch" if downsample == "merge" else ""):
+            raise ValueError(f"norm is {norm!r}; patch stem and patch merging have 'layer' alone")
         self.variant: str | None = None
         self.num_classes = num_classes
         self.global_pool = global_pool
@@ -122,14 +133,16 @@ class VMamba(nn.Module):
         ]
         self.img_size = self._checked_size(img_size)
 
-        self.stem = _STEMS[stem](in_chans, dims[0], stem_stride, **dd)
+        norms: dict[str, Any] = {} if norm == "layer" else {"norm": norm}
+        self.stem = _STEMS[stem](in_chans, dims[0], stem_stride, **norms, **dd)
         rates = (drop_path_rate * block / max(sum(depths) - 1, 1) for block in itertools.count())
         patterns = iter(_one_each(pattern, sum(depths)))
         stages = []
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             between: nn.Module = nn.Identity()
             if i:
-                between = _DOWNSAMPLES[downsample](dims[i - 1], dim, stride=reductions[i] // reductions[i - 1], **dd)
+                stride = reductions[i] // reductions[i - 1]
+                between = _DOWNSAMPLES[downsample](dims[i - 1], dim, stride=stride, **norms, **dd)
             blocks = [
                 VSSBlock(
                     dim,
@@ -137,6 +150,8 @@ class VMamba(nn.Module):
                     drop_path=rate,
                     proj_drop=proj_drop_rate,
                     dd=dd,
+                    mlp=mlp,
+                    norm=norm,
                     d_state=d_state,
                     ssm_ratio=ssm_ratio,
                     conv_bias=conv_bias,
@@ -193,6 +208,9 @@ class VMamba(nn.Module):
                 reset()
             if isinstance(module, nn.Linear):
                 _init_linear(module)
+        for module in self.modules():  # after their norms
+            if isinstance(module, LocalMlp):
+                module.close()
 
     @property
     def pattern(self) -> Pattern | list[Pattern]:

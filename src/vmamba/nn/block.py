@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.layers import DropPath
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vmamba.nn import cpu
 from vmamba.nn.layers import LayerNorm
+from vmamba.nn.local import LocalMlp, Norm, norm_layer
 from vmamba.nn.mlp import Mlp
 from vmamba.nn.ss2d import SS2D
 from vmamba.ops.backends.native.block import Affine, vss_block
@@ -25,6 +26,8 @@ class VSSBlock(nn.Module):
         mlp_ratio: hidden channels of the MLP over `dim`; 0 for none.
         drop_path: probability of skipping each branch, per sample, in training.
         proj_drop: rate of the dropout after SS2D and inside the MLP.
+        mlp: "pixel" for an MLP at each pixel, "local" for 3×3 convolutions without the LayerNorm (`LocalMlp`).
+        norm: before SS2D, "layer" or "batch".
         **ss2d: arguments of `SS2D`.
     """
 
@@ -35,17 +38,19 @@ class VSSBlock(nn.Module):
 
     def __init__(
         self, dim: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, proj_drop: float = 0.0, dd: Any = None,
-        **ss2d: Any,
+        mlp: Literal["pixel", "local"] = "pixel", norm: Norm = "layer", **ss2d: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         dd = dd or {}
-        self.norm1 = LayerNorm(dim, **dd)
+        if mlp not in ("pixel", "local"):
+            raise ValueError(f"mlp is {mlp!r}; expected 'pixel' or 'local'")
+        self.norm1 = norm_layer(norm, dim, **dd)
         self.ss2d = SS2D(dim, dropout=proj_drop, **ss2d, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
-        self.mlp = None
+        self.mlp: Any = None
         if mlp_ratio:
-            self.norm2 = LayerNorm(dim, **dd)
-            self.mlp = Mlp(dim, int(mlp_ratio * dim), drop=proj_drop, **dd)
+            self.norm2: Any = LayerNorm(dim, **dd) if mlp == "pixel" else nn.Identity()
+            self.mlp = (Mlp if mlp == "pixel" else LocalMlp)(dim, int(mlp_ratio * dim), drop=proj_drop, **dd)
             self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

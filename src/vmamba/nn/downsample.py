@@ -9,16 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.nn.layers import GridConv2d, LayerNorm, Linear
+from vmamba.nn.local import Norm, norm_layer
 from vmamba.ops.registration import is_tracing_for_export
 
 
 class ConvDownsample(nn.Module):
-    """A 3×3 convolution of stride 2 and a LayerNorm; with `stride=1` the grid keeps its size."""
+    """A 3×3 convolution of stride 2 and a norm, "layer" or "batch"; with `stride=1` the grid keeps its size."""
 
-    def __init__(self, dim: int, out_dim: int, stride: int = 2, **dd: Any) -> None:
+    def __init__(self, dim: int, out_dim: int, stride: int = 2, norm: Norm = "layer", **dd: Any) -> None:
         super().__init__()
         self.conv = GridConv2d(dim, out_dim, 3, stride=stride, padding=1, **dd)
-        self.norm = LayerNorm(out_dim, **dd)
+        self.norm = norm_layer(norm, out_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) to (B, ⌈H/stride⌉, ⌈W/stride⌉, out_dim)."""

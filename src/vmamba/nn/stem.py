@@ -7,26 +7,32 @@ from typing import Any
 from torch import Tensor, nn
 
 from vmamba.nn.layers import GELU, GridConv2d, LayerNorm
+from vmamba.nn.local import Norm, norm_layer
 
 
 class ConvStem(nn.Module):
-    """Two 3×3 convolutions, each followed by a LayerNorm, a GELU between them (paper, section 4.1).
+    """Two 3×3 convolutions, each followed by a norm, a GELU between them (paper, section 4.1).
 
     Args:
         in_chans: channels of the image.
         dim: channels of the grid; the first convolution makes half of them.
         stride: 4, 2 or 1. The convolutions share it: 2·2, 2·1 or 1·1.
+        norm: "layer", as in the paper, or "batch".
+        wide: whether the first convolution is 7×7 and makes all channels.
     """
 
-    def __init__(self, in_chans: int, dim: int, stride: int = 4, **dd: Any) -> None:
+    def __init__(
+        self, in_chans: int, dim: int, stride: int = 4, norm: Norm = "layer", wide: bool = False, **dd: Any
+    ) -> None:
         super().__init__()
         if stride not in (1, 2, 4):
             raise ValueError(f"stem stride is {stride}; expected 1, 2 or 4")
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2 if stride > 1 else 1, padding=1, **dd)
-        self.norm1 = LayerNorm(dim // 2, **dd)
+        hidden, side = (dim, 7) if wide else (dim // 2, 3)
+        self.conv1 = nn.Conv2d(in_chans, hidden, side, stride=2 if stride > 1 else 1, padding=side // 2, **dd)
+        self.norm1 = norm_layer(norm, hidden, **dd)
         self.act = GELU()
-        self.conv2 = GridConv2d(dim // 2, dim, 3, stride=2 if stride > 2 else 1, padding=1, **dd)
-        self.norm2 = LayerNorm(dim, **dd)
+        self.conv2 = GridConv2d(hidden, dim, 3, stride=2 if stride > 2 else 1, padding=1, **dd)
+        self.norm2 = norm_layer(norm, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) to (B, ⌈H/stride⌉, ⌈W/stride⌉, dim)."""

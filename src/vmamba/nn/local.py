@@ -1,0 +1,64 @@
+"""Parts that look at neighbours and at the batch: for small models that have to learn in minutes (docs/learning.md)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from vmamba.nn.layers import GridConv2d, LayerNorm
+
+Norm = Literal["layer", "batch"]
+
+
+class BatchNorm(nn.Module):
+    """`torch.nn.BatchNorm2d` of grids (B, H, W, C): each channel over pixels and images.
+
+    It holds the layer instead of being one, so that `torch.nn.SyncBatchNorm.convert_sync_batchnorm` finds it.
+    """
+
+    def __init__(self, dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same."""
+        y: Tensor = self.bn(x.permute(0, 3, 1, 2))
+        return y.permute(0, 2, 3, 1)
+
+
+def norm_layer(norm: Norm, dim: int, **dd: Any) -> Any:
+    """A norm of grids with so many channels: LayerNorm or BatchNorm.
+
+    Raises:
+        ValueError: the norm is neither "layer" nor "batch".
+    """
+    if norm not in ("layer", "batch"):
+        raise ValueError(f"norm is {norm!r}; expected 'layer' or 'batch'")
+    return LayerNorm(dim, **dd) if norm == "layer" else BatchNorm(dim, **dd)
+
+
+class LocalMlp(nn.Module):
+    """The channel mixer that sees neighbours: 3×3 convolution, BatchNorm, ReLU, 3×3 convolution, BatchNorm, dropout.
+
+    It needs no norm before it. With as many hidden channels as outer ones it is the branch of a ResNet block, and like
+    that begins as nothing: the weight of the last norm is 0.
+    """
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, **dd: Any) -> None:
+        super().__init__()
+        self.conv1 = GridConv2d(dim, hidden, 3, padding=1, bias=False, **dd)
+        self.norm1 = BatchNorm(hidden, **dd)
+        self.act = nn.ReLU()
+        self.conv2 = GridConv2d(hidden, dim, 3, padding=1, bias=False, **dd)
+        self.norm2 = BatchNorm(dim, **dd)
+        self.drop = nn.Dropout(drop)
+        self.close()
+
+    def close(self) -> None:
+        """Let the branch be nothing, as at the beginning."""
+        nn.init.zeros_(self.norm2.bn.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same."""
+        return self.drop(self.norm2(self.conv2(self.act(self.norm1(self.conv1(x))))))

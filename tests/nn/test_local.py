@@ -1,0 +1,92 @@
+"""The parts that look at neighbours and at the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import vmamba
+from vmamba.nn import VSSBlock
+from vmamba.nn.local import BatchNorm, LocalMlp
+from vmamba.nn.stem import ConvStem
+
+LOCAL = {"mlp": "local", "norm": "batch", "mlp_ratio": 1.0}
+
+
+def test_batch_norm_is_torchs_on_grids():
+    ours, theirs, x = BatchNorm(6), nn.BatchNorm2d(6), torch.randn(3, 5, 4, 6)
+    torch.testing.assert_close(ours(x), theirs(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    torch.testing.assert_close(ours.bn.running_var, theirs.running_var)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(ours))
+    assert isinstance(synchronised[0].bn, nn.SyncBatchNorm)
+
+
+def test_local_mlp_is_two_convolutions_and_begins_as_nothing():
+    mlp, x = LocalMlp(4, 8).eval(), torch.randn(2, 6, 5, 4)
+    assert not mlp(x).any()
+    nn.init.ones_(mlp.norm2.bn.weight)
+    scale = (1 + mlp.norm1.bn.eps) ** -0.5
+    hidden = nn.functional.conv2d(x.permute(0, 3, 1, 2), mlp.conv1.weight, padding=1) * scale
+    expected = nn.functional.conv2d(hidden.relu(), mlp.conv2.weight, padding=1) * scale
+    torch.testing.assert_close(mlp(x), expected.permute(0, 2, 3, 1))
+
+
+def test_a_local_block_computes_the_same_with_and_without_autograd():
+    block, x = VSSBlock(16, **LOCAL), torch.randn(2, 6, 7, 16)
+    nn.init.ones_(block.mlp.norm2.bn.weight)
+    block(x)  # moves the statistics
+    block.eval()
+    y = x + block.ss2d(block.norm1(x))
+    expected = y + block.mlp(y)
+    torch.testing.assert_close(block(x), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_the_wide_stem_halves_as_the_other_does(stride):
+    wide, x = ConvStem(3, 8, stride, norm="batch", wide=True), torch.randn(2, 3, 17, 24)
+    assert wide(x).shape == ConvStem(3, 8, stride)(x).shape
+    assert wide.conv1.weight.shape == (8, 3, 7, 7)
+
+
+def test_a_local_model_learns():
+    torch.manual_seed(0)
+    model = vmamba.VMamba(depths=(1, 1), dims=(8, 16), num_classes=2, stem="wide", img_size=16, **LOCAL)
+    assert sum(isinstance(module, BatchNorm) for module in model.modules()) == 2 + 1 + 2 * 3
+    optimizer, labels = torch.optim.AdamW(model.parameters(), lr=1e-2), torch.arange(8) % 2
+    images = torch.randn(8, 3, 16, 16) + labels[:, None, None, None]
+    losses = []
+    for _ in range(12):
+        losses.append(nn.functional.cross_entropy(model(images), labels))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
+    again = vmamba.VMamba(depths=(1, 1), dims=(8, 16), num_classes=2, stem="wide", img_size=16, **LOCAL)
+    again.load_state_dict(model.state_dict())
+    assert again.stages[1].blocks[0].mlp.norm2.bn.weight.any()
+    torch.testing.assert_close(again.eval()(images), model.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mlp": "dense"}, "mlp is 'dense'; expected 'pixel' or 'local'"),
+        ({"norm": "group"}, "norm is 'group'; expected 'layer' or 'batch'"),
+        ({"norm": "batch", "stem": "patch"}, "patch stem and patch merging have 'layer' alone"),
+        ({"norm": "batch", "downsample": "merge"}, "patch stem and patch merging have 'layer' alone"),
+    ],
+)
+def test_unknown_parts_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        vmamba.VMamba(depths=(1,), dims=(8,), **arguments)
+
+
+def test_drawing_anew_closes_the_branches_too():
+    model = vmamba.VMamba(depths=(1,), dims=(8,), num_classes=2, **LOCAL)
+    nn.init.ones_(model.stages[0].blocks[0].mlp.norm2.bn.weight)
+    model.init_weights()
+    assert not model.stages[0].blocks[0].mlp.norm2.bn.weight.any()
+    assert model.stages[0].blocks[0].mlp.norm1.bn.weight.all()
