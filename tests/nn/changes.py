@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from vmamba.ops import use_backend
 
-_PLACES = ("vmamba.ops.layers", "vmamba.nn.layers", "vmamba.nn.mlp", "vmamba.nn.block")
+_PLACES = ("vmamba.ops.layers", "vmamba.nn.layers", "vmamba.nn.mlp", "vmamba.nn.block", "vmamba.nn.stem")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from vmamba.models.vmamba import VMamba
-from vmamba.nn import GELU, SS2D, ConvSiLU, GridConv2d, LayerNorm, Linear, Mlp, VSSBlock, cpu
+from vmamba.nn import GELU, SS2D, ConvSiLU, ConvStem, GridConv2d, LayerNorm, Linear, Mlp, VSSBlock, cpu
 from vmamba.ops.backends import native
 
 pytestmark = pytest.mark.skipif(native.unavailable(torch.device("cpu")) is not None, reason="there is no fast path")
@@ -104,8 +104,13 @@ def test_one_module_hooked_patched_or_subclassed(change, unchanged):
         check(model, None if "backward" in change.__name__ else before)
 
 
+KINDS = [
+    Linear, LayerNorm, GELU, GridConv2d, ConvSiLU, Mlp, SS2D, VSSBlock, ConvStem, nn.Conv2d, nn.Dropout,
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("change", [patched_class, global_hook], ids=lambda change: change.__name__)
-@pytest.mark.parametrize("kind", [Linear, LayerNorm, GELU, GridConv2d, ConvSiLU, Mlp, SS2D, VSSBlock, nn.Dropout])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_class_patched_or_every_module_hooked(change, kind, unchanged):
     variant, before = unchanged
     model = make(variant)

@@ -1,11 +1,6 @@
 // The C interface that ops/backends/native/ calls through ctypes: picks the kernels for this processor and shares the tasks
 // out among threads.
 
-#include <pthread.h>
-#include <stdlib.h>
-
-#include <atomic>
-
 #include "block.h"
 #include "enlarging.h"
 #include "layers.h"
@@ -13,6 +8,8 @@
 #include "products.h"
 #include "roi_align.h"
 #include "scan.h"
+#include "stem.h"
+#include "threads.h"
 
 #define DECLARE(isa)                             \
     namespace isa {                              \
@@ -30,13 +27,6 @@ DECLARE(avx512)
 DECLARE(avx2)
 #endif
 DECLARE(baseline)
-
-// Of the OpenMP runtime that torch has loaded; null where the dynamic linker does not find it.
-#if defined(__ELF__)
-extern "C" int omp_get_thread_num() __attribute__((weak));
-#else
-constexpr int (*omp_get_thread_num)() = nullptr;
-#endif
 
 namespace {
 
@@ -83,87 +73,6 @@ bool runs_here(const char* name) {
     return equal(name, "baseline");
 }
 
-// GOMP_parallel of the OpenMP runtime that torch has loaded, or null. A pool of our own beside torch's would compete with
-// its threads, which keep spinning for a while after each of its operators.
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-Parallel openmp = nullptr;
-
-// OpenMP's threads do not survive a fork, and its runtime does not notice: a forked child works alone.
-std::atomic<bool> forked{false};
-
-constexpr int64_t MAX_THREADS = 256;
-
-// Each thread begins with its own stretch of the tasks, because the operator before, torch's or ours, left a like stretch of
-// the data in its cache; then it helps the others.
-struct alignas(64) Stretch {
-    std::atomic<int64_t> next;
-    int64_t end;
-};
-
-template <class Call>
-struct Work {
-    const Call* call;
-    void (*run)(const Call&, int64_t, float*);
-    int64_t threads;
-    size_t scratch;
-    std::atomic<int64_t> arrived{0};
-    std::atomic<bool> out_of_memory{false};
-    Stretch stretches[MAX_THREADS];  // of `threads` threads
-};
-
-template <class Call>
-void worker(void* argument) {
-    Work<Call>& work = *static_cast<Work<Call>*>(argument);
-    void* scratch = nullptr;
-    if (work.scratch && posix_memalign(&scratch, 64, work.scratch)) {
-        work.out_of_memory = true;
-        return;
-    }
-    int64_t own = openmp && omp_get_thread_num ? omp_get_thread_num() : work.arrived.fetch_add(1);
-    for (int64_t i = 0; i < work.threads; i++) {
-        Stretch& stretch = work.stretches[(own + i) % work.threads];
-        for (int64_t task; (task = stretch.next.fetch_add(1)) < stretch.end;) {
-            work.run(*work.call, task, static_cast<float*>(scratch));
-        }
-    }
-    free(scratch);
-}
-
-template <class Call>
-void* thread_main(void* argument) {
-    worker<Call>(argument);
-    return nullptr;
-}
-
-// Whether all tasks were done. A Call is one of the structures, which all say how many `threads` they want.
-template <class Call>
-bool share(const Call& p, int64_t tasks, size_t scratch, void (*run)(const Call&, int64_t, float*)) {
-    Work<Call> work;
-    int64_t threads = forked ? 1 : p.threads < tasks ? p.threads : tasks;
-    if (threads > MAX_THREADS) threads = MAX_THREADS;
-    if (threads < 1) threads = 1;
-    work.call = &p;
-    work.run = run;
-    work.threads = threads;
-    work.scratch = scratch;
-    for (int64_t i = 0; i < threads; i++) {
-        work.stretches[i].next = tasks * i / threads;
-        work.stretches[i].end = tasks * (i + 1) / threads;
-    }
-    if (threads == 1) {
-        worker<Call>(&work);
-    } else if (openmp) {
-        openmp(worker<Call>, &work, unsigned(threads), 0);
-    } else {
-        pthread_t others[MAX_THREADS];
-        int started = 0;
-        while (started < threads - 1 && !pthread_create(&others[started], nullptr, thread_main<Call>, &work)) started++;
-        worker<Call>(&work);
-        for (int i = 0; i < started; i++) pthread_join(others[i], nullptr);
-    }
-    return !work.out_of_memory;
-}
-
 constexpr int64_t SUM_LENGTH = 16384;
 
 // A layer's tasks are shares of one size. Several for each thread: one that comes late, or is held up, does fewer.
@@ -185,7 +94,7 @@ int32_t run(Call* p, void (*task)(const Call&, int64_t, float*), size_t scratch 
     EXPORT int32_t name(Structure* p)
 
 // Changes with the structures and the functions below, so that a library left over from another version is recognised.
-EXPORT int32_t vmamba_interface() { return 8; }
+EXPORT int32_t vmamba_interface() { return 9; }
 
 EXPORT const char* vmamba_kernels() { return chosen->name; }
 
@@ -270,6 +179,8 @@ COMPUTE(vmamba_linear, Product) {
 }
 
 COMPUTE(vmamba_block, Block) { return run_block(*p); }
+
+COMPUTE(vmamba_stem, Stem) { return run_stem(*p); }
 
 COMPUTE(vmamba_roi_align, RoIAlign) {
     const RoIAlignKernels& roi_align = *chosen->roi_align;

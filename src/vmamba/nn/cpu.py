@@ -46,10 +46,10 @@ def known(kind: Kind) -> Kind:
 
 
 def _computing(kind: type[nn.Module]) -> tuple[str, ...]:
-    return ("forward", *getattr(kind, "STEPS", ()))
+    return ("forward", "_conv_forward", *getattr(kind, "STEPS", ()))
 
 
-for _kind in (nn.Dropout, nn.Identity, DropPath):
+for _kind in (nn.Dropout, nn.Identity, nn.Conv2d, DropPath):
     known(_kind)
 
 
@@ -81,9 +81,6 @@ def _is_as_built(module: nn.Module) -> bool:
         return len(module.normalized_shape) == 1
     if isinstance(module, nn.GELU):
         return module.approximate == "none"
-    if isinstance(module, nn.Conv2d):  # one that keeps the grid's size
-        halves = tuple(side // 2 for side in module.kernel_size)
-        return (module.stride, module.padding, module.dilation) == ((1, 1), halves, (1, 1))
     parts = getattr(kind, "PARTS", {})
     return all(
         child is None or (isinstance(child, parts.get(name, ())) and _is_as_built(child))
@@ -148,6 +145,12 @@ def convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
     height, width = x.shape[1] - corners[-1][0], x.shape[2] - corners[-1][1]
     patches = torch.stack([x[:, i : i + height : down, j : j + width : right] for i, j in corners], dim=-1)
     return linear(patches.flatten(3), layer.weight.flatten(1), layer.bias)
+
+
+def is_patchwise(layer: nn.Conv2d) -> bool:
+    """Whether a convolution is one that `conv_stem` knows: 3×3, with padding 1 and as far down as to the right."""
+    geometry = (layer.kernel_size, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
+    return geometry == ((3, 3), (1, 1), (1, 1), 1, "zeros") and layer.stride[0] == layer.stride[1]
 
 
 def is_depthwise_silu(layer: nn.Conv2d, channels: int) -> bool:

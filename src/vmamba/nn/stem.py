@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from vmamba.nn import cpu
 from vmamba.nn.layers import GELU, GridConv2d, LayerNorm
 from vmamba.nn.local import Norm, norm_layer
+from vmamba.ops.backends.native.block import Affine
+from vmamba.ops.backends.native.stem import conv_stem
+from vmamba.ops.layers import applies, can_fuse, is_compiled, product_dtype
 
 
+@cpu.known
 class ConvStem(nn.Module):
     """Two 3×3 convolutions, each followed by a norm, a GELU between them (paper, section 4.1).
 
@@ -20,6 +26,8 @@ class ConvStem(nn.Module):
         norm: "layer", as in the paper, or "batch".
         wide: whether the first convolution is 7×7 and makes all channels.
     """
+
+    PARTS: ClassVar = {"conv1": nn.Conv2d, "norm1": LayerNorm, "act": GELU, "conv2": GridConv2d, "norm2": LayerNorm}
 
     def __init__(
         self, in_chans: int, dim: int, stride: int = 4, norm: Norm = "layer", wide: bool = False, **dd: Any
@@ -36,8 +44,25 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) to (B, ⌈H/stride⌉, ⌈W/stride⌉, dim)."""
+        if not (is_compiled() or torch.is_grad_enabled()) and applies(x) and cpu.as_built(self):
+            y = self._infer(x)
+            if y is not None:
+                return y
         x = self.act(self.norm1(_to_grid(self.conv1, x)))
         return self.norm2(self.conv2(x))
+
+    def _infer(self, x: Tensor) -> Tensor | None:
+        """The same in one call, for a stem as it was built; None where it has to be computed layer by layer."""
+        convolutions = self.conv1, self.conv2
+        conv1, norm1, conv2, norm2 = layers = [
+            Affine(layer.weight, layer.bias, getattr(layer, "eps", 0.0))
+            for layer in (self.conv1, self.norm1, self.conv2, self.norm2)
+        ]
+        if not can_fuse(x) or product_dtype(x) != torch.float32 or not all(map(cpu.is_patchwise, convolutions)):
+            return None
+        if not applies(x, *(value for layer in layers for value in layer[:2])):
+            return None
+        return conv_stem(x, conv1, norm1, conv2, norm2, (self.conv1.stride[0], self.conv2.stride[0]))
 
 
 class PatchStem(nn.Module):
