@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import vmamba
-from vmamba.nn import SS2D, VSSBlock, cpu
+from vmamba.nn import SS2D, GridConv2d, VSSBlock, cpu
 from vmamba.nn import ss2d as ss2d_module
 from vmamba.nn.mlp import Mlp
 from vmamba.ops import use_backend
@@ -128,6 +129,19 @@ def test_what_is_put_in_place_of_a_scan_is_called(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, function)
             torch.testing.assert_close(block(x), without_scans, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_method_that_a_class_did_not_have_is_called(monkeypatch):
+    """Between the class of a layer and the one that has the method so far."""
+    torch.manual_seed(0)
+    model, x = vmamba.create_model("vmamba_femto").eval(), torch.randn(1, 3, 40, 40)
+    before = model.stem(x)
+    monkeypatch.setattr(GridConv2d, "_conv_forward", nn.Conv2d._conv_forward, raising=False)
+    assert cpu.as_built(model.stem) is False
+    monkeypatch.undo()
+    assert cpu.as_built(model.stem)
+    assert torch.equal(model.stem(x), before)
 
 
 def test_compiled_models_give_the_same():

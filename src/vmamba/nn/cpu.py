@@ -10,8 +10,8 @@ pages first. Where pixels do not mix, modules that are exactly `as_built` theref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,17 @@ _LARGE_FILTER = 2**20
 # --- modules as they were built --------------------------------------------------------------------------------------
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
-# For each class its methods that compute, its own and those it inherits, as they were written.
-_METHODS: dict[type[nn.Module], list[tuple[type, str, Any]]] = {}
+
+
+class _Written(NamedTuple):
+    """How a class was written: its methods that compute, in it and in all that it inherits from, and its children."""
+
+    names: tuple[str, ...]
+    methods: tuple[tuple[Mapping[str, Any], str, Any], ...]  # where one would be, its name, and it or None
+    parts: dict[str, Any]
+
+
+_KNOWN: dict[type[nn.Module], _Written] = {}
 
 
 def known(kind: Kind) -> Kind:
@@ -40,13 +49,11 @@ def known(kind: Kind) -> Kind:
     A class with `PARTS`, the class or classes of each of its children, is so only with these children and no others.
     `STEPS` names methods that compute beside `forward`.
     """
-    names = _computing(kind)
-    _METHODS[kind] = [(base, name, vars(base)[name]) for base in kind.__mro__ for name in names if name in vars(base)]
+    names = ("forward", "_conv_forward", *getattr(kind, "STEPS", ()))
+    places = [vars(base) for base in kind.__mro__[: kind.__mro__.index(nn.Module)]]
+    methods = tuple((place, name, place.get(name)) for place in places for name in names)
+    _KNOWN[kind] = _Written(names, methods, getattr(kind, "PARTS", {}))
     return kind
-
-
-def _computing(kind: type[nn.Module]) -> tuple[str, ...]:
-    return ("forward", "_conv_forward", *getattr(kind, "STEPS", ()))
 
 
 for _kind in (nn.Dropout, nn.Identity, nn.Conv2d, DropPath):
@@ -55,7 +62,13 @@ for _kind in (nn.Dropout, nn.Identity, nn.Conv2d, DropPath):
 
 def is_unpatched(kind: type[nn.Module]) -> bool:
     """Whether the class is known, and nobody has since replaced a method of it, or of a class it inherits from."""
-    return kind in _METHODS and all(vars(base).get(name) is method for base, name, method in _METHODS[kind])
+    written = _KNOWN.get(kind)
+    if written is None:
+        return False
+    for place, name, method in written.methods:  # noqa: SIM110  (every module of every block comes by here)
+        if place.get(name) is not method:
+            return False
+    return True
 
 
 def as_built(module: nn.Module) -> bool:
@@ -68,24 +81,25 @@ def as_built(module: nn.Module) -> bool:
 
 
 def _is_as_built(module: nn.Module) -> bool:
-    kind = type(module)
+    kind, own = type(module), module.__dict__
     if not is_unpatched(kind) or module._compiled_call_impl:
-        return False
-    if any(name in module.__dict__ for name in _computing(kind)):
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
+    written = _KNOWN[kind]
+    for name in written.names:
+        if name in own:
+            return False
     if isinstance(module, nn.Dropout | DropPath):
         return not module.training or not (module.p if isinstance(module, nn.Dropout) else module.drop_prob)
     if isinstance(module, nn.LayerNorm):
         return len(module.normalized_shape) == 1
     if isinstance(module, nn.GELU):
         return module.approximate == "none"
-    parts = getattr(kind, "PARTS", {})
-    return all(
-        child is None or (isinstance(child, parts.get(name, ())) and _is_as_built(child))
-        for name, child in module._modules.items()
-    )
+    for name, child in module._modules.items():
+        if child is not None and not (isinstance(child, written.parts.get(name, ())) and _is_as_built(child)):
+            return False
+    return True
 
 
 # --- stretches -------------------------------------------------------------------------------------------------------
