@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from vmamba.models.vmamba import VMamba
 from vmamba.nn import GELU, SS2D, ConvSiLU, ConvStem, GridConv2d, LayerNorm, Linear, Mlp, VSSBlock, cpu
 from vmamba.ops.backends import native
+from vmamba.ops.backends.native import block
 
 pytestmark = pytest.mark.skipif(native.unavailable(torch.device("cpu")) is not None, reason="there is no fast path")
 
@@ -45,7 +46,7 @@ IMAGE = torch.randn(1, 3, 18, 14, generator=torch.Generator().manual_seed(3))
 @pytest.fixture(autouse=True)
 def short_stretches(monkeypatch):
     monkeypatch.setattr(cpu, "_STRETCH", 500)
-    monkeypatch.setattr(cpu, "_LARGE_FILTER", 1)
+    monkeypatch.setattr(block, "_STRETCH", 500)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -111,13 +111,12 @@ def test_unusual_calls_are_torch_s():
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "dilation"), [(3, 2, 1, 1), (3, 1, 1, 1), (3, 2, 2, 2), (2, 2, 0, 1)]
 )
-def test_convolutions_by_products(size, kernel, stride, padding, dilation, monkeypatch):
-    monkeypatch.setattr(cpu, "_LARGE_FILTER", 1)
+def test_convolutions_by_products_and_others(size, kernel, stride, padding, dilation):
     x = torch.randn(2, *size, 6)
     layer = GridConv2d(6, 10, kernel, stride=stride, padding=padding, dilation=dilation)
     if min(size) + 2 * padding <= dilation * (kernel - 1):
         return
-    assert cpu.is_large_filter(layer)
+    assert cpu.is_patchwise(layer) == ((kernel, padding, dilation) == (3, 1, 1))
     expected = F.conv2d(x.permute(0, 3, 1, 2), layer.weight, layer.bias, stride, padding, dilation).permute(0, 2, 3, 1)
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
 

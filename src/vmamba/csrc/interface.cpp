@@ -2,6 +2,7 @@
 // out among threads.
 
 #include "block.h"
+#include "convolution.h"
 #include "enlarging.h"
 #include "layers.h"
 #include "nms.h"
@@ -94,7 +95,7 @@ int32_t run(Call* p, void (*task)(const Call&, int64_t, float*), size_t scratch 
     EXPORT int32_t name(Structure* p)
 
 // Changes with the structures and the functions below, so that a library left over from another version is recognised.
-EXPORT int32_t vmamba_interface() { return 9; }
+EXPORT int32_t vmamba_interface() { return 10; }
 
 EXPORT const char* vmamba_kernels() { return chosen->name; }
 
@@ -179,6 +180,8 @@ COMPUTE(vmamba_linear, Product) {
 }
 
 COMPUTE(vmamba_block, Block) { return run_block(*p); }
+
+COMPUTE(vmamba_convolution, Convolution) { return run_convolution(*p); }
 
 COMPUTE(vmamba_stem, Stem) { return run_stem(*p); }
 

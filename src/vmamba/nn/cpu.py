@@ -13,18 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from vmamba.ops.layers import linear
-
 # Values of a layer that are computed at a time, 8 MB in float32.
 _STRETCH = 2**21
-# From so many weights on, oneDNN takes longer to bring a convolution's weights into its layout than to convolve.
-_LARGE_FILTER = 2**20
 
 
 # --- modules as they were built --------------------------------------------------------------------------------------
@@ -144,25 +138,8 @@ def in_stretches(
 # --- convolutions ----------------------------------------------------------------------------------------------------
 
 
-def is_large_filter(layer: nn.Conv2d) -> bool:
-    """Whether a convolution is one that `convolution` computes faster than torch."""
-    is_plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return is_plain and layer.weight.numel() >= _LARGE_FILTER and layer.weight.is_contiguous()
-
-
-def convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """A convolution of (B, H, W, C) as one product with gathered patches."""
-    assert not isinstance(layer.padding, str)
-    (top, left), (down, right), (rows, columns) = layer.padding, layer.stride, layer.kernel_size
-    corners = [(i * layer.dilation[0], j * layer.dilation[1]) for i in range(rows) for j in range(columns)]
-    x = F.pad(x, (0, 0, left, left, top, top))
-    height, width = x.shape[1] - corners[-1][0], x.shape[2] - corners[-1][1]
-    patches = torch.stack([x[:, i : i + height : down, j : j + width : right] for i, j in corners], dim=-1)
-    return linear(patches.flatten(3), layer.weight.flatten(1), layer.bias)
-
-
 def is_patchwise(layer: nn.Conv2d) -> bool:
-    """Whether a convolution is one that `conv_stem` knows: 3×3, with padding 1 and as far down as to the right."""
+    """Whether a convolution is one that `convolution` and `conv_stem` know: 3×3, padding 1, one stride both ways."""
     geometry = (layer.kernel_size, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
     return geometry == ((3, 3), (1, 1), (1, 1), 1, "zeros") and layer.stride[0] == layer.stride[1]
 

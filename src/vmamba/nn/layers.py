@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from vmamba.nn import cpu
 from vmamba.ops.backends.native import layers as native
-from vmamba.ops.layers import applies, can_fuse, depthwise_silu, gelu, is_compiled, linear, records
+from vmamba.ops.backends.native.convolution import convolution
+from vmamba.ops.layers import applies, can_fuse, depthwise_silu, gelu, is_compiled, linear, product_dtype, records
 
 
 @cpu.known
@@ -53,9 +54,11 @@ class GridConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, H, W, C) to (B, H', W', C')."""
         parameters = self.weight, self.bias
-        is_usual = applies(x, *parameters) and cpu.is_unpatched(GridConv2d)
-        if is_usual and cpu.is_large_filter(self) and not records(x, *parameters):
-            return cpu.convolution(x, self)
+        is_usual = applies(x, *parameters) and cpu.is_unpatched(GridConv2d) and not is_compiled()
+        if is_usual and can_fuse(x) and cpu.is_patchwise(self) and not records(x, *parameters):
+            y = convolution(x.to(product_dtype(x)), *parameters, self.stride[0])
+            if y is not None:
+                return y
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 

@@ -1,0 +1,72 @@
+"""A dense 3×3 convolution of a grid in inference (`csrc/convolution.cpp`).
+
+The function needs the library (`reason_unavailable`), is not recorded for autograd, and is for callers that have made
+sure that nobody wants that. Results do not depend on the number of threads, which is torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from vmamba.ops.backends.native.library import compute_function, fields, reason_unavailable
+from vmamba.ops.backends.native.products import wins
+
+__all__ = ["convolution", "reason_unavailable"]
+
+
+class _Convolution(ctypes.Structure):
+    """`struct Convolution` of csrc/convolution.h."""
+
+    _fields_ = fields(
+        sizes="batch height width channels outputs stride",
+        pointers="x weight bias y",
+        flags="bfloat16 weight_bfloat16 threads",
+    )
+
+
+_call_convolution = compute_function("vmamba_convolution", _Convolution)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor | None:
+    """A 3×3 convolution with padding 1, added up in float32.
+
+    Args:
+        x: (B, H, W, C), float32 or bfloat16.
+        weight: (N, C, 3, 3), x's dtype, or float32 where x is bfloat16.
+        bias: (N,) or None, of such a dtype.
+        stride: down and across.
+
+    Returns:
+        (B, ⌈H / stride⌉, ⌈W / stride⌉, N) in x's dtype, contiguous; None where shapes or dtypes are not these, or
+        products of this size are faster elsewhere.
+
+    Raises:
+        RuntimeError: memory ran out.
+    """
+    if x.ndim != 4 or not x.numel() or x.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    batch, height, width, channels = x.shape
+    outputs = len(weight)
+    if weight.shape != (outputs, channels, 3, 3) or (bias is not None and bias.shape != (outputs,)):
+        return None
+    for value in (x, weight, bias):
+        if value is not None and (value.dtype not in (x.dtype, torch.float32) or not value.is_cpu):
+            return None
+    rows, columns = math.ceil(height / stride), math.ceil(width / stride)
+    if not wins(batch * rows * columns, 9 * channels, outputs, x.dtype):
+        return None
+    x, weight, offset = x.contiguous(), weight.contiguous(), None if bias is None else bias.float().contiguous()
+    y = x.new_empty((batch, rows, columns, outputs))
+    _call_convolution(
+        _Convolution(
+            batch=batch, height=height, width=width, channels=channels, outputs=outputs, stride=stride,
+            x=x.data_ptr(), weight=weight.data_ptr(), bias=None if offset is None else offset.data_ptr(),
+            y=y.data_ptr(), bfloat16=x.dtype is torch.bfloat16, weight_bfloat16=weight.dtype is torch.bfloat16,
+            threads=torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return y
