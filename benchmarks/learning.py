@@ -4,11 +4,12 @@ Our small VMamba against a Swin-, a ConvNeXt- and a ViT-type of timm's and a Res
 parameters (within 15 %), on Fashion-MNIST, or on CIFAR-10 (32×32 in colour, enlarged to 64×64, so that the four stages
 of networks made for photographs have something to see). The networks take turns in short slices, so that a machine
 which slows down slows all of them; the learning rate follows the share of the budget that a network has used, so each
-gets the whole schedule.
+gets the whole schedule. With several seeds the pages give means and the spread, from the first seed that is done.
 
     python benchmarks/learning.py                # the committed table and plot: about ten minutes on two cores
     python benchmarks/learning.py --split held-out   # to choose between designs, without a look at the test set
     python benchmarks/learning.py --cifar10 PATH --budget 300 --keep runs/cifar10    # PATH: train.tar and val.tar
+    python benchmarks/learning.py --seeds 0 1 2 --clock processor    # on a machine that has other work
 """
 
 from __future__ import annotations
@@ -75,13 +76,14 @@ CONTENDERS: dict[str, Callable[[], nn.Module]] = {
     "ResNet": lambda: resnet((32, 64, 128)),
 }
 
-RECIPE, COLOUR_RECIPE = Recipe(batch=128, rate=1.4e-2), Recipe(batch=128, rate=1.4e-2)
+RECIPE = COLOUR_RECIPE = Recipe(batch=128, rate=1.4e-2)
+CLOCKS = {"wall": "perf_counter", "processor": "process_time"}  # by name, what of `time` tells the seconds
 SMOOTHING, SLICE = 0.05, 10.0  # of the labels; seconds in a row
 
 
 # Name and arguments, for timm, of networks whose four stages see 64×64 pixels.
 COLOURED: dict[str, tuple[str, dict[str, Any]]] = {
-    "VMamba": ("vmamba_nano", {"depths": (1, 1, 2, 1), "dims": (40, 80, 160, 320), "drop_path_rate": 0.0}),
+    "VMamba": ("vmamba_pico_local", {}),
     "Swin": (
         "swin_tiny_patch4_window7_224",
         {"depths": (2, 2, 2, 2), "embed_dim": 32, "num_heads": (1, 2, 4, 8), "img_size": 64, "window_size": 4},
@@ -191,30 +193,47 @@ def cifar10(root: str, split: str) -> Subject:
 
 
 def run(
-    subject: Subject, budget: float, seed: int, only: list[str] | None = None, turn: float = SLICE
+    subject: Subject,
+    budget: float,
+    seed: int,
+    only: list[str] | None = None,
+    turn: float = SLICE,
+    clock: str = "wall",
 ) -> list[Contender]:
     """Train all networks side by side."""
     networks = {name: subject.networks[name] for name in only or subject.networks}
-    return learn_in_turns(networks, subject.lesson, budget, min(turn, budget / 6), seed, time.perf_counter)
+    return learn_in_turns(networks, subject.lesson, budget, min(turn, budget / 6), seed, getattr(time, CLOCKS[clock]))
 
 
-def write(subject: Subject, contenders: list[Contender], budget: float, split: str, seed: int, folder: Path) -> str:
+def write(
+    subject: Subject,
+    contenders: list[Contender],
+    budget: float,
+    split: str,
+    seeds: list[int],
+    folder: Path,
+    clock: str = "wall",
+) -> str:
     """Write the table and the plot of the results; returns the page."""
     recipe = subject.lesson.recipe
+    seconds = "seconds of training" if clock == "wall" else "seconds of one process's time in training"
+    one = (
+        f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))} (mean, and standard deviation)"
+    )
     return Page(
         name=subject.name,
         program="learning.py",
         title=f"How well it learns: {subject.title}",
-        headers="network;parameters, M;accuracy, %;images/s;epochs",
+        headers="network;parameters, M;accuracy, %;± points;images/s;epochs",
         label="accuracy, %",
-        seconds="seconds of training",
-        settings={"budget_seconds": budget, "judged_by": split, "seed": seed, **asdict(recipe)},
-        notes=[f"{budget:.0f} s of training each, one recipe, seed {seed}, judged by the {split} set"],
+        seconds=seconds,
+        settings={"budget_seconds": budget, "clock": clock, "judged_by": split, "seeds": seeds, **asdict(recipe)},
+        notes=[f"{budget:.0f} {seconds.replace('seconds', 's', 1)} each, one recipe, {one}, judged by the {split} set"],
     ).write(contenders, folder)
 
 
 def keep(subject: Subject, contenders: list[Contender], folder: Path) -> None:
-    """Write the averaged weights as model files, which `vmamba explain` and `vmamba validate` read."""
+    """Write the last seed's averaged weights as model files, which `vmamba explain` and `vmamba validate` read."""
     pre = subject.lesson.pre
     known = {
         "class_names": subject.lesson.names,
@@ -224,7 +243,7 @@ def keep(subject: Subject, contenders: list[Contender], folder: Path) -> None:
         "crop_pct": 1.0,
         "img_size": pre.img_size,
     }
-    for contender in contenders:
+    for contender in {contender.name: contender for contender in contenders}.values():
         save_checkpoint(contender.average, folder / f"{contender.name}.safetensors", known)
 
 
@@ -234,7 +253,8 @@ def main() -> None:
     parser.add_argument("--cifar10", metavar="PATH", help="folder of CIFAR-10; Fashion-MNIST without")
     parser.add_argument("--budget", type=float, default=100.0, help="seconds of training for each network")
     parser.add_argument("--split", choices=["test", "held-out"], default="test", help="what to judge by")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the initial weights, a run each")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what the budget is told by")
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="some of the networks")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where to write the trained networks of CIFAR-10")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
@@ -242,8 +262,12 @@ def main() -> None:
     if options.keep and not options.cifar10:
         parser.error("--keep needs --cifar10: Fashion-MNIST's networks are of no variant that a file can name")
     subject = cifar10(options.cifar10, options.split) if options.cifar10 else fashion_mnist(options.split)
-    contenders = run(subject, options.budget, options.seed, options.only, 4 * SLICE if options.cifar10 else SLICE)
-    print(write(subject, contenders, options.budget, options.split, options.seed, options.output))
+    contenders: list[Contender] = []
+    for done, seed in enumerate(options.seeds, 1):
+        turn = 4 * SLICE if options.cifar10 else SLICE
+        contenders += run(subject, options.budget, seed, options.only, turn, options.clock)
+        seeds = options.seeds[:done]
+        print(write(subject, contenders, options.budget, options.split, seeds, options.output, options.clock))
     if options.keep:
         keep(subject, contenders, options.keep)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from page import Row, curves, page, sentence
 from runner import describe
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+
+_NO_NUMBERS = ("network", "curve")  # of a contender's row
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,27 @@ def learn_in_turns(
     return contenders
 
 
+def mean_rows(contenders: Sequence[Contender]) -> list[Row]:
+    """A row for each name, the best first: means over the seeds, and of the score that counts also the spread.
+
+    With several seeds a row has "spread", the standard deviation between them, and "seeds", their scores.
+    """
+    named: dict[str, list[Row]] = {}
+    for contender in contenders:
+        named.setdefault(contender.name, []).append(contender.row())
+    rows = []
+    for name, runs in named.items():
+        key = next(iter(contenders[0].scores))
+        row = {"network": name} | {k: statistics.mean(run[k] for run in runs) for k in runs[0] if k not in _NO_NUMBERS}
+        curves = zip(*(run["curve"] for run in runs), strict=True)
+        row["curve"] = [tuple(map(statistics.fmean, zip(*points, strict=True))) for points in curves]
+        if len(runs) > 1:
+            scores = [run[key] for run in runs]
+            row |= {"spread": statistics.stdev(scores), "seeds": scores}
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["curve"][-1][1])
+
+
 @dataclass(frozen=True)
 class Page:
     """What the results of a lesson are shown as.
@@ -208,8 +232,11 @@ class Page:
     notes: Sequence[str]
 
     def write(self, contenders: Sequence[Contender], folder: Path) -> str:
-        """Write NAME.json, NAME.md and NAME.png, the learning curves, into a folder; returns the page."""
-        rows = sorted((contender.row() for contender in contenders), key=lambda row: -row["curve"][-1][1])
+        """Write NAME.json, NAME.md and NAME.png, the learning curves, into a folder; returns the page.
+
+        Contenders of one name are runs of one network from several seeds.
+        """
+        rows = mean_rows(contenders)
         environment = describe()
         found = {
             "environment": environment, "settings": dict(self.settings), "notes": list(self.notes), "figures": [],

@@ -132,4 +132,8 @@ VARIANTS: dict[str, Variant] = {
     "vmamba_pico_s2": Variant((1, 2, 4, 1), (48, 96, 192, 256), stem_stride=2, img_size=(64, 64)),
     "vmamba_femto_s2": Variant((1, 2, 1), (48, 96, 192), stem_stride=2, img_size=(32, 32)),
     "vmamba_femto": Variant((1, 2), (64, 160), img_size=(28, 28)),
+    # And with neighbours in every part, which learns colour pictures in less time (docs/learning.md).
+    "vmamba_pico_local": Variant(
+        (1, 1, 2, 1), (32, 64, 128, 256), mlp_ratio=1.0, mlp="local", norm="batch", stem="wide", img_size=(64, 64)
+    ),
 }  # fmt: skip
