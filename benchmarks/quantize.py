@@ -1,7 +1,8 @@
 """Int8 beside float32 and bfloat16: accuracy, size of the file, and time on this CPU.
 
-    OMP_NUM_THREADS=2 python benchmarks/quantize.py
-    OMP_NUM_THREADS=2 python benchmarks/quantize.py --colour MODEL FOLDER   # a second model and its pictures in colour
+    python benchmarks/quantize.py --processor-time                          # on one thread
+    OMP_NUM_THREADS=2 python benchmarks/quantize.py                         # on two, while nothing else runs
+    python benchmarks/quantize.py --colour MODEL FOLDER                     # a second model and its pictures in colour
     python benchmarks/quantize.py --sections layers                         # what each kind of layer costs and gains
 
 The first model is the demo's, which `make demo` trains. FOLDER holds train and val, each a folder or a
@@ -236,7 +237,7 @@ def figures(tables: Tables, settings: Settings) -> list[Row]:
 
 
 def notes(settings: Settings) -> list[str]:
-    clock = "processor time" if settings.options.get("clock") else "time"
+    clock = "processor time, one thread," if "clock" in settings.options else "time"
     return [
         f"Post-training: 128 pictures of the training split to calibrate with; accuracy on the whole test set, loss "
         f"against {ORT}",
@@ -263,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--colour", nargs=2, metavar=("MODEL", "FOLDER"), help="a model of CIFAR-10 and its pictures")
     parser.add_argument("--sections", nargs="+", choices=QUANTIZE.sections, default=["accuracy", "times"])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--processor-time", action="store_true", help="for a busy machine; on one thread")
+    parser.add_argument("--processor-time", action="store_true", help="on one thread; other programs on the machine hardly touch it")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     if not options.model.exists():
