@@ -119,6 +119,8 @@ class Shelf:
         """Of the file that a subject is made from, by its ending; None if from none."""
         if subject.mode == AOTI:
             return "pt2"
+        if subject.mode == COMPILED and subject.precision == INT8:
+            return "int8.pt2"
         if subject.mode in (ORT, OPENVINO, OPEN):
             return "int8.onnx" if subject.precision == INT8 else "onnx"
         return None
@@ -156,15 +158,19 @@ def export(shelf: Shelf, subject: Subject, kind: str) -> None:
     model = network(subject, shelf.options.get(subject.name, {}))
     if kind == "pt2":
         deploy.export_aoti(model, target)
-    elif kind == "int8.onnx":
+    elif kind.startswith("int8"):
         # Noise: only its time is looked at. The file before has an open batch, which calibration needs.
         noise = torch.randn(8, *subject.shape[1:], generator=torch.Generator().manual_seed(0))
+        given: dict[str, Any] = {"samples": 6, "held_back": 2, "tolerance": 1.0}
+        if kind == "int8.pt2":
+            deploy.quantize(model, target, list(noise), format="torch", **given)
+            return
         with tempfile.TemporaryDirectory() as folder:
             model.pretrained_cfg = (getattr(model, "pretrained_cfg", None) or {}) | {"input_size": subject.shape[1:]}
             whole = deploy.export_onnx(
                 model, Path(folder) / "whole.onnx", sizes="open" if subject.is_ours else "batch", tolerance=1e-3
             ).path
-            deploy.quantize(whole, target, list(noise), samples=6, held_back=2, tolerance=1.0)
+            deploy.quantize(whole, target, list(noise), **given)
     elif subject.is_ours:
         deploy.export_onnx(model, target)
     else:
@@ -185,7 +191,13 @@ def in_torch(shelf: Shelf, subject: Subject, threads: int) -> tuple[Call, np.nda
     import torch
     from torch import nn
 
-    model: nn.Module = network(subject, shelf.options.get(subject.name, {}))
+    model: nn.Module
+    if subject.precision == INT8:
+        from vmamba.deploy import load_quantized
+
+        model, _ = load_quantized(shelf.path(subject, "int8.pt2"))
+    else:
+        model = network(subject, shelf.options.get(subject.name, {}))
     images = torch.from_numpy(subject.images())
     is_low = subject.precision == BFLOAT16
     if is_low and subject.mode != EAGER:
@@ -193,7 +205,8 @@ def in_torch(shelf: Shelf, subject: Subject, threads: int) -> tuple[Call, np.nda
     run: Any = model
     if subject.mode == COMPILED:
         torch._dynamo.reset()
-        run = torch.compile(model, dynamic=False, options={"freezing": True})
+        torch._inductor.config.freezing = True  # as an option of torch.compile it comes too late for the weights
+        run = torch.compile(model, dynamic=False)
 
     def call() -> torch.Tensor:
         # Freezing wants no_grad, and eager mode is faster in inference mode.
