@@ -1,4 +1,4 @@
-"""Every model of the package, written in every format and checked: which cannot be, how long it takes, how near it is.
+"""The models of the package, written in every format and checked: which cannot be, how long it takes, how near it is.
 
     python benchmarks/exports.py [--formats onnx torch] [--models NAME ...] [--seconds 600]
 
@@ -21,7 +21,7 @@ from runner import RESULTS, describe
 
 from vmamba.models.registry import ENTRIES
 
-PAGE = """# Every model, written
+PAGE = """# Models, written
 
 {machine}. Written by `python benchmarks/exports.py`.
 
