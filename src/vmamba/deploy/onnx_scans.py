@@ -3,8 +3,9 @@
 A route of L = H·W steps is cut into H pieces of W steps. All pieces of all routes are scanned at once, each from state
 0, by an ONNX `Scan` of W steps; a second, short `Scan` over the H pieces gives the state that enters each; and what
 that state adds is its product with the decay since the piece began. Only products of factors are formed, never
-quotients or logarithms, so nothing overflows. Routes are tables of positions: one `Gather` reads the pixels in the
-order of every route, another one puts the results back.
+quotients or logarithms, so nothing overflows. Inside the loops are the recurrences alone: all else is done for all
+steps at once, where runtimes have several threads for it and can fuse it. Routes are tables of positions: one `Gather`
+reads the pixels in the order of every route, another one puts the results back.
 
 The functions here are ONNX functions, written in Python's syntax (onnxscript); the exporter writes their nodes in the
 place of `torch.ops.vmamba.ss2d_scan` and `torch.ops.vmamba.recurrence`. Shapes: T = W steps, K routes, B images, M = H
@@ -70,40 +71,52 @@ def zeros(u: Floats, inner: Ints) -> tuple[Floats, Floats, Floats]:
 
 
 @script(_FUNCTIONS)
-def scan_one_state(
-    u: Floats, projected: Floats, steps: Ints, projections: Ints, places: Ints, empty: Floats, full: Floats,
-    start: Floats, dt_weight: Floats, dt_bias: Floats, A: Floats, D: Floats, split: Ints, row: Ints, given: Ints,
-) -> Floats:  # fmt: skip
-    """`ss2d_scan` with N = 1: (B, H, W, D) to the same.
+def in_order(
+    u: Floats, projected: Floats, steps: Ints, projections: Ints, dt_weight: Floats, dt_bias: Floats, split: Ints,
+    row: Ints, given: Ints,
+) -> tuple[Floats, Floats, Floats, Floats]:  # fmt: skip
+    """The scans' inputs in the order of the routes: pixels and Δ (T, K, B, M, D), B and C (T, K, B, M, N).
 
     Args:
         u: (B, H, W, D).
-        projected: (B, H, W, K, R + 2).
-        steps, projections, places: of `orders`.
-        empty, full, start: of `zeros`, (K, B, M, D) twice and (K, B, D).
-        dt_weight, dt_bias, A: (K, 1, R, D), (K, 1, 1, D), (K, 1, 1, D).
-        D: (D,), the sum of the routes' skips.
-        split: R, 1, 1.
-        row, given: the shapes (-1, D) and (-1, R + 2).
+        projected: (B, H, W, K, R + 2N).
+        steps, projections: of `orders`.
+        dt_weight, dt_bias: (K, 1, R, D), (K, 1, 1, D).
+        split: R, N, N.
+        row, given: the shapes (-1, D) and (-1, R + 2N).
     """
     one = op.Constant(value_float=1.0)
     most = op.Constant(value_float=80.0)
     pixels = op.Gather(op.Reshape(u, row), steps)
-    parameters = op.Gather(op.Reshape(projected, given), projections)
+    low, B, C = op.Split(op.Gather(op.Reshape(projected, given), projections), split, axis=-1)
+    raw = op.Add(op.MatMul(low, dt_weight), dt_bias)
+    delta = op.Max(raw, op.Log(op.Add(op.Exp(op.Clip(raw, None, most)), one)))
+    return pixels, delta, B, C
+
+
+@script(_FUNCTIONS)
+def scan_one_state(
+    pixels: Floats, delta: Floats, B: Floats, C: Floats, empty: Floats, full: Floats, start: Floats, A: Floats
+) -> Floats:
+    """C·h along the routes with N = 1, (T, K, B, M, D).
+
+    Args:
+        pixels, delta, B, C: of `in_order`.
+        empty, full, start: of `zeros`, (K, B, M, D) twice and (K, B, D).
+        A: (K, 1, 1, D).
+    """
+    a = op.Exp(op.Mul(delta, A))
+    b = op.Mul(op.Mul(delta, pixels), B)
 
     @graph()
-    def step(state: Rank4, decay: Rank4, x: Rank4, values: Rank4):
-        low, B, C = op.Split(values, split, axis=-1)
-        raw = op.Add(op.MatMul(low, dt_weight), dt_bias)
-        delta = op.Max(raw, op.Log(op.Add(op.Exp(op.Min(raw, most)), one)))
-        a = op.Exp(op.Mul(delta, A))
-        next_state = op.Add(op.Mul(a, state), op.Mul(op.Mul(delta, x), B))
-        next_decay = op.Mul(a, decay)
-        y = op.Mul(next_state, C)
-        reach = op.Mul(next_decay, C)
+    def step(state: Rank4, decay: Rank4, a_t: Rank4, b_t: Rank4, C_t: Rank4):
+        next_state = op.Add(op.Mul(a_t, state), b_t)
+        next_decay = op.Mul(a_t, decay)
+        y = op.Mul(next_state, C_t)
+        reach = op.Mul(next_decay, C_t)
         return next_state, next_decay, y, reach
 
-    ends, decays, within, reaches = op.Scan(empty, full, pixels, parameters, body=step, num_scan_inputs=2)
+    ends, decays, within, reaches = op.Scan(empty, full, a, b, C, body=step, num_scan_inputs=3)
 
     @graph()
     def carry(entering: Rank3, decay: Rank3, end: Rank3):
@@ -114,45 +127,32 @@ def scan_one_state(
     _last, entering = op.Scan(
         start, decays, ends, body=carry, num_scan_inputs=2, scan_input_axes=[2, 2], scan_output_axes=[2]
     )
-    y = op.Reshape(op.Add(within, op.Mul(reaches, entering)), row)
-    merged = op.ReduceSum(op.Gather(y, places), op.Constant(value_ints=[3]), keepdims=0)
-    return op.Add(merged, op.Mul(u, D))
+    return op.Add(within, op.Mul(reaches, entering))
 
 
 @script(_FUNCTIONS)
 def scan_many_states(
-    u: Floats, projected: Floats, steps: Ints, projections: Ints, places: Ints, empty: Floats, total: Floats,
-    start: Floats, dt_weight: Floats, dt_bias: Floats, A: Floats, D: Floats, split: Ints, row: Ints, given: Ints,
-) -> Floats:  # fmt: skip
-    """`ss2d_scan` with any N: as `scan_one_state`, but the states, which are many, are computed twice and never kept.
+    pixels: Floats, delta: Floats, B: Floats, C: Floats, empty: Floats, start: Floats, A: Floats
+) -> Floats:
+    """C·h along the routes with any N, (T, K, B, M, D): the states, which are many, are computed twice and never kept.
 
     Args:
-        u, projected, steps, projections, places, dt_weight, dt_bias, D, row, given: as there.
-        empty, start: (K, B, M, N, D) and (K, B, N, D) of zeros; total: (K, B, M, D) of zeros.
+        pixels, delta, B, C: of `in_order`.
+        empty, start: (K, B, M, N, D) and (K, B, N, D) of zeros.
         A: (K, 1, 1, N, D).
-        split: R, N, N.
     """
-    one = op.Constant(value_float=1.0)
-    most = op.Constant(value_float=80.0)
     state_axis = op.Constant(value_ints=[3])
     channel_axis = op.Constant(value_ints=[4])
-    pixels = op.Gather(op.Reshape(u, row), steps)
-    low, B, C = op.Split(op.Gather(op.Reshape(projected, given), projections), split, axis=-1)
+    inputs = op.Mul(delta, pixels)
 
     @graph()
-    def arrive(
-        state: Rank5, time: Rank4, x: Rank4, low_t: Rank4, B_t: Rank4
-    ):  # fmt: skip
-        raw = op.Add(op.MatMul(low_t, dt_weight), dt_bias)
-        delta = op.Max(raw, op.Log(op.Add(op.Exp(op.Min(raw, most)), one)))
-        a = op.Exp(op.Mul(op.Unsqueeze(delta, state_axis), A))
-        b = op.Mul(op.Unsqueeze(op.Mul(delta, x), state_axis), op.Unsqueeze(B_t, channel_axis))
-        next_state = op.Add(op.Mul(a, state), b)
-        next_time = op.Add(time, delta)
-        step_t = op.Identity(delta)
-        return next_state, next_time, step_t
+    def arrive(state: Rank5, delta_t: Rank4, x: Rank4, B_t: Rank4):
+        a = op.Exp(op.Mul(op.Unsqueeze(delta_t, state_axis), A))
+        b = op.Mul(op.Unsqueeze(x, state_axis), op.Unsqueeze(B_t, channel_axis))
+        return op.Add(op.Mul(a, state), b)
 
-    ends, times, deltas = op.Scan(empty, total, pixels, low, B, body=arrive, num_scan_inputs=3)
+    ends = op.Scan(empty, delta, inputs, B, body=arrive, num_scan_inputs=3)
+    times = op.ReduceSum(delta, op.Constant(value_ints=[0]), keepdims=0)
     decays = op.Exp(op.Mul(op.Unsqueeze(times, state_axis), A))
 
     @graph()
@@ -170,17 +170,29 @@ def scan_many_states(
     )
 
     @graph()
-    def pass_through(
-        state: Rank5, x: Rank4, delta: Rank4, B_t: Rank4, C_t: Rank4
-    ):  # fmt: skip
-        a = op.Exp(op.Mul(op.Unsqueeze(delta, state_axis), A))
-        b = op.Mul(op.Unsqueeze(op.Mul(delta, x), state_axis), op.Unsqueeze(B_t, channel_axis))
+    def pass_through(state: Rank5, delta_t: Rank4, x: Rank4, B_t: Rank4, C_t: Rank4):
+        a = op.Exp(op.Mul(op.Unsqueeze(delta_t, state_axis), A))
+        b = op.Mul(op.Unsqueeze(x, state_axis), op.Unsqueeze(B_t, channel_axis))
         next_state = op.Add(op.Mul(a, state), b)
         y = op.Squeeze(op.MatMul(op.Unsqueeze(C_t, state_axis), next_state), state_axis)
         return next_state, y
 
-    _final, ys = op.Scan(entering, pixels, deltas, B, C, body=pass_through, num_scan_inputs=4)
-    merged = op.ReduceSum(op.Gather(op.Reshape(ys, row), places), state_axis, keepdims=0)
+    _final, ys = op.Scan(entering, delta, inputs, B, C, body=pass_through, num_scan_inputs=4)
+    return ys
+
+
+@script(_FUNCTIONS)
+def merge(y: Floats, u: Floats, places: Ints, D: Floats, row: Ints) -> Floats:
+    """The sum over the routes, back in the grid, and the skip: (T, K, B, M, D) to (B, H, W, D).
+
+    Args:
+        y: C·h along the routes.
+        u: (B, H, W, D).
+        places: of `orders`.
+        D: (D,), the sum of the routes' skips.
+        row: the shape (-1, D).
+    """
+    merged = op.ReduceSum(op.Gather(op.Reshape(y, row), places), op.Constant(value_ints=[3]), keepdims=0)
     return op.Add(merged, op.Mul(u, D))
 
 
@@ -261,15 +273,16 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         dt_weight = op.Unsqueeze(op.Transpose(dt_proj_weight, perm=[0, 2, 1]), [1])
         dt_bias = op.Unsqueeze(dt_proj_bias, [1, 2])
         A = op.Unsqueeze(op.Transpose(A, perm=[0, 2, 1]), [1] if states == 1 else [1, 2])
-        parameters = dt_weight, dt_bias, A, op.ReduceSum(D, [0], keepdims=0)
         split, row, given = [rank, states, states], [-1, channels], [-1, rank + 2 * states]
-        constants = (_constant(torch.tensor(values)) for values in (split, row, given))
+        split, row, given = (_constant(torch.tensor(values)) for values in (split, row, given))
+        steps, projections, places = tables
+        ordered = in_order(u, projected, steps, projections, dt_weight, dt_bias, split, row, given)
         if states == 1:
-            y = scan_one_state(u, projected, *tables, *before(K, channels), *parameters, *constants)
+            y = scan_one_state(*ordered, *before(K, channels), A)
         else:
             empty, _, start = before(K, states, channels)
-            total, _, _ = before(K, channels)
-            y = scan_many_states(u, projected, *tables, empty, total, start, *parameters, *constants)
+            y = scan_many_states(*ordered, empty, start, A)
+        y = merge(y, u, places, op.ReduceSum(D, [0], keepdims=0), row)
         return y if dtype == ir.DataType.FLOAT else op.Cast(y, to=dtype.value)
 
     def recurrence(a, b, backwards: bool):
