@@ -78,7 +78,7 @@ LAYOUT = networks.LAYOUT | {
     "tuning": (
         "Configurations of the scan's kernels, fastest first; the best are for "
         "`vmamba/ops/backends/triton/configurations.py`",
-        "pass;grid;channels;configuration;µs",
+        "pass;grid;channels;plan;configuration;µs",
     ),
 }
 

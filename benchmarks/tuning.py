@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -15,29 +16,33 @@ from page import Row
 from runner import Bench, Call, NotMeasuredError, Part, brief, failures_in, release
 from scan_speed import scan_inputs
 
-from vmamba.ops.backends.triton import Configuration, Configurations, use_configurations
+from vmamba.ops.backends.triton import Configuration, Configurations, use_configurations, use_walks
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration for one of the two kernels at one shape."""
+    """One configuration and one plan for one of the two passes at one shape."""
 
     kernel: str  # a field of `Configurations`
     configuration: Configuration
+    walks: bool
     grid: int
     channels: int
 
     @property
     def row(self) -> Row:
         return {
-            "pass": self.kernel, "grid": self.grid, "channels": self.channels, "configuration": repr(self.configuration)
+            "pass": self.kernel, "grid": self.grid, "channels": self.channels,
+            "plan": "walk" if self.walks else "tiles", "configuration": repr(self.configuration),
         }  # fmt: skip
 
-    def configurations(self) -> Configurations:
-        return Configurations(scan=self.configuration, gradient=self.configuration)
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        with use_configurations(Configurations(self.configuration, self.configuration)), use_walks(self.walks):
+            yield
 
     def call(self, batch: int) -> Call:
-        """What is to be timed, to be called under `use_configurations(self.configurations())`."""
+        """What is to be timed, to be called under `in_use()`."""
         inputs = scan_inputs(batch, self.grid, self.grid, self.channels, "cuda", torch.bfloat16)
         return inputs.operators()[self.kernel == "gradient"]
 
@@ -47,13 +52,15 @@ SECONDS_OF_TRIAL = 1.5  # with so many of them, roughly
 
 
 def trials(scans: Iterable[tuple[int, int, tuple[int, ...]]]) -> list[Trial]:
-    """Tiles in which every thread has one channel of one run."""
+    """Tiles in which every thread has two channels of one run."""
     found = []
     for (grid, channels, _), kernel in itertools.product(scans, ("scan", "gradient")):
         for run, block, warps in itertools.product((4, 8, 16, 32), (16, 32, 64), (1, 2, 4, 8)):
-            runs = 32 * warps // block
+            runs = 64 * warps // block
             if runs and run * runs <= 2 * grid**2 and (kernel == "scan" or run <= 16):
-                found.append(Trial(kernel, Configuration(run, runs, block, warps), grid, channels))
+                plans = (False, True) if run * runs < grid**2 else (False,)
+                configuration = Configuration(run, runs, block, warps)
+                found += [Trial(kernel, configuration, walks, grid, channels) for walks in plans]
     return found
 
 
@@ -61,7 +68,7 @@ def compile_trial(trial: Trial) -> str | None:
     """Compile in a process of its own, for Triton's cache on the disk; returns what went wrong."""
     try:
         call = trial.call(1)
-        with use_configurations(trial.configurations()):
+        with trial.in_use():
             call()
             torch.cuda.synchronize()
     except Exception as error:
@@ -85,7 +92,7 @@ def tuning(bench: Bench, prepare: Callable[[Call], Call]) -> Iterator[Part]:
                 with failures_in(rows[trial]):
                     if error:
                         raise NotMeasuredError(error)
-                    with use_configurations(trial.configurations()):
+                    with trial.in_use():
                         calls[trial] = prepare(call)
             for trial, seconds in bench.interleave(calls).items():
                 rows[trial]["seconds"] = seconds

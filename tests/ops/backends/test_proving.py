@@ -18,14 +18,17 @@ from vmamba.ops.routes import SEQUENCE
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 FLOAT = torch.float32
 interpreted = pytest.mark.skipif(triton.unavailable(CPU) is not None, reason=str(triton.unavailable(CPU)))
-ON_SMALL_GRIDS = "from vmamba.ops.backends import proving, triton; proving._GRIDS = ((2, 3, 16, 1),); "
+ON_SMALL_GRIDS = "from vmamba.ops.backends import proving, triton; proving._GRIDS = ((2, 3, 16, 1, 2),); "
 
 
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(proving, "_verdicts", {})
-    monkeypatch.setattr(proving, "_GRIDS", ((2, 3, 16, 2),))
+    monkeypatch.setattr(proving, "_GRIDS", ((2, 3, 16, 2, 3),))
+    small = triton.Configuration(4, 2, 16, 1)
+    with triton.use_configurations(triton.Configurations(small, small)):
+        yield
 
 
 def program(monkeypatch, code):
@@ -73,6 +76,44 @@ def test_what_differs_is_named(monkeypatch, name, index, spoil, fault):
     assert proving.compare(CPU, FLOAT, "cross").startswith(fault)
 
 
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        ("LN_2", 0.7, "y is off by"),
+        ("LOG2_E", float("nan"), "y is off by nan"),
+        ("_add_part", None, "the comparison failed"),
+    ],
+)
+def test_kernels_that_are_wrong_themselves(monkeypatch, capsys, name, value, fault):
+    from vmamba.ops.backends.triton import kernels
+
+    def fails(*arguments):
+        raise ValueError("the comparison failed")
+
+    monkeypatch.setattr(kernels, name, fails if value is None else value)
+    proving.main("cpu", "float32", "cross")
+    assert fault in json.loads(capsys.readouterr().out)["fault"]
+
+
+@interpreted
+def test_each_of_the_two_plans_is_compared(monkeypatch):
+    from vmamba.ops.backends.triton import launch
+
+    monkeypatch.setattr(proving, "_GRIDS", ((5, 5, 16, 1, 2),))
+    walked, walk_back = [], launch._walk_back
+
+    def wrong(problem, axis, *gradients):
+        walked.append(axis)
+        entering, adjoint = walk_back(problem, axis, *gradients)
+        return entering + 0.5, adjoint
+
+    assert proving.compare(CPU, FLOAT, "cross") == ""
+    monkeypatch.setattr(launch, "_walk_back", wrong)
+    assert proving.compare(CPU, FLOAT, "cross").endswith("by a walk")
+    assert walked
+
+
 def test_an_exception_is_a_verdict(monkeypatch, capsys):
     def fails(arguments):
         raise RuntimeError("PassManager::run failed\nmodule { ... }")
@@ -103,7 +144,12 @@ def test_proven_once_for_all_processes(monkeypatch):
     ("code", "fault"),
     [
         ("""print('{"fault": "y is off by 0.5"}')""", "y is off by 0.5"),
-        ("import os; os.abort()", "the comparison was ended by signal 6"),
+        # A compiler or a kernel that crashes in the midst of it.
+        (
+            f"{ON_SMALL_GRIDS} import os, sys; from vmamba.ops.backends.triton import launch; "
+            "launch._launch = lambda *given, **named: os.abort(); proving.main(*sys.argv[1:])",
+            "the comparison was ended by signal 6",
+        ),
         ("import sys; sys.exit('ptxas: no such instruction')", r"the comparison failed \(1\): ptxas: no such"),
         ("print('good morning')", r"the comparison failed \(0\)"),
         ("print('[1]')", r"the comparison failed \(0\)"),

@@ -27,7 +27,7 @@ from torch import Tensor
 from vmamba.ops import checks
 from vmamba.ops.arguments import ScanArguments, SS2DArguments, as_gradients
 from vmamba.ops.backends import eager
-from vmamba.ops.backends.triton.configurations import Configuration, Configurations, use_configurations
+from vmamba.ops.backends.triton.configurations import Configuration, Configurations, use_configurations, use_walks
 from vmamba.ops.precision import state_dtype
 from vmamba.ops.routes import Route, get_routes
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Configuration", "Configurations", "selective_scan", "selective_scan_backward", "ss2d_scan", "ss2d_scan_backward",
-    "unavailable", "use_configurations",
+    "unavailable", "use_configurations", "use_walks",
 ]  # fmt: skip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

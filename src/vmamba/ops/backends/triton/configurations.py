@@ -1,4 +1,4 @@
-"""Shapes of the tiles that the kernels work on, by architecture."""
+"""Shapes of the tiles that the kernels work on, by architecture, and how programs share them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Configuration:
-    """How much of a scan a program takes at a time. All are powers of two.
+    """How much of a scan a program takes at a time. All numbers but registers are powers of two.
 
     Attributes:
         run: positions that a thread holds in registers.
         runs: such runs in a tile, one after the other.
-        block: channels in a tile. A warp should lie along channels: 32 or more, where there are as many.
-        warps: warps of a program; runs·block / 32 of them give every thread one channel of one run.
+        block: channels in a tile; the most that divides a model's is best.
+        warps: warps of a program; runs·block / 64 of them give every thread two channels of one run.
+        registers: the most that a thread may have in a walk with one state, on NVIDIA's cards; None leaves it open.
     """
 
     run: int
     runs: int
     block: int
     warps: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,22 @@ class Configurations:
 
 
 # The first entry whose number of positions is not exceeded holds. Small images get a tile that holds a whole sequence,
-# which then needs one pass and no carries. These shapes are the largest that compile without register spills; none has
-# been timed on a card.
+# which then needs one pass and no carries. With 168 registers three programs fit on a multiprocessor. Chosen by what
+# the compiler makes of them (docs/kernels.md); none has been timed on a card.
 Table = tuple[tuple[float, Configurations], ...]
 DEFAULT: Table = (
-    (64, Configurations(scan=Configuration(8, 8, 32, 8), gradient=Configuration(8, 8, 32, 8))),
-    (256, Configurations(scan=Configuration(16, 16, 16, 8), gradient=Configuration(8, 4, 32, 4))),
-    (math.inf, Configurations(scan=Configuration(16, 4, 32, 4), gradient=Configuration(8, 4, 32, 4))),
+    (64, Configurations(scan=Configuration(8, 8, 32, 4), gradient=Configuration(4, 16, 32, 8))),
+    (256, Configurations(scan=Configuration(8, 32, 16, 8), gradient=Configuration(4, 8, 32, 4))),
+    (math.inf, Configurations(scan=Configuration(8, 8, 32, 4, registers=168), gradient=Configuration(8, 8, 32, 4))),
 )
 # By compute capability ("sm_90") or AMD's name ("gfx942"), where another table than DEFAULT is known to be better.
 TABLES: dict[str, Table] = {}
 
+# A multiprocessor has four schedulers, each of which needs a second warp to turn to while one waits.
+WARPS_TO_FILL_A_MULTIPROCESSOR = 8
+
 _override: Configurations | None = None
+_always_walks: bool | None = None
 
 
 @contextmanager
@@ -64,3 +70,24 @@ def configurations_for(architecture: str, positions: int) -> Configurations:
     if _override is not None:
         return _override
     return next(value for limit, value in TABLES.get(architecture, DEFAULT) if positions <= limit)
+
+
+@contextmanager
+def use_walks(walks: bool) -> Iterator[None]:
+    """Let a program take all tiles of an axis, or one, in the `with` block and in all threads, for tuning and tests."""
+    global _always_walks
+    before, _always_walks = _always_walks, walks
+    try:
+        yield
+    finally:
+        _always_walks = before
+
+
+def walks_for(multiprocessors: float, warps: int) -> bool:
+    """Whether programs take all tiles of an axis, one after the other: where that leaves enough warps for the card.
+
+    Args:
+        multiprocessors: of the card.
+        warps: that a walk has in all.
+    """
+    return warps >= WARPS_TO_FILL_A_MULTIPROCESSOR * multiprocessors if _always_walks is None else _always_walks
