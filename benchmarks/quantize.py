@@ -264,7 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--colour", nargs=2, metavar=("MODEL", "FOLDER"), help="a model of CIFAR-10 and its pictures")
     parser.add_argument("--sections", nargs="+", choices=QUANTIZE.sections, default=["accuracy", "times"])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--processor-time", action="store_true", help="on one thread; other programs on the machine hardly touch it")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="on one thread; other programs on the machine hardly touch it"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     if not options.model.exists():
