@@ -3,6 +3,7 @@
 A scan is cut into tiles, which are all worked on at once: a first kernel finds what each tile does to the state, a
 second chains that along the route, a third computes the results from the state that enters each tile. So a single
 large image fills a card as well as a batch does; a sequence that fits into one tile needs the third kernel alone.
+Where a batch fills the card by itself, a program walks along all tiles and computes less twice.
 docs/kernels.md has the details.
 
 Images are float16, bfloat16 or float32; the state, the step and all sums are float32. As soon as one argument is
