@@ -234,7 +234,7 @@ def test_a_small_model_learns_two_pictures() -> None:
     batch = [{"boxes": boxes, "labels": labels, "masks": masks}, {"boxes": boxes[1:], "labels": labels[1:]}]
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     totals = []
-    for _ in range(40):
+    for _ in range(60):
         losses = model(images, batch)
         total = sum(losses.values())
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ pages first. Where pixels do not mix, modules that are exactly `as_built` theref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from timm.layers import DropPath
@@ -104,34 +104,23 @@ def stretches(rows: Tensor, width: int) -> tuple[Tensor, ...]:
     return rows.tensor_split(max(1, -(-len(rows) * width // _STRETCH)))
 
 
-def in_stretches(
-    function: Callable[..., Tensor], values: Sequence[Tensor | None], width: int, out: Tensor | None = None
-) -> Tensor:
-    """function(*values) for a function of single pixels, stretch by stretch; without autograd.
+def in_stretches(function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
+    """function(x) for a function of single pixels, stretch by stretch; without autograd.
 
     Args:
-        function: from tensors (..., C), and None where `values` has that, to (..., C').
-        values: the first is a tensor (..., C); all have the same pixels.
+        function: from (..., C) to (..., C').
+        x: (..., C).
         width: how many values of a pixel the widest layer in the function has.
-        out: memory for the result, which may be that of one of the values; used where it fits.
     """
-    x = values[0]
-    assert x is not None
-    rows = [None if value is None else stretches(value.flatten(0, -2), width) for value in values]
-    count = len(stretches(x.flatten(0, -2), width))
-    if count == 1:
-        return function(*values)
-    y: Tensor | None = None
-    for i in range(count):
-        part = function(*(value if value is None else value[i] for value in rows))
-        if y is None:
-            shape = (*x.shape[:-1], part.shape[-1])
-            fits = out is not None and out.is_contiguous() and (out.shape, out.dtype) == (shape, part.dtype)
-            y = out if fits else part.new_empty(shape)
-            assert y is not None
-            results = stretches(y.view(-1, part.shape[-1]), width)
-        results[i].copy_(part)
-    assert y is not None
+    rows = stretches(x.flatten(0, -2), width)
+    if len(rows) == 1:
+        return function(x)
+    part = function(rows[0])
+    y = part.new_empty((*x.shape[:-1], part.shape[-1]))
+    results = stretches(y.view(-1, part.shape[-1]), width)
+    results[0].copy_(part)
+    for row, result in zip(rows[1:], results[1:], strict=True):
+        result.copy_(function(row))
     return y
 
 

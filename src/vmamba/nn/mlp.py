@@ -50,14 +50,14 @@ class Mlp(timm.layers.Mlp):
             return super().forward(x)
         dtype = product_dtype(x)
         if not records(x, *parameters):
-            return cpu.in_stretches(lambda part: self.infer(part.to(dtype)), (x,), self.fc1.out_features)
+            return cpu.in_stretches(lambda part: self.infer(part.to(dtype)), x, self.fc1.out_features)
         x, weight1, bias1, weight2, bias2 = (v if v is None else v.to(dtype) for v in (x, *parameters))
         return _FrugalMlp.apply(x.flatten(0, -2), weight1, bias1, weight2, bias2).view(x.shape)
 
-    def infer(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Of an MLP as it was built, without autograd: its result, plus the residual, (..., C)."""
+    def infer(self, x: Tensor) -> Tensor:
+        """Of an MLP as it was built, without autograd: its result, (..., C)."""
         hidden = product(x, self.fc1.weight, self.fc1.bias, "gelu")
-        return product(hidden, self.fc2.weight, self.fc2.bias, residual=residual)
+        return product(hidden, self.fc2.weight, self.fc2.bias)
 
 
 class _FrugalMlp(torch.autograd.Function):

@@ -88,28 +88,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return product(x.to(dtype), weight, bias)
 
 
-def product(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", residual: Tensor | None = None
-) -> Tensor:
-    """activation(x · weightᵀ + bias) + residual on the CPU, without autograd; see `native.products.linear`.
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """activation(x · weightᵀ + bias) on the CPU, without autograd; see `native.products.linear`.
 
     Args:
         x: (..., C).
         weight: (C', C), like the bias in x's dtype, or in float32 where x is bfloat16.
         bias: (C',) or None.
         activation: "none" or "gelu".
-        residual: (..., C') or None, in x's dtype, or in float32 where x is bfloat16.
     """
     rows = x.numel() // max(x.shape[-1], 1)
     if weight.is_contiguous() and products.wins(rows, weight.shape[1], weight.shape[0], x.dtype):
-        return products.linear(x, weight, bias, activation, residual)
+        return products.linear(x, weight, bias, activation)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if x.dtype in _product_dtypes() and torch.backends.mkldnn.enabled and x.numel():
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
     else:
         y = F.linear(x, weight, bias)
-    y = gelu(y) if activation == "gelu" else y
-    return y if residual is None else y + residual
+    return gelu(y) if activation == "gelu" else y
 
 
 @functools.cache
