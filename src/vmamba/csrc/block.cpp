@@ -24,7 +24,6 @@ namespace {
 constexpr int64_t VALUES_FOR_THREADS = 16384, PRODUCTS_FOR_THREADS = 1 << 20, STEPS_FOR_THREADS = 512;
 constexpr int64_t BAND_ROWS = 16, LANES_OF_SCAN = 16;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -68,18 +67,22 @@ struct Calls {
         failed = vmamba_layer_norm(&call);
     }
 
+    void multiply(Product call) {
+        if (failed) return;
+        call.threads = threads(call.rows * call.inputs * call.outputs, PRODUCTS_FOR_THREADS);
+        failed = vmamba_linear(&call);
+    }
+
     // y = act(x · weightᵀ + bias) + residual; x in the dtype of the products.
     void product(
         const void* x, void* y, int64_t rows, int64_t inputs, int64_t outputs, const Weight& weight, int32_t y_bfloat16,
         bool gelu = false, const void* residual = nullptr
     ) {
-        if (failed) return;
         Product call{};
         call.rows = rows, call.inputs = inputs, call.outputs = outputs, call.x = x, call.y = y, call.residual = residual;
         call.weight = weight.data, call.bias = weight.bias, call.weight_bfloat16 = weight.bfloat16;
         call.bfloat16 = p.low_products, call.y_bfloat16 = y_bfloat16, call.gelu = gelu;
-        call.threads = threads(rows * inputs * outputs, PRODUCTS_FOR_THREADS);
-        failed = vmamba_linear(&call);
+        multiply(call);
     }
 
     void convolve(const void* x, void* y) {
@@ -170,8 +173,8 @@ int32_t run_block(const Block& p) {
         if (low) calls.elementwise(vmamba_widen, u, at(wide), count * inner), u = at(wide);
         Product call{};
         call.rows = count, call.inputs = inner, call.outputs = parameters, call.x = u, call.y = values;
-        call.weight = p.x_weight, call.threads = calls.threads(count * inner * parameters, PRODUCTS_FOR_THREADS);
-        if (!calls.failed) calls.failed = vmamba_linear(&call);
+        call.weight = p.x_weight;
+        calls.multiply(call);
     });
     if (calls.failed) return 1;
     scan = calls.scan(at(image), reinterpret_cast<float*>(at(projected)), at(first));

@@ -5,9 +5,8 @@
 
 #include "convolution.h"
 
-#include <cstring>
-
 #include "memory.h"
+#include "patches.h"
 #include "products.h"
 #include "threads.h"
 
@@ -15,12 +14,9 @@ extern "C" int32_t vmamba_linear(Product*);
 
 namespace {
 
-constexpr int64_t SIDE = 3, TAPS_OF_PATCH = SIDE * SIDE;
 constexpr int64_t PATCH_BYTES = 4 << 20;  // of the patches that are multiplied at a time
 constexpr int64_t LEAST_PIXELS = 256;     // but so many, since the weight is packed for each time
 constexpr int64_t PIXELS_OF_TASK = 16, ROWS_OF_TASK = 16;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Patches of the pixels [first, first + count), or the weight in another order.
 struct Gathering {
@@ -40,17 +36,16 @@ void gather(const Gathering& g, int64_t task, float*) {
         int64_t pixel = g.first + i, column = pixel % g.columns, row = pixel / g.columns % g.rows;
         const T* image = static_cast<const T*>(p.x) + pixel / g.columns / g.rows * p.height * p.width * size;
         T* patch = static_cast<T*>(g.to) + i * TAPS_OF_PATCH * size;
+        int64_t top = row * p.stride - 1, left = column * p.stride - 1;
+        if (!g.as_weight) {
+            gather_patch(image, 0, p.height, p.width, size, top, left, patch);
+            continue;
+        }
         for (int64_t tap = 0; tap < TAPS_OF_PATCH; tap++) {
-            int64_t y = row * p.stride - 1 + tap / SIDE, x = column * p.stride - 1 + tap % SIDE;
+            int64_t y = top + tap / SIDE, x = left + tap % SIDE;
             bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
             const T* from = image + (y * p.width + x) * size;
-            if (g.as_weight) {
-                for (int64_t c = 0; c < size; c++) patch[c * TAPS_OF_PATCH + tap] = inside ? from[c] : T();
-            } else if (inside) {
-                memcpy(patch + tap * size, from, size * sizeof(T));
-            } else {
-                memset(patch + tap * size, 0, size * sizeof(T));
-            }
+            for (int64_t c = 0; c < size; c++) patch[c * TAPS_OF_PATCH + tap] = inside ? from[c] : T();
         }
     }
 }
@@ -59,11 +54,8 @@ template <class T>
 void reorder(const Gathering& g, int64_t task, float*) {
     int64_t size = g.p.channels, end = (task + 1) * ROWS_OF_TASK < g.p.outputs ? (task + 1) * ROWS_OF_TASK : g.p.outputs;
     for (int64_t row = task * ROWS_OF_TASK; row < end; row++) {
-        const T* from = static_cast<const T*>(g.p.weight) + row * TAPS_OF_PATCH * size;
-        T* to = static_cast<T*>(g.to) + row * TAPS_OF_PATCH * size;
-        for (int64_t tap = 0; tap < TAPS_OF_PATCH; tap++) {
-            for (int64_t c = 0; c < size; c++) to[tap * size + c] = from[c * TAPS_OF_PATCH + tap];
-        }
+        int64_t offset = row * TAPS_OF_PATCH * size;
+        as_patch(static_cast<const T*>(g.p.weight) + offset, size, static_cast<T*>(g.to) + offset);
     }
 }
 

@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdint>
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Pieces of one allocation: first all are asked for, then the memory is obtained. It goes back to the system only when there
 // is more of it than this, or when another thread has left some: the system clears the pages of what it hands out, which
 // takes longer than filling them.
@@ -31,7 +33,7 @@ class Memory {
     // Where a piece of so many bytes begins.
     int64_t piece(int64_t bytes) {
         int64_t begin = used;
-        used += (bytes + 63) / 64 * 64;
+        used += divide_up(bytes, 64) * 64;
         return begin;
     }
 

@@ -329,7 +329,7 @@ void forward_blocks(const Scan& p, int64_t task, float* memory) {
     int64_t offset = image * total * p.channels;
     const T* u = static_cast<const T*>(p.u) + offset;
     float* y = static_cast<float*>(p.y) + offset;
-    if (p.route_y) y = p.route_y + nth_route(p, k_first) * p.batch * total * p.channels + offset;
+    if (p.route_y) y = p.route_y + k_first * p.batch * total * p.channels + offset;
     float* sums = adds_in_scratch(p) ? scratch.floats(total * count * BLOCK) : nullptr;
 
     for (int64_t i = k_first; i < k_last; i++) {
@@ -384,7 +384,7 @@ void merge_block(const Scan& p, int64_t task) {
         for (int i = 0; i < VECTORS; i++) y.v[i] = y.v[i] * skip.v[i];
         round_here(y);
         for (int64_t i = 0; i < p.routes; i++) {
-            Block part = load_block<false>(p.route_y + nth_route(p, i) * p.batch * total * p.channels + offset, at.valid);
+            Block part = load_block<false>(p.route_y + i * p.batch * total * p.channels + offset, at.valid);
             for (int i = 0; i < VECTORS; i++) y.v[i] = y.v[i] + part.v[i];
         }
         store_block<false>(static_cast<T*>(p.y) + offset, y, at.valid);

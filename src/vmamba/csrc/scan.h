@@ -29,7 +29,7 @@ struct Scan {
     const float* D;          // (K, channels) or null
     void* y;                 // (batch, L, channels), dtype of u
     float* last;             // (batch, channels, N) or null
-    float* route_y;          // (K, batch, L, channels), only where routes are computed apart; else null
+    float* route_y;          // (K, batch, L, channels) in the order of adding, where routes are computed apart; else null
     const void* grad_y;      // (batch, L, channels), dtype of u
     const float* grad_last;  // (batch, channels, N) or null
     float* grad_u;           // (batch, L, channels)

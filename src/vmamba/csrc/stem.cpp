@@ -4,10 +4,10 @@
 #include "stem.h"
 
 #include <atomic>
-#include <cstring>
 
 #include "layers.h"
 #include "memory.h"
+#include "patches.h"
 #include "products.h"
 #include "threads.h"
 
@@ -24,9 +24,6 @@ constexpr int64_t BAND_BYTES = 1 << 20;
 // Fewer would leave threads idle. It does not depend on their number: how many pixels are multiplied together shows in the
 // last bit.
 constexpr int64_t LEAST_BANDS = 8;
-constexpr int64_t SIDE = 3, TAPS_OF_PATCH = SIDE * SIDE;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One stem and the sizes that follow from it.
 struct Call {
@@ -100,24 +97,6 @@ void gather_planes(const Call& c, const float* image, int64_t row, float* patche
     }
 }
 
-// Patches (columns, 3, 3, middle) of one row of the result; `middle` begins with the row `first` of what is between.
-void gather_pixels(const Call& c, const float* middle, int64_t first, int64_t row, float* patches) {
-    const Stem& p = c.p;
-    int64_t size = p.middle;
-    for (int64_t j = 0; j < c.columns; j++) {
-        int64_t left = j * p.stride2 - 1, begin = left < 0 ? 1 : 0;
-        int64_t end = left + SIDE > c.middle_width ? c.middle_width - left : SIDE;
-        for (int64_t a = 0; a < SIDE; a++, patches += SIDE * size) {
-            int64_t from = row * p.stride2 - 1 + a;
-            bool inside = from >= 0 && from < c.middle_height;
-            if (!inside || begin > 0 || end < SIDE) memset(patches, 0, SIDE * size * sizeof(float));
-            if (!inside) continue;
-            const float* pixel = middle + ((from - first) * c.middle_width + left + begin) * size;
-            memcpy(patches + begin * size, pixel, (end - begin) * size * sizeof(float));
-        }
-    }
-}
-
 void run_band(const Call& c, int64_t task, float* memory) {
     const Stem& p = c.p;
     int64_t image = task / c.bands, first = task % c.bands * c.band;
@@ -136,7 +115,11 @@ void run_band(const Call& c, int64_t task, float* memory) {
                 activate(middle, pixels * p.middle);
 
     for (int64_t row = first; row < end; row++) {
-        gather_pixels(c, middle, from, row, large + (row - first) * c.columns * large_size);
+        for (int64_t column = 0; column < c.columns; column++) {
+            float* patch = large + ((row - first) * c.columns + column) * large_size;
+            int64_t top = row * p.stride2 - 1, left = column * p.stride2 - 1;
+            gather_patch(middle, from, c.middle_height, c.middle_width, p.middle, top, left, patch);
+        }
     }
     pixels = (end - first) * c.columns;
     float* y = p.y + (image * c.rows + first) * c.columns * p.outputs;
@@ -155,11 +138,7 @@ int32_t run_stem(const Stem& p) {
     char* base = memory.obtain();
     if (!base) return 1;
     float* weight = reinterpret_cast<float*>(base + place);
-    for (int64_t i = 0; i < p.outputs * p.middle; i++) {
-        for (int64_t tap = 0; tap < TAPS_OF_PATCH; tap++) {
-            weight[i / p.middle * size + tap * p.middle + i % p.middle] = p.weight2[i * TAPS_OF_PATCH + tap];
-        }
-    }
+    for (int64_t i = 0; i < p.outputs; i++) as_patch(p.weight2 + i * size, p.middle, weight + i * size);
     call.weight2 = weight;
     return !share<Call>(call, p.batch * call.bands, call.scratch(), run_band) || failed;
 }

@@ -120,7 +120,7 @@ class VMamba(nn.Module):
                 f"output_stride is {output_stride}, but patch merging cannot keep a grid's size: choose a variant that"
                 " downsamples by convolutions"
             )
-        if norm != "layer" and "patch" in (stem, "patch" if downsample == "merge" else ""):
+        if norm != "layer" and (stem == "patch" or downsample == "merge"):
             raise ValueError(f"norm is {norm!r}; patch stem and patch merging have 'layer' alone")
         self.variant: str | None = None
         self.num_classes = num_classes

@@ -72,7 +72,7 @@ class VSSBlock(nn.Module):
         scan = ss2d.fused_scan(x)
         layers = [self.norm1, ss2d.in_proj, ss2d.conv, ss2d.norm, ss2d.out_proj]
         layers += [] if mlp is None else [self.norm2, mlp.fc1, mlp.fc2]
-        affine = [Affine(layer.weight, layer.bias, getattr(layer, "eps", 0.0)) for layer in layers]
+        affine = [Affine.of(layer) for layer in layers]
         if scan is None or not applies(x, *scan[:-1], *(value for layer in affine for value in layer[:2])):
             return None
         norm1, in_proj, conv, norm, out_proj, *rest = affine

@@ -127,17 +127,19 @@ class SS2D(nn.Module):
 
     def scan(self, u: Tensor) -> Tensor:
         """Scan (B, H, W, D) along the four routes and add the results, (B, H, W, D)."""
-        A = -torch.exp(self.A_log.to(state_dtype(self.A_log)))
         # By a name, since graphs hold no functions.
         pattern = self.pattern if isinstance(self.pattern, str) else name_of(self.pattern)
-        return ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, pattern)
+        return ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self._decay(), self.D, pattern)
+
+    def _decay(self) -> Tensor:
+        """A, (4, D, N)."""
+        return -torch.exp(self.A_log.to(state_dtype(self.A_log)))
 
     def fused_scan(self, x: Tensor) -> Scan | None:
         """The scans' parameters for `vss_block`; None where a call of `scan` in a block of x would do anything else."""
         if ss2d_scan is not _SCAN or not isinstance(self.pattern, str) or not scans_natively(x, self.pattern):
             return None
-        A = -torch.exp(self.A_log.to(state_dtype(self.A_log)))
-        return Scan(self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, A, self.D, self.pattern)
+        return Scan(self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self._decay(), self.D, self.pattern)
 
     def gated_norm(self, y: Tensor, gate: Tensor | None) -> Tensor:
         """The scans' result (..., D), normalised and gated."""

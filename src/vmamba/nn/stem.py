@@ -55,8 +55,7 @@ class ConvStem(nn.Module):
         """The same in one call, for a stem as it was built; None where it has to be computed layer by layer."""
         convolutions = self.conv1, self.conv2
         conv1, norm1, conv2, norm2 = layers = [
-            Affine(layer.weight, layer.bias, getattr(layer, "eps", 0.0))
-            for layer in (self.conv1, self.norm1, self.conv2, self.norm2)
+            Affine.of(layer) for layer in (self.conv1, self.norm1, self.conv2, self.norm2)
         ]
         if not can_fuse(x) or product_dtype(x) != torch.float32 or not all(map(cpu.is_patchwise, convolutions)):
             return None

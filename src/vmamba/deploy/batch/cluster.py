@@ -28,10 +28,8 @@ _ALONE = {
 
 _STORE = 128 << 20  # bytes of shared memory beside the weights
 _LONGEST = 25  # of a temporary folder's path: Ray's sockets lie deep inside it, and may have 107 characters
-_PREFIX, _LOCK = (
-    "vmamba_",
-    "in_use",
-)  # of the folders in it, and a file in each that is locked for as long as it is used
+_PREFIX = "vmamba_"  # of the folders in it
+_LOCK = "in_use"  # a file in each that is locked for as long as the folder is used
 
 
 @contextmanager

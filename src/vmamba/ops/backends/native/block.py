@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ class Affine(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     eps: float = 0.0
+
+    @classmethod
+    def of(cls, layer: Any) -> Affine:
+        """Those that a module has now."""
+        return cls(layer.weight, layer.bias, getattr(layer, "eps", 0.0))
 
 
 class Scan(NamedTuple):
