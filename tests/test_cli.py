@@ -215,6 +215,17 @@ def test_wrong_usage_exits_with_2_and_says_what(capsys):
         assert message in capsys.readouterr().err
 
 
+def test_wrong_usage_names_the_settings_that_are_meant(capsys):
+    for arguments, message in (
+        (["train", "--dataset", "hfds/x"], "for --dataset there is --data.dataset\n"),
+        (["train", "--data", "folder"], "for --data there is --data.root, --data.val_root, --data.dataset, ...\n"),
+        (["validate", "--img_size=64", "--nothing"], "for --img_size there is --data.img_size\n"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert capsys.readouterr().err.endswith(message)
+
+
 def test_help_explains_every_setting(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])

@@ -2,6 +2,8 @@ import gzip
 import os
 import shutil
 import tarfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -323,6 +325,30 @@ def test_fashion_mnist_that_is_damaged_missing_or_read_only(tmp_path, monkeypatc
     monkeypatch.setattr("vmamba.data.sources.os.replace", read_only)
     with pytest.raises(DataError, match=r"cannot be written.*data.root"):
         open_split(config, True)
+
+
+def test_data_sets_of_torchvision_in_another_folder(tmp_path, monkeypatch):
+    """The folder's own parts, or the one around it, are what people give."""
+    config = make_fashion_mnist(tmp_path / "data")
+    for wrong in ("data/FashionMNIST", "data/FashionMNIST/raw", "."):
+        monkeypatch.chdir(tmp_path)
+        message = f"no {wrong}/FashionMNIST/raw; give data, which holds FashionMNIST/raw, instead of {wrong}$"
+        with pytest.raises(DataError, match=message):
+            open_split(replace(config, root=wrong), True)
+        with pytest.raises(DataError, match=rf"give {tmp_path}/data, which holds"):
+            open_split(replace(config, root=str(tmp_path / wrong)), False)
+    monkeypatch.chdir(tmp_path / "data/FashionMNIST")
+    with pytest.raises(DataError, match=r"give \.\., which holds FashionMNIST/raw, instead of \.$"):
+        open_split(replace(config, root="."), True)
+    message = r"no \./cifar-10-batches-py; give the folder that holds cifar-10-batches-py\. .*data.download"
+    with pytest.raises(DataError, match=message):
+        open_split(replace(config, root=".", dataset="torch/cifar10"), True)
+    with pytest.raises(DataError, match=r"Unknown torchvision dataset fashionmnist; there are .*torch/fashion_mnist"):
+        open_split(replace(config, root="..", dataset="torch/fashionmnist"), True)
+    for file in Path("raw").iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match=r"cannot be opened: Dataset not found"):
+        open_split(replace(config, root=".."), True)
 
 
 def test_hugging_face_data_sets(tmp_path):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
@@ -257,7 +258,7 @@ def make_parser(name: str | None = None, settings: type | None = None) -> Argume
     )
     subcommands = parser.add_subcommands(metavar="COMMAND")
     for each, command in COMMANDS.items():
-        part = ArgumentParser(usage=f"vmamba {each} {command.usage}", description=command.description)
+        part = _Parser(usage=f"vmamba {each} {command.usage}", description=command.description)
         if name in (None, each):
             for argument, options in command.arguments.items():
                 part.add_argument(argument, **options)
@@ -267,6 +268,21 @@ def make_parser(name: str | None = None, settings: type | None = None) -> Argume
             part.add_class_arguments(settings or command.config, None)
         subcommands.add_subcommand(each, part, help=command.help)
     return parser
+
+
+class _Parser(ArgumentParser):
+    """That of one command; of a flag without the name of its group, as --dataset, it says what is meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with the message, and the settings whose names are there in part."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for word in dict.fromkeys(re.findall(r'(?:--|Parser key ")([\w.]+)', message)):
+            meant = [flag for flag in flags if flag.startswith(f"--{word}.")]
+            if f"--{word}" not in flags:
+                meant += [flag for flag in flags if flag.endswith(f".{word}")]
+            if meant:
+                message += f"\n  for --{word} there is {', '.join(meant[:3])}{', ...' * (len(meant) > 3)}"
+        super().error(message, ex)
 
 
 class _ConfigFile(ActionConfigFile):

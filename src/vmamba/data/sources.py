@@ -30,6 +30,15 @@ PADDING = -1  # the label of samples that only fill up the last validation batch
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation", "test")}
 
+_TORCH_FOLDERS = {  # what torchvision expects in data.root
+    "torch/cifar10": "cifar-10-batches-py",
+    "torch/cifar100": "cifar-100-python",
+    "torch/fashion_mnist": "FashionMNIST/raw",
+    "torch/kmnist": "KMNIST/raw",
+    "torch/mnist": "MNIST/raw",
+    "torch/qmnist": "QMNIST/raw",
+}
+
 
 @dataclass(frozen=True)
 class ImageFiles:
@@ -280,8 +289,8 @@ def _open_named(config: DataConfig, root: str | None, split: str, training: bool
         arguments["input_img_mode"] = ""  # as stored: `standard_image` does the rest
         arguments["num_samples"] = config.num_samples if training else None
     try:
-        if config.dataset.startswith("torch/"):
-            _unpack(Path(root or "."), config.dataset)
+        if folder := _TORCH_FOLDERS.get(config.dataset.lower()):
+            _unpack(Path(root or ".") / folder)
         if not config.download:
             return create_dataset(**arguments)
         try:
@@ -300,8 +309,26 @@ def _open_named(config: DataConfig, root: str | None, split: str, training: bool
             f"and give that as data.root"
         ) from error
     except Exception as error:  # each library has its own exceptions for data that is not there
-        hint = "" if config.download else " If it has to be downloaded first, set data.download to true"
-        raise DataError(f"{where} cannot be opened: {error or type(error).__name__}.{hint}") from error
+        raise DataError(f"{where} cannot be opened: {_reason(config, root, error)}") from error
+
+
+def _reason(config: DataConfig, root: str | None, error: Exception) -> str:
+    """Why a data set cannot be opened, and what to do."""
+    said = str(error).rstrip(".") or type(error).__name__
+    if config.download:
+        return said
+    if isinstance(error, AssertionError) and config.dataset.startswith("torch/"):
+        return f"{said}; there are {', '.join(_TORCH_FOLDERS)} and some larger ones"
+    hint = "If it has to be downloaded first, train with data.download set to true"
+    folder = _TORCH_FOLDERS.get(config.dataset.lower())
+    if folder is None or root is None or os.path.isdir(looked := os.path.join(root, folder)):
+        return f"{said}. {hint}"
+    given = Path(os.path.abspath(root))
+    found = next((place for place in (*given.parents, *given.glob("*")) if (place / folder).is_dir()), None)
+    if found is None:
+        return f"there is no {shown(looked)}; give the folder that holds {folder}. {hint}"
+    instead = found if os.path.isabs(root) else os.path.relpath(found)
+    return f"there is no {shown(looked)}; give {shown(instead)}, which holds {folder}, instead of {shown(root)}"
 
 
 def _listed_names(config: DataConfig) -> list[str] | None:
@@ -313,15 +340,14 @@ def _listed_names(config: DataConfig) -> list[str] | None:
         raise DataError(f"data.class_names: {error}") from error
 
 
-def _unpack(root: Path, dataset: str) -> None:
+def _unpack(folder: Path) -> None:
     """Unpack what torchvision's MNIST family was given as .gz files: it opens only files that it packed itself.
 
     Each file appears whole or not at all, so that processes which do this at the same time, or are killed, do no harm.
     """
-    name = dataset.removeprefix("torch/").replace("_", "").lower()
-    for packed in root.glob("*/raw/*.gz"):
+    for packed in folder.glob("*.gz"):
         target = packed.with_suffix("")
-        if packed.parts[-3].lower() == name and not target.exists():
+        if not target.exists():
             with gzip.open(packed) as source, replacing(target) as partial, partial.open("wb") as file:
                 shutil.copyfileobj(source, file)
 
