@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from vmamba.cli import main
+from vmamba.deploy import export_onnx
 from vmamba.models.checkpoints import save_checkpoint
 from vmamba.models.registry import create_model
 
@@ -70,7 +71,8 @@ def picture(seed: int) -> Image.Image:
 
 
 def expected(session: Any, image: Image.Image) -> tuple[int, np.ndarray]:
-    labels, probabilities = session.run(None, {"images": np.asarray(image).transpose(2, 0, 1)[None]})
+    values = np.asarray(image).reshape(*image.size[::-1], -1)
+    labels, probabilities = session.run(None, {"images": values.transpose(2, 0, 1)[None]})
     return int(labels[0]), probabilities[0]
 
 
@@ -165,39 +167,49 @@ def test_tritons_folder_is_as_shown(desk: Path, session: Any) -> None:
 # --- C++ --------------------------------------------------------------------------------------------------------------
 
 
-def headers_and_library() -> tuple[Path, Path] | None:
-    """ONNX Runtime's folders of C++ headers and of its library, if they are installed."""
-    root = os.environ.get("ONNXRUNTIME_ROOT")
-    places = [Path(root, "include")] if root else []
-    places += [Path("/usr/include/onnxruntime"), Path("/usr/local/include/onnxruntime"), Path("/usr/local/include")]
-    for place in places:
-        header = next(place.rglob("onnxruntime_cxx_api.h"), None) if place.is_dir() else None
-        libraries = [Path(root, "lib")] if root else []
-        libraries += [Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/local/lib"), Path("/usr/lib")]
-        library = next((folder for folder in libraries if (folder / "libonnxruntime.so").exists()), None)
-        if header and library:
-            return header.parent, library
-    return None
+def headers_and_library(folder: Path) -> tuple[Path, Path] | None:
+    """ONNX Runtime's folders of C++ headers, if they are installed, and of its library, which the wheel has as well.
+
+    Args:
+        folder: where the wheel's library gets the names that a linker and a loader look for.
+    """
+    named = os.environ.get("ONNXRUNTIME_ROOT")
+    roots = [Path(root) for root in (named, "/usr/local", "/usr") if root]
+    header = next((header for root in roots for header in (root / "include").rglob("onnxruntime_cxx_api.h")), None)
+    libraries = [place / part for place in roots for part in ("lib", "lib/x86_64-linux-gnu")]
+    library = next((place for place in libraries if (place / "libonnxruntime.so").exists()), None)
+    if library is None:
+        for wheels in Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"):
+            for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+                (folder / name).symlink_to(wheels)
+            library = folder
+    return (header.parent, library) if header and library else None
 
 
-def test_the_cpp_program_gives_the_same_label(desk: Path, session: Any) -> None:
-    found = headers_and_library()
+def test_the_cpp_program_gives_the_same_label(desk: Path, session: Any, tmp_path: Path) -> None:
+    found = headers_and_library(tmp_path)
     if found is None or shutil.which("g++") is None:
         pytest.skip("no C++ headers of ONNX Runtime: libonnxruntime-dev in Debian 13, or a release in ONNXRUNTIME_ROOT")
     include, library = found
-    (desk / "classify.cpp").write_text(blocks("cpp")[0])
-    command = ["g++", "-std=c++17", "-O2", "-Wall", "-Werror", "-I", str(include), "classify.cpp", "-L", str(library),
-               f"-Wl,-rpath,{library}", "-lonnxruntime", "-o", "classify"]  # fmt: skip
-    subprocess.run(command, cwd=desk, check=True)
-    image = picture(1)
-    words = ["./classify", "pictures.onnx", str(WIDTH), str(HEIGHT)]
-    done = subprocess.run(words, cwd=desk, input=image.tobytes(), capture_output=True, check=True)
-    label, probabilities = expected(session, image)
-    printed, probability = done.stdout.split()
-    assert int(printed) == label
-    assert float(probability) == pytest.approx(probabilities[label], abs=1e-4)
-    short = subprocess.run(words, cwd=desk, input=b"abc", capture_output=True, check=False)
-    assert (short.returncode, short.stderr) == (1, f"3 bytes came; expected {3 * WIDTH * HEIGHT}\n".encode())
+    (tmp_path / "classify.cpp").write_text(blocks("cpp")[0])
+    (command,) = re.findall(r"`(g\+\+ [^`]*)`", TEXT)
+    command = command.replace("INCLUDE", str(include)).replace("LIB", str(library))
+    subprocess.run([*shlex.split(command), "-Wall", "-Werror"], cwd=tmp_path, check=True)
+    export_onnx(create_model("vmamba_femto", num_classes=4, in_chans=1), tmp_path / "grey.onnx", embed=True)
+    grey = onnxruntime.InferenceSession(str(tmp_path / "grey.onnx"), providers=["CPUExecutionProvider"])
+    for file, network, image in (
+        (desk / "pictures.onnx", session, picture(1)),
+        (tmp_path / "grey.onnx", grey, picture(2).convert("L")),
+    ):
+        words = [tmp_path / "classify", file, str(WIDTH), str(HEIGHT)]
+        done = subprocess.run(words, input=image.tobytes(), capture_output=True, check=True)
+        label, probabilities = expected(network, image)
+        printed, probability = done.stdout.split()
+        assert int(printed) == label
+        assert float(probability) == pytest.approx(probabilities[label], abs=1e-4)
+        short = subprocess.run(words, input=b"abc", capture_output=True, check=False)
+        wanted = len(image.getbands()) * WIDTH * HEIGHT
+        assert (short.returncode, short.stderr) == (1, f"3 bytes came; expected {wanted}\n".encode())
 
 
 # --- The browser ------------------------------------------------------------------------------------------------------
