@@ -2,6 +2,8 @@
 //
 // A patch has the order of the weight, (channels, 3, 3), where there are few pixels: the weight is then read as it lies. To
 // gather many patches that way takes longer than to bring the weight into the order of the image, (3, 3, channels).
+//
+// Or by tiles (winograd.cpp), the transforms of so many at a time that they stay in the cache.
 
 #include "convolution.h"
 
@@ -16,6 +18,7 @@ namespace {
 
 constexpr int64_t PATCH_BYTES = 4 << 20;  // of the patches that are multiplied at a time
 constexpr int64_t LEAST_PIXELS = 256;     // but so many, since the weight is packed for each time
+constexpr int64_t VALUES_BYTES = 8 << 20;    // of the tiles' transforms
 constexpr int64_t PIXELS_OF_TASK = 16, ROWS_OF_TASK = 16;
 
 // Patches of the pixels [first, first + count), or the weight in another order.
@@ -59,9 +62,32 @@ void reorder(const Gathering& g, int64_t task, float*) {
     }
 }
 
+int32_t run_by_tiles(const Convolution& p) {
+    const WinogradKernels& winograd = winograd_kernels();
+    int64_t tiles = p.batch * divide_up(p.height, SIDE_OF_TILE) * divide_up(p.width, SIDE_OF_TILE);
+    int64_t size = NUMBERS_OF_TILE * p.channels * sizeof(float), unit = winograd.tiles_of_task;
+    int64_t longest = VALUES_BYTES / (size * unit) * unit;
+    if (longest < unit) longest = unit;
+    if (longest > tiles) longest = tiles;
+    Memory memory;
+    int64_t weight = memory.piece(winograd.weight_floats(p) * sizeof(float));
+    int64_t values = memory.piece(longest * size);
+    char* base = memory.obtain();
+    if (!base) return 1;
+    Tiles call{p, reinterpret_cast<float*>(base + weight), reinterpret_cast<float*>(base + values), 0, 0, p.threads};
+    if (!share<Tiles>(call, winograd.weight_tasks(p), 0, winograd.transform_weight)) return 1;
+    for (; call.first < tiles; call.first += longest) {
+        call.count = tiles - call.first < longest ? tiles - call.first : longest;
+        if (!share<Tiles>(call, call.count, 0, winograd.transform_values)) return 1;
+        if (!share<Tiles>(call, winograd.tasks(call), winograd.scratch(call), winograd.multiply)) return 1;
+    }
+    return 0;
+}
+
 }  // namespace
 
 int32_t run_convolution(const Convolution& p) {
+    if (p.by_tiles) return run_by_tiles(p);
     int64_t rows = divide_up(p.height, p.stride), columns = divide_up(p.width, p.stride), pixels = p.batch * rows * columns;
     int64_t inputs = p.channels * TAPS_OF_PATCH, size = p.bfloat16 ? 2 : 4, weight_size = p.weight_bfloat16 ? 2 : 4;
     bool as_weight = pixels <= p.outputs;

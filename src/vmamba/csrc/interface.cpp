@@ -20,6 +20,7 @@
     extern const RoIAlignKernels roi_align;      \
     extern const EnlargingKernels enlarging;     \
     extern const SuppressionKernels suppression; \
+    extern const WinogradKernels winograd;       \
     }
 
 #if defined(VMAMBA_X86)
@@ -39,15 +40,16 @@ struct InstructionSet {
     const RoIAlignKernels* roi_align;
     const EnlargingKernels* enlarging;
     const SuppressionKernels* suppression;
+    const WinogradKernels* winograd;
 };
 
 #define ENTRY(isa) \
-    {#isa, &isa::scan, &isa::layers, &isa::products, &isa::roi_align, &isa::enlarging, &isa::suppression}
+    {#isa, &isa::scan, &isa::layers, &isa::products, &isa::roi_align, &isa::enlarging, &isa::suppression, &isa::winograd}
 
 constexpr InstructionSet ALL[] = {  // the first that a processor has is the fastest
 #if defined(VMAMBA_X86)
     {"avx512_bf16", &avx512::scan, &avx512::layers, &avx512_bf16::products, &avx512::roi_align,
-     &avx512::enlarging, &avx512::suppression},
+     &avx512::enlarging, &avx512::suppression, &avx512::winograd},
     ENTRY(avx512),
     ENTRY(avx2),
 #endif
@@ -74,6 +76,12 @@ bool runs_here(const char* name) {
     return equal(name, "baseline");
 }
 
+}  // namespace
+
+const WinogradKernels& winograd_kernels() { return *chosen->winograd; }
+
+namespace {
+
 constexpr int64_t SUM_LENGTH = 16384;
 
 // A layer's tasks are shares of one size. Several for each thread: one that comes late, or is held up, does fewer.
@@ -95,7 +103,7 @@ int32_t run(Call* p, void (*task)(const Call&, int64_t, float*), size_t scratch 
     EXPORT int32_t name(Structure* p)
 
 // Changes with the structures and the functions below, so that a library left over from another version is recognised.
-EXPORT int32_t vmamba_interface() { return 10; }
+EXPORT int32_t vmamba_interface() { return 11; }
 
 EXPORT const char* vmamba_kernels() { return chosen->name; }
 

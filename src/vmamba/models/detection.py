@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from vmamba.models import boxes as bx
 from vmamba.models.feature_maps import DenseModel, FeatureMaps, check_images, conv_block
-from vmamba.nn import Linear
+from vmamba.nn import Conv2d, Linear
 from vmamba.ops.roi_align import laid_out, roi_align
 
 Size = Sequence[int]  # height, width
@@ -52,7 +52,7 @@ class RPNHead(nn.Module):
 
     def __init__(self, channels: int = 256, ratios: int = 3) -> None:
         super().__init__()
-        self.rpn_conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.rpn_conv = Conv2d(channels, channels, 3, padding=1)
         self.rpn_cls = nn.Conv2d(channels, ratios, 1)
         self.rpn_reg = nn.Conv2d(channels, ratios * 4, 1)
         for conv in (self.rpn_conv, self.rpn_cls, self.rpn_reg):

@@ -13,7 +13,7 @@ import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from vmamba.nn import LayerNorm, cpu
+from vmamba.nn import Conv2d, LayerNorm, cpu
 from vmamba.ops.layers import applies, is_compiled, product_dtype, records
 
 for _kind in (nn.Conv2d, nn.BatchNorm2d):
@@ -107,7 +107,7 @@ def normalise_(x: Tensor, bn: nn.BatchNorm2d) -> Tensor:
 
 def conv_block(in_chans: int, out_chans: int, kernel: int, *, norm: bool = False, relu: bool = False) -> ConvBlock:
     """Convolution of the same output size, with a bias or BatchNorm, and ReLU; weights drawn as OpenMMLab's are."""
-    conv = nn.Conv2d(in_chans, out_chans, kernel, padding=kernel // 2, bias=not norm)
+    conv = Conv2d(in_chans, out_chans, kernel, padding=kernel // 2, bias=not norm)
     conv.to(memory_format=torch.channels_last)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if conv.bias is not None:

@@ -19,6 +19,7 @@ from vmamba.models.feature_maps import (
     normalise_,
 )
 from vmamba.ops.backends.native import enlarging as native
+from vmamba.ops.backends.native.convolution import convolution
 from vmamba.ops.layers import product
 
 # Products that are enlarged at a time, 16 MB.
@@ -94,7 +95,9 @@ class FusionBlock(nn.Module):
         """Maps (B, C, H, W), the finest first, to (B, out_chans, H, W) of the finest."""
         finest, *coarser = maps
         if self._may_enlarge_later(maps):
-            x = F.conv2d(finest, self.conv.weight[:, : finest.shape[1]], padding=1)
+            weight = self.conv.weight[:, : finest.shape[1]]
+            grid = convolution(finest.permute(0, 2, 3, 1), weight, None, 1)
+            x = F.conv2d(finest, weight, padding=1) if grid is None else grid.permute(0, 3, 1, 2)
             x = x.contiguous(memory_format=torch.channels_last)
             weights = self.conv.weight[:, finest.shape[1] :].split([y.shape[1] for y in coarser], 1)
             for y, weight in zip(coarser, weights, strict=True):

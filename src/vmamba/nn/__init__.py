@@ -2,7 +2,7 @@
 
 from vmamba.nn.block import VSSBlock
 from vmamba.nn.downsample import ConvDownsample, PatchMerging
-from vmamba.nn.layers import GELU, ConvSiLU, GridConv2d, LayerNorm, Linear
+from vmamba.nn.layers import GELU, Conv2d, ConvSiLU, GridConv2d, LayerNorm, Linear
 from vmamba.nn.mlp import Mlp
 from vmamba.nn.ss2d import SS2D
 from vmamba.nn.stem import ConvStem, PatchStem
@@ -10,6 +10,7 @@ from vmamba.nn.stem import ConvStem, PatchStem
 __all__ = [
     "GELU",
     "SS2D",
+    "Conv2d",
     "ConvDownsample",
     "ConvSiLU",
     "ConvStem",

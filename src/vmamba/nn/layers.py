@@ -47,19 +47,33 @@ class GELU(nn.GELU):
         return gelu(x)
 
 
+def _convolved(layer: nn.Conv2d, kind: type[nn.Conv2d], x: Tensor) -> Tensor | None:
+    """What a layer of this class makes of a grid (B, H, W, C); None where it is left to torch."""
+    parameters = layer.weight, layer.bias
+    is_usual = applies(x, *parameters) and cpu.is_unpatched(kind) and not is_compiled()
+    if is_usual and can_fuse(x) and cpu.is_patchwise(layer) and not records(x, *parameters):
+        return convolution(x.to(product_dtype(x)), *parameters, layer.stride[0])
+    return None
+
+
+@cpu.known
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d`; 3×3 ones are faster in inference on the CPU where `x` lies channels last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, C, H, W) to (B, C', H', W')."""
+        y = _convolved(self, Conv2d, x.permute(0, 2, 3, 1)) if x.ndim == 4 else None
+        return super().forward(x) if y is None else y.permute(0, 3, 1, 2)
+
+
 @cpu.known
 class GridConv2d(nn.Conv2d):
     """`torch.nn.Conv2d` from (B, H, W, C) to (B, H', W', C'): the same weights, no copy on the way in or out."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, H, W, C) to (B, H', W', C')."""
-        parameters = self.weight, self.bias
-        is_usual = applies(x, *parameters) and cpu.is_unpatched(GridConv2d) and not is_compiled()
-        if is_usual and can_fuse(x) and cpu.is_patchwise(self) and not records(x, *parameters):
-            y = convolution(x.to(product_dtype(x)), *parameters, self.stride[0])
-            if y is not None:
-                return y
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = _convolved(self, GridConv2d, x)
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if y is None else y
 
 
 @cpu.known
