@@ -2,9 +2,10 @@
 
 Our small VMamba against a ResNet-18-, a ConvNeXt- and a Swin-type of timm's, all of the same number of parameters
 (within 15 %), from scratch: streets by UPerNet, blood cells by Faster R-CNN. The budget is in minutes of the process's
-own time on one core, whatever else the machine does; both data sets are learned at once, each on a core.
+own time on one core, whatever else the machine does; data sets and seeds are learned at once, each on a core.
 
-    python benchmarks/dense.py --camvid PATH --bccd PATH    # the committed tables, plot and pictures
+    python benchmarks/dense.py --camvid PATH --bccd PATH    # the committed tables, plots and pictures
+    python benchmarks/dense.py --bccd PATH --seeds 0 1 2    # means over seeds, and the spread
     python benchmarks/dense.py --camvid PATH --split held-out    # to choose between designs: part of the training split
 
 PATH of the streets holds images/{train,val}, annotations/{train,val} (index masks) and classes.txt; that of the blood
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +28,7 @@ from typing import Any
 
 import timm
 import torch
+from page import Row
 from PIL import Image
 from runner import RESULTS
 from side_by_side import Page, Recipe, learn_in_turns
@@ -76,17 +79,17 @@ class Settings:
     Attributes:
         minutes: of training, for a network on a data set.
         split: what networks are judged by, "val" or "held-out".
-        seed: of weights and batches.
         tiny: whether pictures are small, to see whether it runs.
         networks: which.
+        seeds: of weights and batches, a run each.
         output: the folder of the results.
     """
 
     minutes: float
     split: str
-    seed: int
     tiny: bool
     networks: tuple[str, ...]
+    seeds: tuple[int, ...]
     output: Path
 
 
@@ -104,7 +107,7 @@ class Streets:
     tiny = SegmentationAugmentConfig(scale=(60, 44), crop=(32, 32), photometric=False)
 
     @classmethod
-    def open(cls, root: Path, settings: Settings) -> Streets:
+    def open(cls, root: Path, settings: Settings, seed: int) -> Streets:
         """The training and the validation split, or two parts of the former."""
         known = open_masks(root, "train")
         if settings.split == "val":
@@ -113,7 +116,7 @@ class Streets:
             known, judged = (
                 replace(known, pictures=known.pictures[part], masks=known.masks[part]) for part in parts(len(known))
             )
-        return cls(known, judged, settings.seed, cls.tiny if settings.tiny else cls.usual)
+        return cls(known, judged, seed, cls.tiny if settings.tiny else cls.usual)
 
     @property
     def epoch(self) -> int:
@@ -174,7 +177,7 @@ class BloodCells:
     tiny = DetectionAugmentConfig(short_sides=(64,), longest=96)
 
     @classmethod
-    def open(cls, root: Path, settings: Settings) -> BloodCells:
+    def open(cls, root: Path, settings: Settings, seed: int) -> BloodCells:
         """The training and the validation split, or two parts of the former."""
         known = open_objects(root / "train.json", root / "images")
         if settings.split == "val":
@@ -184,7 +187,7 @@ class BloodCells:
                 replace(known, pictures=known.pictures[part], annotations=known.annotations[part])
                 for part in parts(len(known))
             )
-        return cls(known, judged, settings.seed, cls.tiny if settings.tiny else cls.usual)
+        return cls(known, judged, seed, cls.tiny if settings.tiny else cls.usual)
 
     @property
     def epoch(self) -> int:
@@ -259,36 +262,47 @@ LESSONS: dict[str, tuple[type[Streets | BloodCells], str, str]] = {
 }
 
 
-def learn(name: str, root: Path, settings: Settings) -> str:
-    """Train all networks on one data set, and write its table, plot and pictures; returns the page."""
+def learn(name: str, root: Path, settings: Settings, seed: int) -> list[Row]:
+    """Train all networks on one data set; returns a row for each, and of the first seed writes the pictures."""
     torch.set_num_threads(1)
-    kind, title, columns = LESSONS[name]
-    lesson = kind.open(root, settings)
+    lesson = LESSONS[name][0].open(root, settings, seed)
     budget = 60 * settings.minutes
     networks = {network: partial(lesson.network, network) for network in settings.networks}
-    contenders = learn_in_turns(networks, lesson, budget, min(TURN, budget / 3), settings.seed, time.process_time)
-    with torch.inference_mode():
-        sheet = lesson.sheet({contender.name: contender.average for contender in contenders})
-    overlays.save(sheet, settings.output / f"{name}_pictures.png")
+    contenders = learn_in_turns(networks, lesson, budget, min(TURN, budget / 3), seed, time.process_time)
+    if seed == settings.seeds[0]:
+        with torch.inference_mode():
+            sheet = lesson.sheet({contender.name: contender.average for contender in contenders})
+        overlays.save(sheet, settings.output / f"{name}_pictures.png")
+    return [contender.row() for contender in contenders]
+
+
+def write(name: str, root: Path, settings: Settings, runs: Sequence[Row]) -> str:
+    """Write the table and the plot of one data set; returns the page."""
+    kind, title, columns = LESSONS[name]
+    lesson = kind.open(root, settings, settings.seeds[0])
+    score, others = columns.split(";", 1)
+    seeds = ", ".join(map(str, settings.seeds))
+    seeds = f"seed {seeds}" if len(settings.seeds) == 1 else f"seeds {seeds} (mean, and standard deviation)"
     of = "the val split" if settings.split == "val" else "the training pictures, kept apart"
     return Page(
         name=name,
         program="dense.py",
         title=f"How well it learns: {title}",
-        headers=f"network;parameters, M;{columns};images/s;epochs",
-        label=columns.partition(";")[0],
+        headers=f"network;parameters, M;{score};± points;{others};images/s;epochs",
+        label=score,
         seconds="seconds of training on one core",
         settings={
-            "minutes": settings.minutes, "judged_by": settings.split, "seed": settings.seed, **asdict(lesson.recipe),
-            "augment": asdict(lesson.augment), "backbones": {network: BACKBONES[network] for network in networks},
+            "minutes": settings.minutes, "judged_by": settings.split, "seeds": settings.seeds,
+            **asdict(lesson.recipe), "augment": asdict(lesson.augment),
+            "backbones": {network: BACKBONES[network] for network in settings.networks},
         },
         notes=[
             f"{settings.minutes:g} minutes of training each, of the process's own time on one core",
-            f"From scratch, one recipe, one narrow head, seed {settings.seed}",
+            f"From scratch, one recipe, one narrow head, {seeds}",
             "A LayerNorm follows each map of every backbone but ResNet, whose maps end with a norm already",
             f"{len(lesson.known)} pictures to learn from, judged by {len(lesson.judged)} of {of}",
         ],
-    ).write(contenders, settings.output)  # fmt: skip
+    ).write(runs, settings.output)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -298,27 +312,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bccd", type=Path, metavar="PATH", help="folder of the blood cells")
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, for a network on a data set")
     parser.add_argument("--split", choices=["val", "held-out"], default="val", help="what to judge by")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and batches, a run each")
     parser.add_argument("--only", nargs="+", choices=list(BACKBONES), default=list(BACKBONES), help="some networks")
     parser.add_argument("--tiny", action="store_true", help="small pictures, to see whether it runs")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args(arguments)
-    settings = Settings(given.minutes, given.split, given.seed, given.tiny, tuple(given.only), given.output)
+    settings = Settings(
+        given.minutes, given.split, given.tiny, tuple(given.only), tuple(dict.fromkeys(given.seeds)), given.output
+    )
     places = {}
     for name, place in zip(LESSONS, (given.camvid, given.bccd), strict=True):
         if place is not None and place.is_dir():
             places[name] = place
         else:
             print(f"{name} is left out: {f'there is no folder {place}' if place else 'its folder was not named'}")
+    runs = [(name, place, settings, seed) for seed in settings.seeds for name, place in places.items()]
     try:
-        if len(places) < 2:
-            pages = [learn(name, place, settings) for name, place in places.items()]
+        if len(runs) < 2:
+            rows = [learn(*run) for run in runs]
         else:
-            with ProcessPoolExecutor(len(places), multiprocessing.get_context("spawn")) as processes:
-                pages = [*processes.map(learn, places, places.values(), [settings] * len(places))]
+            workers = min(len(runs), os.cpu_count() or 1)
+            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as processes:
+                rows = [*processes.map(learn, *zip(*runs, strict=True))]
+        for name, place in places.items():
+            mine = [row for run, its in zip(runs, rows, strict=True) if run[0] == name for row in its]
+            print(write(name, place, settings, mine))
     except DataError as error:
         parser.exit(1, f"{error}\n")
-    print("\n".join(pages))
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ def write(
         seconds=seconds,
         settings={"budget_seconds": budget, "clock": clock, "judged_by": split, "seeds": seeds, **asdict(recipe)},
         notes=[f"{budget:.0f} {seconds.replace('seconds', 's', 1)} each, one recipe, {one}, judged by the {split} set"],
-    ).write(contenders, folder)
+    ).write([contender.row() for contender in contenders], folder)
 
 
 def keep(subject: Subject, contenders: list[Contender], folder: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from page import Row, curves, page, sentence
+from page import COLUMNS, Row, curves, page, sentence
 from runner import describe
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -187,22 +187,21 @@ def learn_in_turns(
     return contenders
 
 
-def mean_rows(contenders: Sequence[Contender]) -> list[Row]:
-    """A row for each name, the best first: means over the seeds, and of the score that counts also the spread.
+def mean_rows(runs: Sequence[Row], score: str) -> list[Row]:
+    """A row for each network, the best first: means over its runs, and of the score that counts also the spread.
 
-    With several seeds a row has "spread", the standard deviation between them, and "seeds", their scores.
+    With several runs a row has "spread", the standard deviation between them, and "seeds", their scores.
     """
     named: dict[str, list[Row]] = {}
-    for contender in contenders:
-        named.setdefault(contender.name, []).append(contender.row())
+    for run in runs:
+        named.setdefault(run["network"], []).append(run)
     rows = []
-    for name, runs in named.items():
-        key = next(iter(contenders[0].scores))
-        row = {"network": name} | {k: statistics.mean(run[k] for run in runs) for k in runs[0] if k not in _NO_NUMBERS}
-        curves = zip(*(run["curve"] for run in runs), strict=True)
+    for name, mine in named.items():
+        row = {"network": name} | {k: statistics.mean(run[k] for run in mine) for k in mine[0] if k not in _NO_NUMBERS}
+        curves = zip(*(run["curve"] for run in mine), strict=True)
         row["curve"] = [tuple(map(statistics.fmean, zip(*points, strict=True))) for points in curves]
-        if len(runs) > 1:
-            scores = [run[key] for run in runs]
+        if len(mine) > 1:
+            scores = [run[score] for run in mine]
             row |= {"spread": statistics.stdev(scores), "seeds": scores}
         rows.append(row)
     return sorted(rows, key=lambda row: -row["curve"][-1][1])
@@ -217,7 +216,7 @@ class Page:
         program: that writes them.
         title: of the page and the plot.
         headers: of the table's columns, see `page.COLUMNS`.
-        label, seconds: of the plot's axes: the score that counts, and what the budget is.
+        label, seconds: of the plot's axes: the score that counts, a column of the table, and what the budget is.
         settings: what holds for all numbers, as plain values.
         notes: the same in sentences.
     """
@@ -231,12 +230,12 @@ class Page:
     settings: Mapping[str, Any]
     notes: Sequence[str]
 
-    def write(self, contenders: Sequence[Contender], folder: Path) -> str:
+    def write(self, runs: Sequence[Row], folder: Path) -> str:
         """Write NAME.json, NAME.md and NAME.png, the learning curves, into a folder; returns the page.
 
-        Contenders of one name are runs of one network from several seeds.
+        Runs are contenders' rows; those of one name are of one network from several seeds.
         """
-        rows = mean_rows(contenders)
+        rows = mean_rows(runs, COLUMNS[self.label][0])
         environment = describe()
         found = {
             "environment": environment, "settings": dict(self.settings), "notes": list(self.notes), "figures": [],

@@ -182,6 +182,31 @@ def test_backbones_learn_in_turns_what_is_in_pictures(load, monkeypatch, tmp_pat
     assert len({*(tmp_path / "out").iterdir()}) == 4
 
 
+def test_every_seed_learns_anew_and_the_page_gives_the_spread(load, monkeypatch, tmp_path):
+    dense, ticks, seen = load("dense"), itertools.count(), []
+    monkeypatch.setattr(dense, "time", SimpleNamespace(process_time=lambda: next(ticks)))
+    monkeypatch.setattr(dense, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(1))
+    monkeypatch.setattr(dense.BloodCells, "judge", lambda self, model: {"AP": self.seed / 10, "AP50": 0.5})
+    loss = dense.BloodCells.loss
+
+    def watched(self, model, batch):
+        seen.append((self.seed, batch[0][0], next(model.parameters()).clone()))
+        return loss(self, model, batch)
+
+    monkeypatch.setattr(dense.BloodCells, "loss", watched)
+    options = ["--tiny", "--minutes", "0.05", "--only", "VMamba", "--seeds", "3", "5", "--output", str(tmp_path / "out")]
+    dense.main(["--bccd", str(make_shapes(tmp_path / "data")), *options])
+    (row,) = json.loads((tmp_path / "out" / "dense_blood_cells.json").read_text())["tables"]["learning"]
+    assert (row["seeds"], row["AP"], row["spread"]) == ([0.3, 0.5], 0.4, pytest.approx(0.02**0.5))
+    text = (tmp_path / "out" / "dense_blood_cells.md").read_text()
+    assert "seeds 3, 5 (mean, and standard deviation)" in text
+    assert "| VMamba  | 3.4" in text
+    assert "| 40.00     | 14.14    | 50.00 " in text
+    assert [seed for seed, *_ in seen] == [3, 3, 3, 5, 5, 5]
+    for picture, other in zip(seen[0][1:], seen[3][1:], strict=True):  # other pictures, and other weights at first
+        assert picture.shape != other.shape or not torch.equal(picture, other)
+
+
 def test_data_that_are_not_there_are_named(load, tmp_path, capsys):
     load("dense").main(["--camvid", str(tmp_path / "nowhere"), "--output", str(tmp_path)])
     said = capsys.readouterr().out
