@@ -194,7 +194,7 @@ def test_every_seed_learns_anew_and_the_page_gives_the_spread(load, monkeypatch,
         return loss(self, model, batch)
 
     monkeypatch.setattr(dense.BloodCells, "loss", watched)
-    options = "--tiny --minutes 0.05 --only VMamba --seeds 3 5 --output".split()
+    options = ["--tiny", "--minutes", "0.05", "--only", "VMamba", "--seeds", "3", "5", "--output"]
     dense.main(["--bccd", str(make_shapes(tmp_path / "data")), *options, str(tmp_path / "out")])
     (row,) = json.loads((tmp_path / "out" / "dense_blood_cells.json").read_text())["tables"]["learning"]
     assert (row["seeds"], row["AP"], row["spread"]) == ([0.3, 0.5], 0.4, pytest.approx(0.02**0.5))
