@@ -187,8 +187,8 @@ def notes(settings: Settings) -> list[str]:
     return ["float32, random weights, batch 1; medians of rounds in which all networks take turns; peak memory is that "
             "of a fresh process",
             f"Mask R-CNN suppresses {CANDIDATES} candidates and predicts at most 100 masks",
-            "The floor of the heads is the time of their definition's operations at oneDNN's rate of a large 3×3 convolution; "
-            "Winograd's convolutions and UPerNet's fusion, computed in another order, take fewer"]  # fmt: skip
+            "The floor of the heads is the time of their definition's operations at oneDNN's rate of a large 3×3 "
+            "convolution; Winograd's convolutions and UPerNet's fusion, computed in another order, take fewer"]  # fmt: skip
 
 
 def benchmark(settings: DenseSettings) -> Benchmark:

@@ -99,7 +99,7 @@ def test_tiles_read_any_strides(by_tiles):
 
 
 def test_tiles_keep_to_their_image(by_tiles):
-    """What is beyond an image's edge is 0, not the next image, and a NaN spoils its own tile and the neighbours alone."""
+    """Beyond an image's edge is 0, not the next image; a NaN spoils no more than its own tile and the neighbours."""
     x, weight = torch.randn(3, 8, 8, 16), torch.randn(16, 16, 3, 3)
     alone = torch.cat([convolution(image[None], weight, None, 1) for image in x])
     assert torch.equal(convolution(x, weight, None, 1), alone)

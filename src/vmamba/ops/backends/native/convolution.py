@@ -36,8 +36,9 @@ _call_convolution = compute_function("vmamba_convolution", _Convolution)
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor | None:
     """A 3×3 convolution with padding 1, added up in float32.
 
-    In float32 with stride 1 a large grid is computed by tiles, with a quarter of the multiplications (Winograd's algorithm,
-    Lavin and Gray, 2016) and errors about twice as large, 2e-6 of the standard deviation of a sum of 512·9 products.
+    In float32 with stride 1 a large grid is computed by tiles of 4×4 results, with a quarter of the multiplications
+    (Winograd's F(4×4, 3×3); Lavin and Gray, CVPR 2016). Errors are about twice as large: of a sum of 512·9 products 1e-6 of
+    its standard deviation. A NaN or infinity spoils its whole tile.
 
     Args:
         x: (B, H, W, C), float32 or bfloat16.
