@@ -188,7 +188,7 @@ def notes(settings: Settings) -> list[str]:
             "of a fresh process",
             f"Mask R-CNN suppresses {CANDIDATES} candidates and predicts at most 100 masks",
             "The floor of the heads is the time of their definition's operations at oneDNN's rate of a large 3×3 "
-            "convolution; Winograd's convolutions and UPerNet's fusion, computed in another order, take fewer"]  # fmt: skip
+            "convolution; Winograd's convolutions and UPerNet's fusion, in another order, take fewer"]  # fmt: skip
 
 
 def benchmark(settings: DenseSettings) -> Benchmark:

@@ -37,7 +37,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> 
     """A 3×3 convolution with padding 1, added up in float32.
 
     In float32 with stride 1 a large grid is computed by tiles of 4×4 results, with a quarter of the multiplications
-    (Winograd's F(4×4, 3×3); Lavin and Gray, CVPR 2016). Errors are about twice as large: of a sum of 512·9 products 1e-6 of
+    (Winograd's F(4×4, 3×3); Lavin and Gray, CVPR 2016). Errors are twice as large: of a sum of 512·9 products 1e-6 of
     its standard deviation. A NaN or infinity spoils its whole tile.
 
     Args:
