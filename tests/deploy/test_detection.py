@@ -95,6 +95,32 @@ def test_what_counts_as_the_same():
     assert detection.unmatched([value[:0] for value in rows], [value[:0] for value in rows]) == 0.0
 
 
+def test_how_far_two_models_are_apart():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 25, 25], [0, 0, 10, 9]])
+    masks = torch.zeros(3, 30, 30, dtype=torch.bool)
+    masks[0, :10, :10] = masks[1, 5:25, 5:25] = masks[2, :9, :10] = True
+    rows = [boxes, torch.tensor([0.75, 0.5, 0.25]), torch.tensor([1, 2, 1]), torch.tensor([0, 0, 1]), masks]
+
+    def apart(found):
+        counts, scores, paired = detection.drift([value.numpy() for value in found], rows)
+        assert scores.tolist() == [*found[1].tolist(), 0.75, 0.5, 0.25]
+        return counts.tolist(), paired
+
+    nothing = [0.0] * 3
+    assert apart(rows) == (nothing + nothing, 6)
+    assert apart([value.flip(0) for value in rows]) == (nothing + nothing, 6)
+    assert apart([rows[0] + 1, rows[1] - 0.125, *rows[2:]]) == ([0.125] * 3 + nothing, 6)
+    assert apart([value[:2] for value in rows]) == ([0, 0, 0, 0, 0.25], 4)
+    assert apart([value[:0] for value in rows]) == ([0.75, 0.5, 0.25], 0)
+    assert apart([boxes[[0, 0]], torch.tensor([0.5, 0.75]), torch.ones(2), torch.zeros(2), masks[[0, 0]]]) == (
+        [0.5, 0, 0, 0.5, 0.25], 2  # of two in one place, the better one has the pair
+    )  # fmt: skip
+    for place, change in enumerate((boxes + 9, rows[1], rows[2] + 1, rows[3] + 2, ~masks)):
+        if place != 1:
+            changed = [*rows[:place], change, *rows[place + 1 :]]
+            assert apart(changed) == ([0.75, 0.5, 0.25] * 2, 0)
+
+
 def test_refusals(tmp_path):
     with pytest.raises(ExportError, match="float32 alone"):
         export_onnx(_detector(), tmp_path / "model.onnx", half=True)

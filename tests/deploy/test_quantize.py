@@ -14,9 +14,10 @@ from torch import nn
 import vmamba
 from vmamba.cli import main
 from vmamba.data.transforms import Preprocessing
-from vmamba.deploy import export_onnx, load_quantized, quantize
+from vmamba.deploy import export_onnx, int8_onnx, load_quantized, quantize
 from vmamba.deploy.calibration import gather, open_pictures
 from vmamba.deploy.int8 import computes_in_int8
+from vmamba.deploy.quantize import _damage
 from vmamba.errors import DataError, ExportError
 from vmamba.models.checkpoints import save_checkpoint
 from vmamba.models.vmamba import VMamba
@@ -157,6 +158,57 @@ def test_changed_models_and_excluded_layers(tmp_path):
     assert 32 < max(np.abs(tensor.astype(int)).max() for tensor in weights) <= 64
 
 
+def test_detection(tmp_path):
+    """All of a detector but what gives its scores and boxes, from its weights and from its float32 file."""
+    torch.manual_seed(0)
+    model = vmamba.create_model(
+        "maskrcnn", backbone="vmamba_femto", num_classes=3, channels=8, hidden=16, img_size=(48, 64), score_thr=0.3
+    ).eval()
+    for layer in (model.rpn_head.rpn_cls, model.rpn_head.rpn_reg, model.roi_head.bbox_head.fc_cls):
+        nn.init.normal_(layer.weight, std=0.5)
+    nn.init.constant_(model.roi_head.mask_head.conv_logits.bias, 1.0)  # most of each box
+    path = tmp_path / "whole.onnx"
+    export_onnx(model, path, class_names=NAMES[:3])
+    written = quantize(path, tmp_path / "int8.onnx", _pictures(), tolerance=0.3)
+    assert 0.01 < written.mean < 0.2
+    assert 0.8 < written.agreement < 1
+    assert written.unit == "of the detections, by score"
+    proto = onnx.load(written.path)
+    onnx.checker.check_model(proto, full_check=True)
+    assert _metadata(proto).items() >= _metadata(onnx.load(path)).items()
+    kinds = [node.op_type for node in proto.graph.node]
+    assert {"NonMaxSuppression", "RoiAlign", "QuantizeLinear"} <= {*kinds}
+    whole = onnx.load(path)
+    makers = {output: node for node in proto.graph.node for output in node.output}
+    int8 = [node for node in proto.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")
+            and makers.get(node.input[1], node).op_type == "DequantizeLinear"]  # fmt: skip
+    assert len(int8) == written.layers
+    layers = {int8_onnx._layer(node)[0] for node in whole.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")}
+    kept = {"rpn_head.rpn_cls", "rpn_head.rpn_reg", "roi_head.bbox_head.fc_cls", "roi_head.bbox_head.fc_reg"}
+    assert kept < layers
+    chosen = {int8_onnx._layer(node)[0] for node in int8_onnx._products(whole.graph, ())}
+    assert {"rpn_head.rpn_conv", "neck.fpn_convs.0.conv", "roi_head.mask_head.conv_logits"} <= chosen <= layers - kept
+    images = np.random.default_rng(1).standard_normal((2, 3, 70, 50), np.float32)
+    boxes, scores, _, picture, masks = _run(written.path, images)
+    assert len(boxes) == len(scores) == len(picture) > 0
+    assert masks.shape[1:] == (70, 50)
+    calibration = gather(_pictures(), 3, Preprocessing((48, 64)), 128, 128)
+    nothing = [np.zeros((0, 4)), *np.zeros((3, 0)), np.zeros((0, 48, 64), bool)]
+    with pytest.raises(DataError, match=r"in 6 pictures held back the float32 model finds nothing"):
+        _damage(lambda batch: _run(written.path, batch.numpy()), lambda batch: nothing, calibration, "detection")
+
+
+def test_pictures_of_dense_models_keep_their_ratio():
+    pictures = [np.full((40, 90, 3), 200, np.uint8), np.full((90, 40, 3), 200, np.uint8), *_pictures(8)]
+    pre = Preprocessing((32, 128), crop_pct=0.5)
+    found = gather(pictures, 3, pre, 10, 2, fitted=True)
+    assert found.seen.shape[1:] == found.held_back.shape[1:] == (3, 37, 32)  # of that which is drawn first
+    assert gather(pictures, 3, pre, 10, 2).seen.shape[1:] == (3, 32, 128)
+    landscape = gather(pictures[:1] * 8, 3, pre, 6, 2, fitted=True)
+    assert landscape.seen.shape[1:] == (3, 32, 72)
+    assert (landscape.seen == 200).all()  # nothing is filled up
+
+
 def test_torch_programs(tmp_path):
     pytest.importorskip("torchao")
     model = _small()
@@ -273,8 +325,8 @@ def test_refusals(whole, eighth, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="has no published weights"):
         quantize("vmamba_femto", path, pictures)
     detector = vmamba.create_model("maskrcnn", backbone="vmamba_femto", num_classes=2, channels=8, hidden=8)
-    with pytest.raises(ExportError, match="detection"):
-        quantize(detector, path, pictures)
+    with pytest.raises(ExportError, match="for which ONNX alone has a graph, in float32 or int8"):
+        quantize(detector, path, pictures, format="torch")
     with pytest.raises(ExportError, match="no matrix product"):
         quantize(nn.ReLU(), path, [torch.randn(3, 8, 8) for _ in range(8)])
     half = onnx.load(whole)
@@ -305,6 +357,8 @@ def test_refusals(whole, eighth, tmp_path, monkeypatch):
         ("stages.0.blocks.0.ss2d.in_proj", "vmamba.nn.layers.Linear", (96, 96), True),
         ("stages.0.blocks.0.mlp.fc1", "vmamba.nn.layers.Linear", (4, 4), True),
         ("head.fc", "Linear", (768, 1000), False),
+        ("rpn_head.rpn_cls", "torch.nn.modules.conv.Conv2d", (3, 256, 1, 1), False),
+        ("roi_head.bbox_head.fc_reg", "vmamba.nn.layers.Linear", (320, 1024), False),
     ],
 )
 def test_which_layers(layer, kind, weight, chosen):

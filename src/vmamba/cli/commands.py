@@ -169,7 +169,7 @@ def quantize(config: QuantizeConfig, name: str, exclude: Sequence[str]) -> int:
     alike = "" if written.agreement is None else f"; {written.agreement:.1%} of the decisions are the same"
     report(
         f"calibrated on {written.calibrated} images; on {written.checked} others it differs from the float32 model by"
-        f" {written.mean:.1%} (root mean square) and at most by {written.largest:.1%} of the largest output{alike}"
+        f" {written.mean:.1%} {written.unit}, and at most by {written.largest:.1%} of the largest{alike}"
     )
     return 0
 

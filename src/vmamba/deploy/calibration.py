@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from vmamba.data.config import DataConfig
 from vmamba.data.images import any_image, find_images
 from vmamba.data.sources import Split, open_split, split_names, tracked
-from vmamba.data.transforms import Preprocessing
+from vmamba.data.transforms import Preprocessing, fitted_size
 from vmamba.errors import DataError, ImageError
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
@@ -62,6 +62,7 @@ def gather(
     held_back: int,
     raw: bool = False,
     watched: bool = False,
+    fitted: bool = False,
 ) -> Calibration:
     """Read as many pictures as are wanted, drawn evenly from all that there are; the draw is always the same.
 
@@ -74,6 +75,8 @@ def gather(
         samples, held_back: how many to calibrate and to check with, at most.
         raw: whether the network takes uint8.
         watched: whether progress is shown, if stderr is a terminal.
+        fitted: whether the size to preprocess to is, as of dense models, that of which the sides are not exceeded: all
+            pictures are then brought to the size of the first one, fitted into it.
 
     Raises:
         DataError: too few pictures can be read, or they do not fit the network.
@@ -93,6 +96,8 @@ def gather(
             except ImageError as error:
                 skipped.append(str(error))
                 continue
+            if fitted and preprocessing and not found and isinstance(image, Image.Image):
+                transform = _fitted(preprocessing, image.height, image.width).eval_transform()
             found.append(_as_input(image, chans, transform, raw))
             break
     if len(found) < LEAST:
@@ -132,6 +137,11 @@ def open_pictures(where: str, dataset: str = "") -> Split | list[str]:
         advice = ". Of a data set that timm's factory reads, say which it is (--dataset torch/fashion_mnist)"
         raise DataError("; ".join(problems) + advice * os.path.isdir(where))
     return [where]
+
+
+def _fitted(pre: Preprocessing, height: int, width: int) -> Preprocessing:
+    """To the size of a picture that is fitted into the sides."""
+    return replace(pre, img_size=fitted_size(height, width, max(pre.img_size), min(pre.img_size)), crop_pct=1.0)
 
 
 def _readers(pictures: Pictures) -> tuple[list[Reader], list[str]]:

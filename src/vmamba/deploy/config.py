@@ -55,7 +55,8 @@ class QuantizeConfig:
     reduce_range: bool | None = None
     """Weights of 7 bits, for x86 processors without VNNI; null for what this processor needs."""
     tolerance: float = 0.1
-    """Largest difference from the float32 model that is accepted: root mean square, as a share of the outputs'."""
+    """Largest difference from the float32 model that is accepted: root mean square, as a share of the outputs', or for
+    detection the share of what is found, by score, that differs."""
 
 
 @dataclass

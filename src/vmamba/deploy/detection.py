@@ -161,6 +161,33 @@ def in_rows(detections: Sequence[Detections]) -> list[Tensor]:
     return [torch.cat([found[name] for found in numbered]) for name in names]
 
 
+def drift(found: Sequence[Any], expected: Sequence[Any]) -> tuple[Tensor, Tensor, int]:
+    """How far the detections of two models in the same pictures are apart.
+
+    From the highest score down, each is paired with the one of the same picture and label whose box overlaps most, if
+    boxes, and masks if there are any, overlap by half. One that is left alone counts with its score, and one of each
+    pair with the difference of the two scores.
+
+    Args:
+        found, expected: as a graph gives them.
+
+    Returns:
+        What each detection of both counts (n,); their scores (n,); and how many have a pair.
+    """
+    one, other = ([torch.as_tensor(value) for value in rows] for rows in (found, expected))
+    overlap = box_iou(one[0], other[0]) * ((one[2][:, None] == other[2]) & (one[3][:, None] == other[3]))
+    counts, counts_2, pairs = one[1].clone(), other[1].clone(), 0
+    for i in one[1].argsort(descending=True).tolist() if len(other[1]) else ():
+        share, j = overlap[i].max(0)
+        if len(one) > 4 and share >= 0.5:
+            share = (one[4][i] & other[4][j]).sum() / (one[4][i] | other[4][j]).sum().clamp(min=1)
+        if share >= 0.5:
+            counts[i], counts_2[j] = (one[1][i] - other[1][j]).abs(), 0
+            overlap[:, j] = 0
+            pairs += 1
+    return torch.cat([counts, counts_2]), torch.cat([one[1], other[1]]), 2 * pairs
+
+
 def unmatched(found: Sequence[Any], expected: Sequence[Any]) -> float:
     """The share of detections, of both, for which the other has none in the same place.
 

@@ -290,6 +290,11 @@ def gives_logits(model: nn.Module) -> bool:
     return bool(getattr(model, "num_classes", 0)) and not hasattr(getattr(model, "feature_info", None), "out_indices")
 
 
+def task_of(model: nn.Module) -> str:
+    """What a model is for, and "features" if it gives no decisions."""
+    return str(default_metadata(model).get("task") or "classification" if gives_logits(model) else "features")
+
+
 def _numbered(count: int) -> list[str]:
     return ["features"] if count == 1 else [f"features_{i}" for i in range(count)]
 
@@ -313,7 +318,7 @@ def metadata_of(model: nn.Module, names: Sequence[str] | None, preprocessing: Pr
     told = default_metadata(model)
     found = {
         "model": str(told.get("variant") or type(model).__name__),
-        "task": str(told.get("task") or "classification" if gives_logits(model) else "features"),
+        "task": task_of(model),
         "vmamba_version": __version__,
     }
     if names := names or told.get("class_names"):

@@ -106,8 +106,8 @@ def prepared(model: nn.Module, dtype: torch.dtype = torch.float32, detection: bo
     if getattr(model, "task", None) == "detection" and not detection:
         raise ExportError(
             f"{type(model).__name__} is a model for detection: what it does between its networks depends on what it"
-            " finds, for which ONNX in float32 alone has a graph. Classification, segmentation and feature extractors"
-            " have others too."
+            " finds, for which ONNX alone has a graph, in float32 or int8. Classification, segmentation and feature"
+            " extractors have others too."
         )
     with torch.no_grad():
         copied = copy.deepcopy(model).cpu().eval().requires_grad_(False).to(dtype)

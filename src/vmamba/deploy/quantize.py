@@ -18,12 +18,16 @@ from torch import Tensor, nn
 
 from vmamba.data.transforms import Preprocessing
 from vmamba.deploy.calibration import Calibration, Pictures, gather
-from vmamba.deploy.export import export_onnx, gives_logits, metadata_of, preprocessing_for, stored
+from vmamba.deploy.detection import drift
+from vmamba.deploy.export import export_onnx, metadata_of, preprocessing_for, stored, task_of
 from vmamba.deploy.graphs import Images, check_target, outputs_of, prepared, traced, traced_from_one
-from vmamba.errors import ExportError
+from vmamba.errors import DataError, ExportError
 from vmamba.files import replacing, shown
 from vmamba.models.registry import ENTRIES, create_model, load_model
 from vmamba.ops.exporting import scans_kept
+
+_Gather = Callable[[int, Preprocessing | None, str, bool], Calibration]  # by channels, preprocessing, task, whether raw
+_Run = Callable[[Tensor], Sequence[Any]]
 
 TOLERANCE = 0.1
 NOTE = "quantization"  # the entry of a file's metadata that says it is quantised
@@ -40,8 +44,12 @@ class Quantized:
         calibrated, checked: numbers of pictures.
         skipped: what could not be read, one message each.
         mean: difference from the float32 model on the pictures held back, root mean square, as a share of the outputs'.
-        largest: the largest difference there, as a share of the largest output.
-        agreement: share of decisions (of pictures, or of their pixels) that are the same; None of features.
+            Of detections, those that only one of the two gives count with their score, others with the difference of
+            the scores, and all that as a share of all scores.
+        largest: the largest difference there, as a share of the largest output; of detections, of the largest score.
+        agreement: share of decisions (of pictures, of their pixels, or of detections with a counterpart of the same
+            label, whose box and mask overlap by half) that are the same; None of features.
+        unit: what `mean` is a share of, and how.
     """
 
     path: Path
@@ -53,6 +61,7 @@ class Quantized:
     mean: float
     largest: float
     agreement: float | None
+    unit: str
 
 
 def quantize(
@@ -76,8 +85,9 @@ def quantize(
 
     Nothing is trained: the ranges of the products' inputs are measured on pictures (uint8, one range a tensor), weights
     are rounded to int8, one scale for each output channel. The scans and their projections, normalisation,
-    activations, depthwise convolutions and those that read the picture stay in float32. The file is compared with the
-    float32 model on pictures that were held back, before it takes the place of what `path` held.
+    activations, depthwise convolutions and those that read the picture stay in float32, and of detectors the layers
+    that give scores and boxes, and all that follows them. The file is compared with the float32 model on pictures that
+    were held back, before it takes the place of what `path` held.
 
     Args:
         model: one that `export_onnx` takes; or a file: of weights, or ONNX in float32 as `export_onnx` writes it; or
@@ -87,15 +97,15 @@ def quantize(
             taken if it has one, or a .tar file; or a list of files, folders, patterns, PIL images, and arrays, uint8
             (H, W, 3) or (H, W); or a `vmamba.data.sources.Split`; or tensors that are ready for the network, float32
             (C, H, W), of one size.
-        format: "onnx", QDQ in standard operators of opset 20, or "torch", read back by `load_quantized`.
+        format: "onnx", QDQ in standard operators of opset 20, or "torch", read back by `load_quantized`, which is not
+            for detection.
         samples, held_back: how many pictures to calibrate and to check with, at most. They are drawn from all that
             there are; of fewer, a quarter is held back.
         exclude: patterns, as for file names, of layers that are to stay in float32: "head*", "stages.0.*".
         embed, sizes, class_names, preprocessing: of ONNX files, as for `export_onnx`; the last three of "torch" too.
         reduce_range: 7 bits for weights, so that processors without VNNI, which add up pairs of products in 16 bits, do
             not overflow; None for what this processor needs.
-        tolerance: the largest difference from the float32 model that is accepted: root mean square, as a share of the
-            outputs'.
+        tolerance: the largest difference from the float32 model that is accepted; see `Quantized.mean`.
         progress: show how far it is, if stderr is a terminal.
 
     Returns:
@@ -104,7 +114,7 @@ def quantize(
     Raises:
         ExportError: the model has no such graph, is quantised already, has no product to quantise, the path cannot be
             written to, or the file differs too much.
-        DataError: fewer than eight pictures can be read, or they do not fit the model.
+        DataError: fewer than eight pictures can be read, they do not fit the model, or a detector finds nothing there.
         CheckpointError: the file of weights cannot be read.
         ImportError: onnx, onnxscript, onnxruntime or, for "torch", torchao is missing.
     """
@@ -119,12 +129,11 @@ def quantize(
         class_names = class_names or names
     if isinstance(source, nn.Module) and _is_quantised(source):
         raise ExportError(f"{type(source).__name__} is quantised already; give the float32 model")
-    if getattr(source, "task", None) == "detection":
-        raise _of_detection(type(source).__name__)
     options: dict[str, Any] = {"sizes": sizes, "class_names": class_names, "preprocessing": preprocessing}
 
-    def gathered(chans: int, told: Preprocessing | None, raw: bool) -> Calibration:
-        return gather(pictures, chans, told, samples, held_back, raw, progress)
+    def gathered(chans: int, told: Preprocessing | None, task: str, raw: bool) -> Calibration:
+        fitted = task in ("segmentation", "detection")
+        return gather(pictures, chans, told, samples, held_back, raw, progress, fitted)
 
     if format == "torch":
         if isinstance(source, Path):
@@ -171,7 +180,7 @@ def load_quantized(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, A
 def _write_onnx(
     source: nn.Module | Path,
     target: Path,
-    gathered: Callable[[int, Preprocessing | None, bool], Calibration],
+    gathered: _Gather,
     exclude: Sequence[str],
     reduce_range: bool,
     tolerance: float,
@@ -185,30 +194,25 @@ def _write_onnx(
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(source, Path):
             whole = int8_onnx.read(source)
-            told = int8_onnx.metadata(whole)
-            if told.get("task") == "detection":
-                raise _of_detection(shown(source))
+            task = int8_onnx.metadata(whole).get("task", "")
             _, chans, raw = int8_onnx.input_of(whole)
             pre = options["preprocessing"]
-            if pre is None and "preprocessing" in told:
-                pre = Preprocessing.from_dict(json.loads(told["preprocessing"]))
-            calibration = gathered(chans, pre, raw)
+            if pre is None and (stored_pre := int8_onnx.metadata(whole).get("preprocessing")):
+                pre = Preprocessing.from_dict(json.loads(stored_pre))
+            calibration = gathered(chans, pre, task, raw)
         else:
             images = Images.of(source, is_open=options["sizes"] == "open")
-            calibration = gathered(images.chans, preprocessing_for(source, images, options["preprocessing"]), embed)
+            pre, task = preprocessing_for(source, images, options["preprocessing"]), task_of(source)
+            calibration = gathered(images.chans, pre, task, embed)
             exported = export_onnx(source, Path(folder) / "whole.onnx", embed=embed, **options)
             whole = int8_onnx.read(exported.path)
-            told = int8_onnx.metadata(whole)
         expected = int8_onnx.runner(whole)
     shown_batches = (batch.numpy() for batch in calibration.batches(calibration.seen, "calibrating"))
     note = NOTE, _note(len(calibration.seen), reduce_range)
     with replacing(target) as partial:
         layers = int8_onnx.write(whole, partial, shown_batches, exclude, reduce_range, note)
         found = int8_onnx.runner(partial)
-        decides = told.get("task") in ("classification", "segmentation")
-        damage = _damage(
-            lambda batch: found(batch.numpy()), lambda batch: expected(batch.numpy()), calibration, decides
-        )
+        damage = _damage(lambda batch: found(batch.numpy()), lambda batch: expected(batch.numpy()), calibration, task)
         _accept(damage, tolerance, target, len(calibration.held_back))
     return damage, calibration, layers
 
@@ -216,7 +220,7 @@ def _write_onnx(
 def _write_torch(
     source: nn.Module,
     target: Path,
-    gathered: Callable[[int, Preprocessing | None, bool], Calibration],
+    gathered: _Gather,
     exclude: Sequence[str],
     reduce_range: bool,
     tolerance: float,
@@ -227,8 +231,8 @@ def _write_torch(
     int8 = _int8_torch()
     images = Images.of(source, is_open=sizes == "open")
     told = preprocessing_for(source, images, preprocessing)
-    calibration = gathered(images.chans, told, False)
-    network = prepared(source)
+    network, task = prepared(source), task_of(source)
+    calibration = gathered(images.chans, told, task, False)
     with scans_kept():  # our operator, whose kernel inductor calls: written in torch's functions, scans take most time
         program = traced(network, images.example(), images)
     batches = calibration.batches(calibration.seen, "calibrating")
@@ -238,9 +242,8 @@ def _write_torch(
     with replacing(target) as partial:
         written = stored(program, partial, metadata)
         damage = _damage(
-            lambda batch: outputs_of(written(batch)), lambda batch: outputs_of(network(batch)), calibration,
-            gives_logits(source),
-        )  # fmt: skip
+            lambda batch: outputs_of(written(batch)), lambda batch: outputs_of(network(batch)), calibration, task
+        )
         _accept(damage, tolerance, target, len(calibration.held_back))
     return damage, calibration, layers
 
@@ -259,15 +262,13 @@ class _Damage(NamedTuple):
     mean: float
     largest: float
     agreement: float | None
+    unit: str = "of the outputs (root mean square)"
 
 
-def _damage(
-    found: Callable[[Tensor], Sequence[Any]],
-    expected: Callable[[Tensor], Sequence[Any]],
-    calibration: Calibration,
-    decides: bool,
-) -> _Damage:
+def _damage(found: _Run, expected: _Run, calibration: Calibration, task: str) -> _Damage:
     """Compare two networks on the pictures held back."""
+    if task == "detection":
+        return _damage_of_detections(found, expected, calibration)
     squares, most, same = np.zeros(2), np.zeros(2), np.zeros(2)
     for batch in calibration.batches(calibration.held_back, "checking"):
         with torch.no_grad():
@@ -278,11 +279,30 @@ def _damage(
             error = mine.astype(np.float64) - theirs
             squares += np.square(error).sum(), np.square(theirs, dtype=np.float64).sum()
             most = np.maximum(most, (np.abs(error).max(), np.abs(theirs).max()))
-            if decides:
+            if task in ("classification", "segmentation"):
                 decisions = mine.argmax(1) == theirs.argmax(1)
                 same += decisions.sum(), decisions.size
     mean = float(np.sqrt(squares[0] / max(squares[1], 1e-24)))
     return _Damage(mean, float(most[0] / max(most[1], 1e-12)), float(same[0] / same[1]) if same[1] else None)
+
+
+def _damage_of_detections(found: _Run, expected: _Run, calibration: Calibration) -> _Damage:
+    counts, scores, paired, wanted = [], [], 0, 0
+    for batch in calibration.batches(calibration.held_back, "checking"):
+        theirs = expected(batch)
+        wanted += len(theirs[0])
+        apart, score, pairs = drift(found(batch), theirs)
+        counts.append(apart)
+        scores.append(score)
+        paired += pairs
+    if not wanted:
+        raise DataError(
+            f"in {len(calibration.held_back)} pictures held back the float32 model finds nothing, so that nothing can"
+            " be compared; give pictures that show what it is to find"
+        )
+    apart, score = torch.cat(counts), torch.cat(scores)
+    mean, largest = float(apart.sum() / score.sum()), float(apart.max() / score.max())
+    return _Damage(mean, largest, paired / len(apart), "of the detections, by score")
 
 
 def _accept(damage: _Damage, tolerance: float, target: Path, pictures: int) -> None:
@@ -291,7 +311,7 @@ def _accept(damage: _Damage, tolerance: float, target: Path, pictures: int) -> N
     alike = "" if damage.agreement is None else f", and {damage.agreement:.1%} of the decisions are the same"
     raise ExportError(
         f"{shown(target)} was not written: on {pictures} pictures held back it differs from the float32 model by"
-        f" {damage.mean:.1%} of the outputs (root mean square){alike}; {tolerance:.1%} is accepted. Calibrate with more"
+        f" {damage.mean:.1%} {damage.unit}{alike}; {tolerance:.1%} is accepted. Calibrate with more"
         " pictures, like those that the model will meet, keep layers in float32 (exclude), or accept more (tolerance)"
     )
 
@@ -300,10 +320,6 @@ def _is_quantised(model: nn.Module) -> bool:
     """Whether it is, or holds, a graph that rounds."""
     graphs = (module.graph for module in model.modules() if isinstance(module, torch.fx.GraphModule))
     return any("quantize" in str(node.target) for graph in graphs for node in graph.nodes)
-
-
-def _of_detection(what: str) -> ExportError:
-    return ExportError(f"{what} is a model for detection, which has no form in int8; classifiers and others have one")
 
 
 def _opened(name: str) -> tuple[nn.Module | Path, list[str] | None]:

@@ -51,6 +51,7 @@ def check_metadata(stored: Mapping[str, Any]) -> None:
         "interpolation": lambda name: name in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"),
         "crop_pct": lambda share: 0.01 <= share <= 1,
         "img_size": _is_size,
+        "sides": _is_size,
         "class_names": lambda names: (
             names is None or (type(names) is list and all(isinstance(name, str) for name in names))
         ),

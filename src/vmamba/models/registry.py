@@ -191,8 +191,8 @@ def _options(checkpoint: Checkpoint, stored: Mapping[str, Any], ours: bool) -> d
     """
     check_metadata(stored)
     options = dict(stored.get("model_kwargs") or {})
-    if ours and "img_size" in stored:
-        options = {"img_size": stored["img_size"]} | options
+    if ours and (size := stored.get("sides") or stored.get("img_size")):  # a trained detector's own, not its variant's
+        options = {"img_size": size} | options
     check_arguments(options)
     info = checkpoint.info
     classes = 0 if info.num_classes is None and info.task == "classification" else info.num_classes

@@ -255,6 +255,7 @@ class DetectionTask(Task):
             "class_names": self.train_split.class_names,
             "category_ids": self.train_split.category_ids,
             "sides": list(self.sides),
+            "img_size": list(self.sides),
         }
 
 
