@@ -3,7 +3,7 @@
 //
 // Sixteen neighbouring channels (a block) are scanned together: a vector holds one position, and the recurrence runs from
 // vector to vector. On a grid stored channels last a position's block is one cache line, so a route is a sequence of
-// line addresses and costs no copy. Positions are taken 64 at a time (a chunk): first the steps of the whole chunk, which
+// line addresses and costs no copy. Positions are taken 32 at a time (a chunk): first the steps of the whole chunk, which
 // are independent, then the recurrence.
 
 #include <cstdint>
@@ -20,7 +20,7 @@ namespace {
 
 #include "simd.h"
 
-constexpr int CHUNK = 64;
+constexpr int CHUNK = 32;
 
 // Positions per register tile of the dt projection: enough independent sums to hide a multiply-add's latency.
 constexpr int TILE = LANES == 4 ? 2 : 128 / BLOCK / VECTORS;
@@ -28,9 +28,9 @@ constexpr int TILE = LANES == 4 ? 2 : 128 / BLOCK / VECTORS;
 // The same for the two matrix products of the backward pass.
 constexpr int GRADIENT_TILE = LANES == 16 ? 8 : 4;
 
-// Images from this size on are fetched ahead where a route goes by columns: no two of its positions are neighbours, and the
-// processor does not guess the next one.
-constexpr int64_t FAR_BYTES = 4 << 20;
+// Images from this size on are fetched a chunk ahead: they leave the second-level caches, and what the processor fetches by
+// itself comes late by rows, and not at all by columns, where no two positions are neighbours.
+constexpr int64_t FAR_BYTES = 8 << 20;
 
 // What the backward pass holds of a sequence at a time, per thread: about a second-level cache.
 constexpr int64_t BACKWARD_BYTES = 1024 * 1024;
@@ -330,12 +330,12 @@ void forward_blocks(const Scan& p, int64_t task, float* memory) {
     const T* u = static_cast<const T*>(p.u) + offset;
     float* y = static_cast<float*>(p.y) + offset;
     if (p.route_y) y = p.route_y + k_first * p.batch * total * p.channels + offset;
+    bool is_far = total * p.channels * int64_t(sizeof(T)) >= FAR_BYTES;
     float* sums = adds_in_scratch(p) ? scratch.floats(total * count * BLOCK) : nullptr;
 
     for (int64_t i = k_first; i < k_last; i++) {
         int64_t k = nth_route(p, i);
         Adding adding = p.route_y ? Adding::ALONE : i == 0 ? Adding::FIRST : Adding::FURTHER;
-        bool jumps = p.route_bits[k] & 1 && total * p.channels * int64_t(sizeof(T)) >= FAR_BYTES;
         for (int64_t j = 0; j < count; j++) {
             Parameters of = all.of_block(p, j);
             of.pack(p, locate(p, first + j), k);
@@ -344,7 +344,7 @@ void forward_blocks(const Scan& p, int64_t task, float* memory) {
         for (int64_t from = 0; from < total; from += CHUNK) {
             int chunk = int(smaller(CHUNK, total - from));
             walk(p, p.route_bits[k], from, chunk, positions);
-            const int64_t* next = jumps && from + CHUNK < total ? ahead : nullptr;
+            const int64_t* next = is_far && from + CHUNK < total ? ahead : nullptr;
             if (next) walk(p, p.route_bits[k], smaller(from + CHUNK, total - CHUNK), CHUNK, ahead);
             for (int64_t j = 0; j < count; j++) {
                 Where at = locate(p, first + j);
