@@ -4,9 +4,10 @@
     OMP_NUM_THREADS=2 python benchmarks/quantize.py                         # on two, while nothing else runs
     python benchmarks/quantize.py --colour MODEL FOLDER                     # a second model and its pictures in colour
     python benchmarks/quantize.py --sections layers                         # what each kind of layer costs and gains
+    python benchmarks/quantize.py --sections dense --processor-time         # segmentation and detection
 
-The first model is the demo's, which `make demo` trains. FOLDER holds train and val, each a folder or a
-.tar file of class folders.
+The first model is the demo's, which `make demo` trains; those of the section `dense` are of `make demo-dense`. FOLDER
+holds train and val, each a folder or a .tar file of class folders.
 """
 
 from __future__ import annotations
@@ -31,13 +32,20 @@ from runner import RESULTS, Bench, Benchmark, Figures, Part, Results, Section, S
 from torch import Tensor, nn
 
 import vmamba
+from vmamba.data.coco import Objects, open_objects
 from vmamba.data.config import DataConfig
+from vmamba.data.masks import MaskedPictures, open_masks
 from vmamba.data.sources import open_split
+from vmamba.data.transforms import IGNORED, Preprocessing
 from vmamba.deploy import export_onnx, int8_onnx, load_quantized, quantize
 from vmamba.models.registry import load_model
+from vmamba.tasks.detection import evaluate
+from vmamba.tasks.detector import encode_masks
 from vmamba.tasks.prediction import preprocessing_of
+from vmamba.tasks.segmentation import scores
 
 ROOT = Path(__file__).parents[1]
+GARMENTS = ROOT / "runs/garments"
 GREY, COLOUR, LARGE = "Fashion-MNIST", "CIFAR-10", "VMamba-T"
 ORT, ORT_INT8 = "ONNX Runtime, float32", "ONNX Runtime, int8"
 TORCH, BFLOAT16, TORCH_INT8 = "torch, float32", "torch, bfloat16", "torch, int8"
@@ -46,10 +54,12 @@ OURS = "as written"
 LAYOUT = {
     "accuracy": ("Accuracy", "data;form;accuracy, %;loss, points;same decisions, %;MB"),
     "times": ("VMamba-T, one image of 224²", "form;ms;MB"),
+    "dense": ("Garments on floors and cloths, one picture of 256×320", "model;form;mIoU, %;box AP, %;mask AP, %;ms;MB"),
     "layers": ("What else in int8 costs and gains", "int8 as well;model;loss, points;difference, %;ms"),
 }
 FOLDER = tempfile.TemporaryDirectory()
 Call = Callable[[np.ndarray], np.ndarray]
+Whole = Callable[[np.ndarray], list[np.ndarray]]  # all outputs
 
 
 @dataclass
@@ -105,12 +115,17 @@ def pictures(name: str) -> Any:
     return open_split(SUBJECTS[name].data, True)
 
 
-def in_onnx(file: Path, threads: int) -> Call:
+def outputs_in_onnx(file: Path, threads: int) -> Whole:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # while others have their turn
     session = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})[0]
+    return lambda images: session.run(None, {"images": images})
+
+
+def in_onnx(file: Path, threads: int) -> Call:
+    call = outputs_in_onnx(file, threads)
+    return lambda images: call(images)[0]
 
 
 def in_openvino(file: Path, precision: str, threads: int) -> Call:
@@ -179,6 +194,58 @@ def times(bench: Bench) -> Iterator[Part]:
     found = list(forms(LARGE, torch.get_num_threads(), timed=True))
     seconds = turns(bench, {form: call for form, call, _ in found})
     yield "times", [{"form": form, "seconds": seconds[form], "bytes": size} for form, _, size in found]
+
+
+def segmented(call: Whole, pictures: MaskedPictures) -> Row:
+    """How well a file segments."""
+    number = len(pictures.class_names)
+    counts = np.zeros(number**2, np.int64)
+    for index in range(len(pictures)):
+        picture, labels = (value.as_subclass(Tensor) for value in pictures.read(index))
+        found, known = call(in_network(picture))[0].argmax(1)[0], (labels != IGNORED).numpy()
+        counts += np.bincount(labels.numpy()[known].astype(int) * number + found[known], minlength=len(counts))
+    return {"mIoU": scores(counts.reshape(number, number))["mIoU"]}
+
+
+def detected(call: Whole, pictures: Objects) -> Row:
+    """How well a file detects."""
+    entries = []
+    for index, about in enumerate(pictures.pictures):
+        boxes, confidences, labels, _, masks = call(in_network(pictures.read(index)[0].as_subclass(Tensor)))
+        boxes[:, 2:] -= boxes[:, :2]
+        columns = boxes.tolist(), confidences.tolist(), labels, encode_masks(masks)
+        entries += [
+            {"image_id": about["id"], "category_id": pictures.category_ids[label], "bbox": box, "score": score,
+             "segmentation": mask} for box, score, label, mask in zip(*columns, strict=True)
+        ]  # fmt: skip
+    box, mask = (float(evaluate(pictures, entries, kind).numbers[0]) for kind in ("box", "mask"))
+    return {"AP": box, "mask AP, %": f"{100 * mask:.2f}"}
+
+
+def in_network(picture: Tensor) -> np.ndarray:
+    """uint8 (3, H, W) as a batch of one, normalised."""
+    return Preprocessing().normalise(picture[None]).numpy()
+
+
+def dense(bench: Bench) -> Iterator[Part]:
+    """The models of the demo of segmentation and detection, on its validation split, in ONNX Runtime."""
+    tasks: tuple[tuple[str, Any, Callable[..., Row]], ...] = (
+        ("segmentation", open_masks(GARMENTS, "val"), segmented),
+        ("detection", open_objects(GARMENTS / "val.json", GARMENTS / "images"), detected),
+    )
+    for task, known, measure in tasks:
+        model, metadata = load_model(f"{GARMENTS}_{task}/model.safetensors")
+        files = [export_onnx(model, path(f"{task}.onnx"), class_names=metadata["class_names"]).path]
+        files.append(quantize(files[0], path(f"{task}-int8.onnx"), GARMENTS / "images/train").path)
+        calls = {
+            form: outputs_in_onnx(file, torch.get_num_threads())
+            for form, file in zip((ORT, ORT_INT8), files, strict=True)
+        }
+        image = in_network(known.read(0)[0].as_subclass(Tensor))
+        seconds = bench.interleave({form: partial(call, image) for form, call in calls.items()})
+        for (form, call), file in zip(calls.items(), files, strict=True):
+            row: Row = {"model": metadata["variant"], "form": form, "seconds": seconds[form]}
+            yield "dense", [row | {"bytes": file.stat().st_size} | measure(call, known)]
 
 
 def layers(bench: Bench) -> Iterator[Part]:
@@ -252,6 +319,7 @@ QUANTIZE = Benchmark(
     {
         "accuracy": Section(accuracy, ("accuracy",)),
         "times": Section(times, ("times",)),
+        "dense": Section(dense, ("dense",)),
         "layers": Section(layers, ("layers",)),
     },
     figures, "none", notes,

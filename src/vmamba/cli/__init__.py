@@ -134,20 +134,21 @@ COMMANDS = {
     "export": Command(
         ExportConfig,
         "write a model as a file that other programs run",
-        "Write a classifier or a segmentation model for ONNX Runtime, OpenVINO and others, or as a torch.export "
-        "program; the file is checked against the model first. Examples: 'vmamba export runs/demo/model.safetensors "
-        "--output model.onnx'; 'vmamba export vmamba_tiny_s1l8 --output tiny.onnx --half true'.",
+        "Write a model for ONNX Runtime, OpenVINO and others, or, not for detection, as a torch.export program or a "
+        "compiled package; the file is checked against the model first. Examples: 'vmamba export "
+        "runs/demo/model.safetensors --output model.onnx'; 'vmamba export vmamba_tiny_s1l8 --output tiny.onnx --half "
+        "true'.",
         "MODEL --output FILE [--SETTING VALUE ...]",
         {"model": {"help": "a name that `vmamba models` lists, for its published weights, or a checkpoint file"}},
     ),
     "quantize": Command(
         QuantizeConfig,
         "write a model in int8, calibrated on images",
-        "Write a model whose matrix products and convolutions compute in 8 bits, as an ONNX file or a program for "
-        "torch: a quarter of the size, and faster on the CPU. Nothing is trained; ranges are measured on some images, "
-        "and the file is compared with the float32 model on others. Examples: 'vmamba quantize model.safetensors "
-        "--output int8.onnx --data flowers'; 'vmamba quantize model.onnx --output int8.onnx --data photos/ --exclude "
-        '"head*" "stages.0.*"\'.',
+        "Write a model of any task whose matrix products and convolutions compute in 8 bits, as an ONNX file or, not "
+        "for detection, a program for torch: a quarter of the size, and faster on the CPU. Nothing is trained; ranges "
+        "are measured on some images, and the file is compared with the float32 model on others. Examples: 'vmamba "
+        "quantize model.safetensors --output int8.onnx --data flowers'; 'vmamba quantize model.onnx --output int8.onnx "
+        '--data photos/ --exclude "head*" "stages.0.*"\'.',
         "MODEL --output FILE --data IMAGES [--SETTING VALUE ...]",
         {
             "model": {
