@@ -22,7 +22,7 @@ import onnxruntime
 import openvino
 import timm
 import torch
-from page import Row
+from page import Row, curves, sentence
 from runner import RESULTS, Bench, Benchmark, Figures, Part, Results, Section, Settings, Tables
 
 import vmamba
@@ -131,6 +131,16 @@ DEPLOY = Benchmark(
 )  # fmt: skip
 
 
+def draw(results: Results, path: Path) -> None:
+    """Times against the side of the image, a panel for each runtime."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in sorted(results.data["tables"]["runtimes"], key=lambda row: row["size"]):
+        lines = panels.setdefault(f"{row['mode']}: ms an image", {})
+        lines.setdefault(row["model"], []).append((row["size"], 1e3 * row["seconds"]))
+    if panels:
+        curves(path, "", "side of the image, pixels", panels, sentence(results.data["environment"]))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
@@ -141,6 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = Settings("cpu", rounds=options.rounds, sizes=tuple(options.sizes))
     results = Results(DEPLOY, settings, options.output)
     results.run(Bench(settings), DEPLOY.sections)
+    draw(results, options.output / "deploy.png")
     print(results.page)
 
 
