@@ -2,8 +2,8 @@
 // block, takes as long as the work of a small grid; here nothing is between them, and what they leave each other lies in
 // one piece of memory.
 //
-// Where pixels do not mix, many of them with small weights are computed by each thread on its own, a few at a time, so that
-// all that lies between two products stays in its cache; else all threads share each step of a longer stretch.
+// Where pixels do not mix, either all threads share each step of a stretch of them, or each computes a short stretch on its
+// own with weights that have been packed for all, so that what lies between two products stays in its cache.
 
 #include "block.h"
 
@@ -29,10 +29,6 @@ namespace {
 // Below these amounts of work, waking other threads takes longer: values, multiply-adds, steps of 16 channels.
 constexpr int64_t VALUES_FOR_THREADS = 16384, PRODUCTS_FOR_THREADS = 1 << 20, STEPS_FOR_THREADS = 512;
 constexpr int64_t BAND_ROWS = 16, LANES_OF_SCAN = 16;
-
-// A thread computes pixels on its own where there are at least so many, their weights are no larger, and then so many values
-// of the widest layer at a time.
-constexpr int64_t LEAST_PIXELS = 1024, MOST_WEIGHTS = 1 << 20, CHUNK_VALUES = 1 << 17;
 
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -81,7 +77,7 @@ template <class Function>
 struct Chunks {
     const Function& function;
     int64_t rows, parts;
-    int64_t offsets[2];  // of `middle` and `hidden` in a thread's memory
+    int64_t middle, hidden;  // where these pieces begin in a thread's memory
     int32_t threads;
     std::atomic<bool>& failed;
 };
@@ -90,7 +86,7 @@ template <class Function>
 void run_chunk(const Chunks<Function>& c, int64_t task, float* scratch) {
     int64_t begin = c.rows * task / c.parts, end = c.rows * (task + 1) / c.parts;
     char* memory = reinterpret_cast<char*>(scratch);
-    if (c.function(begin, end - begin, Pieces{memory, memory + c.offsets[0], memory + c.offsets[1]}, 1)) c.failed = true;
+    if (c.function(begin, end - begin, Pieces{memory, memory + c.middle, memory + c.hidden}, 1)) c.failed = true;
 }
 
 // The calls of one block, in order, until one of them fails.
@@ -193,13 +189,7 @@ int32_t run_block(const Block& p) {
     gating.data = static_cast<const char*>(gating.data) + inner * channels * size_of(p.low_in);
     if (gating.bias) gating.bias += inner;
 
-    Weight* weights[] = {&in, &out, &fc1, &fc2, &gating};
-    bool used[] = {true, true, has_mlp, has_mlp, p.gated != 0};
-    int64_t values = 0;
-    for (int i = 0; i < 5; i++) values += used[i] ? weights[i]->inputs * weights[i]->outputs : 0;
-    bool alone = rows >= LEAST_PIXELS && values <= MOST_WEIGHTS;
-    int64_t widest = larger(p.hidden, larger(channels, inner)), stretch = alone ? CHUNK_VALUES / widest : p.stretch;
-    int64_t parts = divide_up(rows, larger(stretch, 1)), longest = divide_up(rows, parts);
+    int64_t parts = divide_up(rows, p.stretch), longest = divide_up(rows, parts);
 
     // Of all pixels: what the convolution takes, which becomes the scan's result; what it gives; the gate; the scan's
     // parameters; routes that are kept apart; packed weights. Of a stretch: what `Pieces` has.
@@ -209,37 +199,37 @@ int32_t run_block(const Block& p) {
     int64_t first = memory.piece(whole), image = memory.piece(whole), gate = memory.piece(p.gated ? whole : 0);
     int64_t projected = memory.piece(rows * parameters * 4);
     int64_t apart = memory.piece(calls.keeps_routes_apart(scan) ? p.routes * rows * inner * 4 : 0);
-    int64_t sizes[] = {longest * larger(larger(channels, inner) * size, low ? inner * 4 : 0), has_mlp ? longest * channels * pixel : 0};
-    for (int64_t& bytes : sizes) bytes = divide_up(bytes, 64) * 64;
-    int64_t pieces = sizes[0] + sizes[1] + longest * p.hidden * size, stretches = memory.piece(alone ? 0 : pieces);
+    int64_t wide = low ? longest * inner * 4 : 0;
+    int64_t middle = divide_up(larger(longest * larger(channels, inner) * size, wide), 64) * 64;
+    int64_t hidden = middle + divide_up(has_mlp ? longest * channels * pixel : 0, 64) * 64;
+    int64_t pieces = hidden + longest * p.hidden * size, stretches = memory.piece(p.alone ? 0 : pieces);
+    Weight* weights[] = {&in, &out, &fc1, &fc2, &gating};
     Product products[5];
     int64_t places[5], count = 0, panels = 0;
-    for (int i = 0; alone && i < 5; i++) {
-        if (!used[i]) continue;
-        Product& call = products[count] = calls.product(1, *weights[i]);
-        int64_t panels_of = product_kernels().panels(call);
-        places[count++] = memory.piece(panels_of * product_kernels().panel_floats(call) * sizeof(float));
-        panels += panels_of;
+    for (Weight* weight : weights) {
+        bool is_used = weight->data && (weight != &gating || p.gated);
+        if (!p.alone || !is_used) continue;
+        weights[count] = weight, products[count] = calls.product(1, *weight);
+        int64_t number = product_kernels().panels(products[count]);
+        places[count] = memory.piece(number * product_kernels().panel_floats(products[count]) * sizeof(float));
+        count++, panels += number;
     }
     char* base = memory.obtain();
     if (!base) return 1;
     auto at = [&](int64_t piece, int64_t offset = 0) { return base + piece + offset; };
-
     float* packed[5];
-    for (int i = 0, j = 0; alone && i < 5; i++) {
-        if (used[i]) weights[i]->packed = packed[j] = reinterpret_cast<float*>(at(places[j])), j++;
-    }
-    if (alone && !share<Packing>({products, packed, count, p.threads}, panels, 0, pack)) return 1;
+    for (int64_t i = 0; i < count; i++) weights[i]->packed = packed[i] = reinterpret_cast<float*>(at(places[i]));
+    if (p.alone && !share<Packing>({products, packed, count, p.threads}, panels, 0, pack)) return 1;
 
     // Whether all pixels have been given to function(pixel, count, pieces, threads), which says whether it failed.
     auto in_stretches = [&](auto function) {
-        if (alone) {
+        if (p.alone) {
             std::atomic<bool> failed{false};
             using Function = decltype(function);
-            Chunks<Function> chunks{function, rows, parts, {sizes[0], sizes[0] + sizes[1]}, p.threads, failed};
+            Chunks<Function> chunks{function, rows, parts, middle, hidden, p.threads, failed};
             return share<Chunks<Function>>(chunks, parts, pieces, run_chunk<Function>) && !failed;
         }
-        Pieces shared{at(stretches), at(stretches, sizes[0]), at(stretches, sizes[0] + sizes[1])};
+        Pieces shared{at(stretches), at(stretches, middle), at(stretches, hidden)};
         for (int64_t i = 0; i < parts; i++) {
             int64_t begin = rows * i / parts;
             if (function(begin, rows * (i + 1) / parts - begin, shared, p.threads)) return false;
