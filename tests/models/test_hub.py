@@ -91,6 +91,7 @@ def test_dense_models_come_back_to_the_bit(name: str, tmp_path: Path) -> None:
     rebuilt.score_thr = 0.0  # type: ignore[assignment]
     assert_same(model, rebuilt)
     assert [known[key] for key in ("class_names", "category_ids", "sides")] == [NAMES, [1, 5, 9], [64, 96]]
+    assert rebuilt.img_size == (64, 96)  # as it was trained, whatever its variant is meant for
 
 
 def test_a_dense_model_starts_anew_where_the_caller_says_so(tmp_path: Path) -> None:

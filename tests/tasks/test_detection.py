@@ -71,6 +71,7 @@ def test_a_run_learns_and_leaves_a_model_that_stands_alone(trained, monkeypatch)
     metadata = read_metadata(trained / "run/model.safetensors")
     assert (metadata["task"], metadata["variant"]) == ("detection", "maskrcnn")
     assert (metadata["class_names"], metadata["category_ids"], metadata["sides"]) == (list(CLASSES), [3, 8], [64, 96])
+    assert metadata["img_size"] == metadata["sides"]
     assert metadata["model_kwargs"] == {**KWARGS, "masks": True}
 
     found = validate(DetectionValidateConfig(trainer=CPU))
