@@ -16,7 +16,7 @@ class DataConfig:
     images alone."""
     dataset: str = ""
     """Empty for folders and .tar files; else a name for timm's factory: torch/fashion_mnist, wds/, hfds/NAME,
-    hfids/NAME, tfds/NAME."""
+    hfids/NAME, tfds/NAME. For torch/ the root is the folder around the data set's own, which holds FashionMNIST."""
     train_split: str = "train"
     """Name of the training split, or sub-folder, or for wds/ the shards."""
     val_split: str = "val"

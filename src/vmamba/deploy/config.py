@@ -40,7 +40,8 @@ class QuantizeConfig:
     """Images like those that the model will meet: a folder, whose training split is taken if it has one, or a .tar
     file, or what the data set below expects. Their classes are not needed."""
     dataset: str = ""
-    """Empty for folders and .tar files; else a name for timm's factory: torch/fashion_mnist, hfds/NAME, ..."""
+    """Empty for folders and .tar files; else a name for timm's factory: torch/fashion_mnist, hfds/NAME, ... For torch/
+    the data are the folder around the data set's own, which holds FashionMNIST."""
     format: Literal["onnx", "torch"] = "onnx"
     """onnx, for ONNX Runtime, OpenVINO and others; or torch, a program for torch, torchao and this package."""
     samples: int = 128
