@@ -32,9 +32,18 @@ class _Written(NamedTuple):
     names: tuple[str, ...]
     methods: tuple[tuple[Mapping[str, Any], str, Any], ...]  # where one would be, its name, and it or None
     parts: dict[str, Any]
+    condition: Callable[[Any], bool] | None  # of a module's settings
 
 
 _KNOWN: dict[type[nn.Module], _Written] = {}
+
+# What modules of these classes, which have no children, must be like.
+_CONDITIONS: dict[type[nn.Module], Callable[[Any], bool]] = {
+    nn.Dropout: lambda module: not (module.training and module.p),
+    DropPath: lambda module: not (module.training and module.drop_prob),
+    nn.LayerNorm: lambda module: len(module.normalized_shape) == 1,
+    nn.GELU: lambda module: module.approximate == "none",
+}
 
 
 def known(kind: Kind) -> Kind:
@@ -46,7 +55,8 @@ def known(kind: Kind) -> Kind:
     names = ("forward", "_conv_forward", *getattr(kind, "STEPS", ()))
     places = [vars(base) for base in kind.__mro__[: kind.__mro__.index(nn.Module)]]
     methods = tuple((place, name, place.get(name)) for place in places for name in names)
-    _KNOWN[kind] = _Written(names, methods, getattr(kind, "PARTS", {}))
+    condition = next((condition for base, condition in _CONDITIONS.items() if issubclass(kind, base)), None)
+    _KNOWN[kind] = _Written(names, methods, getattr(kind, "PARTS", {}), condition)
     return kind
 
 
@@ -71,27 +81,26 @@ def as_built(module: nn.Module) -> bool:
     It is false where anything is hooked, replaced by a module of another class, parametrised or patched, also on its
     class, and where dropout or drop path is active.
     """
-    return not _has_any_global_hook() and _is_as_built(module)
+    return not _has_any_global_hook() and _is_as_built(module, set())
 
 
-def _is_as_built(module: nn.Module) -> bool:
+def _is_as_built(module: nn.Module, unpatched: set[type[nn.Module]]) -> bool:
+    """The same without hooks on all modules, and with the classes that have been found to be unpatched."""
     kind, own = type(module), module.__dict__
-    if not is_unpatched(kind) or module._compiled_call_impl:
-        return False
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if kind not in unpatched:
+        if not is_unpatched(kind):
+            return False
+        unpatched.add(kind)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return False
     written = _KNOWN[kind]
-    for name in written.names:
-        if name in own:
-            return False
-    if isinstance(module, nn.Dropout | DropPath):
-        return not module.training or not (module.p if isinstance(module, nn.Dropout) else module.drop_prob)
-    if isinstance(module, nn.LayerNorm):
-        return len(module.normalized_shape) == 1
-    if isinstance(module, nn.GELU):
-        return module.approximate == "none"
-    for name, child in module._modules.items():
-        if child is not None and not (isinstance(child, written.parts.get(name, ())) and _is_as_built(child)):
+    if module._compiled_call_impl or not own.keys().isdisjoint(written.names):
+        return False
+    if written.condition:
+        return written.condition(module)
+    for name, child in own["_modules"].items():
+        is_part = child is None or isinstance(child, written.parts.get(name, ()))
+        if not is_part or (child is not None and not _is_as_built(child, unpatched)):
             return False
     return True
 

@@ -19,7 +19,7 @@ from vmamba.ops.backends.native.scan import route_bits
 
 __all__ = ["Affine", "Scan", "reason_unavailable", "vss_block"]
 
-# Where pixels do not mix, so many values of the widest layer are computed at a time: 8 MB in float32 by all threads, or,
+# Where pixels do not mix, so many values of the widest layer are computed at a time: 8 MB in float32 by all threads or,
 # if there are so many pixels and the weights are no larger, 512 KB by each thread on its own, which stay in its cache.
 _STRETCH, _CHUNK = 2**21, 2**17
 _LEAST_PIXELS, _MOST_WEIGHTS = 1024, 2**20
@@ -35,7 +35,7 @@ class Affine(NamedTuple):
     @classmethod
     def of(cls, layer: Any) -> Affine:
         """Those that a module has now."""
-        return cls(layer.weight, layer.bias, getattr(layer, "eps", 0.0))
+        return cls(layer.weight, layer.bias, layer.__dict__.get("eps", 0.0))  # a module looks long for what it has not
 
 
 class Scan(NamedTuple):

@@ -71,6 +71,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 _LIBRARY, _WHY_NOT = _load()
+_kernels: str | None = None if _LIBRARY is None else _LIBRARY.vmamba_kernels().decode()
 _is_warned = False
 
 
@@ -113,7 +114,7 @@ def unavailable(device: torch.device) -> str | None:
 
 def kernels() -> str | None:
     """The instruction set in use ("avx512_bf16", "avx512", "avx2" or "baseline"); None where the library is missing."""
-    return None if _LIBRARY is None else _LIBRARY.vmamba_kernels().decode()
+    return _kernels
 
 
 def choose_kernels(name: str) -> bool:
@@ -121,7 +122,11 @@ def choose_kernels(name: str) -> bool:
 
     The environment variable VMAMBA_NATIVE_KERNELS makes the choice for a whole process.
     """
-    return _LIBRARY is not None and bool(_LIBRARY.vmamba_choose(name.encode()))
+    global _kernels
+    if _LIBRARY is None or not _LIBRARY.vmamba_choose(name.encode()):
+        return False
+    _kernels = _LIBRARY.vmamba_kernels().decode()
+    return True
 
 
 def warn_once_if_missing() -> None:
