@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba.nn import ConvSiLU, Linear, cpu
-from vmamba.nn.layers import GridConv2d
+from vmamba.nn.layers import Conv2d, GridConv2d
 from vmamba.ops import layers
+from vmamba.ops.backends.native import convolution as convolutions
 from vmamba.ops.backends.native import layers as native
+from vmamba.ops.backends.native import library
 
 needs_library = pytest.mark.skipif(native.reason_unavailable() is not None, reason="the library is missing")
 
@@ -126,3 +133,95 @@ def test_a_convolution_that_is_not_depthwise_has_its_silu():
     x, layer = torch.randn(1, 6, 5, 8), ConvSiLU(8, 8, 3, padding=1)
     expected = F.silu(F.conv2d(x.permute(0, 3, 1, 2), layer.weight, layer.bias, padding=1).permute(0, 2, 3, 1))
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "options"), [(GridConv2d, {"stride": 2}), (ConvSiLU, {"groups": 16})])
+def test_a_method_of_a_subclass_or_of_one_layer_is_called(kind, options):
+    class Own(kind):
+        def _conv_forward(self, x, weight, bias):
+            return 2 * super()._conv_forward(x, weight, bias)
+
+    layer, x = kind(16, 16, 3, padding=1, bias=False, **options), torch.randn(1, 8, 9, 16)
+    twice = copy.deepcopy(layer)
+    twice.weight.mul_(2)
+    own = Own(16, 16, 3, padding=1, bias=False, **options)
+    own.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(own(x), twice(x), atol=1e-5, rtol=1e-5)
+    layer._conv_forward = lambda x, weight, bias: twice._conv_forward(x, twice.weight, bias)
+    torch.testing.assert_close(layer(x), twice(x), atol=1e-5, rtol=1e-5)
+
+
+# --- what users do to a head's convolution, at a size that is computed by tiles --------------------------------------
+
+
+class Doubled(Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return 2 * super()._conv_forward(x, weight, bias)
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+@pytest.fixture
+def by_tiles(monkeypatch):
+    """The calls by tiles that are made."""
+    calls, plain = [], convolutions._call_convolution
+    monkeypatch.setattr(convolutions, "_call_convolution", lambda call: (calls.append(call.by_tiles), plain(call)))
+    if library.kernels() in (None, "baseline"):
+        pytest.skip("this processor or this build has no kernels by tiles")
+    return calls
+
+
+def grid(layout=torch.channels_last):
+    torch.manual_seed(0)
+    return torch.randn(2, 96, 21, 30).contiguous(memory_format=layout), Conv2d(96, 100, 3, padding=1).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_heads_convolution(layout, by_tiles):
+    x, layer = grid(layout)
+    y = layer(x)
+    torch.testing.assert_close(y, F.conv2d(x, layer.weight, layer.bias, padding=1), atol=1e-5, rtol=1e-5)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert by_tiles == [1]
+    layer.weight.mul_(2)
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), atol=1e-5, rtol=1e-5)
+    single = x[0]
+    torch.testing.assert_close(layer(single), F.conv2d(single, layer.weight, layer.bias, padding=1))
+
+
+def test_a_heads_convolution_that_was_changed(by_tiles, monkeypatch):
+    x, layer = grid()
+    plain = F.conv2d(x, layer.weight, layer.bias, padding=1).detach()
+    close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        doubled = Doubled(96, 100, 3, padding=1)
+        doubled.load_state_dict(layer.state_dict())
+        close(doubled(x), 2 * plain)
+        handle = layer.register_forward_hook(lambda module, inputs, output: output + 1)
+        close(layer(x), plain + 1)
+        handle.remove()
+        halved = copy.deepcopy(layer)
+        parametrize.register_parametrization(halved, "weight", Halved())
+        close(halved(x), F.conv2d(x, layer.weight / 2, layer.bias, padding=1))
+        pruned = prune.l1_unstructured(copy.deepcopy(layer), "weight", 0.5)
+        close(pruned(x), F.conv2d(x, pruned.weight_orig * pruned.weight_mask, layer.bias, padding=1))
+        mine = copy.deepcopy(layer)
+        mine._conv_forward = lambda x, weight, bias: x[:, :2]
+        assert torch.equal(mine(x), x[:, :2])
+        assert len(by_tiles) == 3
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, weight, bias: x[:, :1])
+            assert torch.equal(layer(x), x[:, :1])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype is torch.bfloat16
+        close(torch.func.vmap(layer)(x[None])[0], plain)
+        close(torch.compile(layer, backend="eager")(x), plain)
+        close(layer.double()(x.double()).float(), plain)
+    layer.float()(x).sum().backward()
+    close(layer.bias.grad, torch.full((100,), float(x[:, 0].numel())))
+    assert 1 not in by_tiles[3:]

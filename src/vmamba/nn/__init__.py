@@ -1,4 +1,4 @@
-"""The modules a VMamba is built of; all of them work on channels-last grids, (B, H, W, C)."""
+"""The modules a VMamba is built of. They work on channels-last grids, (B, H, W, C), but for `Conv2d`, the heads'."""
 
 from vmamba.nn.block import VSSBlock
 from vmamba.nn.downsample import ConvDownsample, PatchMerging

@@ -47,10 +47,16 @@ class GELU(nn.GELU):
         return gelu(x)
 
 
+def _convolves_as(layer: nn.Conv2d, kind: type[nn.Conv2d]) -> bool:
+    """Whether a layer of this class, or of one that inherits from it, convolves as the class was written to."""
+    is_torch_s = type(layer)._conv_forward is nn.Conv2d._conv_forward and "_conv_forward" not in vars(layer)
+    return is_torch_s and cpu.is_unpatched(kind)
+
+
 def _convolved(layer: nn.Conv2d, kind: type[nn.Conv2d], x: Tensor) -> Tensor | None:
     """What a layer of this class makes of a grid (B, H, W, C); None where it is left to torch."""
     parameters = layer.weight, layer.bias
-    is_usual = applies(x, *parameters) and cpu.is_unpatched(kind) and not is_compiled()
+    is_usual = applies(x, *parameters) and _convolves_as(layer, kind) and not is_compiled()
     if is_usual and can_fuse(x) and cpu.is_patchwise(layer) and not records(x, *parameters):
         return convolution(x.to(product_dtype(x)), *parameters, layer.stride[0])
     return None
@@ -82,7 +88,7 @@ class ConvSiLU(GridConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """SiLU of the convolution of (B, H, W, C)."""
-        is_usual = applies(x, self.weight, self.bias) and cpu.is_unpatched(ConvSiLU)
+        is_usual = applies(x, self.weight, self.bias) and _convolves_as(self, ConvSiLU)
         if is_usual and can_fuse(x) and x.ndim == 4 and cpu.is_depthwise_silu(self, x.shape[-1]):
             return depthwise_silu(x, self.weight, self.bias)
         return F.silu(super().forward(x))
