@@ -39,7 +39,7 @@ def program(monkeypatch, code):
 
 def agrees(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    return program(monkeypatch, """print('{"fault": ""}')""")
+    return program(monkeypatch, """print('{"fault": "", "lasts": true}')""")
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_an_exception_is_a_verdict(monkeypatch, capsys):
 
     monkeypatch.setattr(triton, "ss2d_scan", fails)
     proving.main("cpu", "float32", "cross")
-    assert json.loads(capsys.readouterr().out) == {"fault": "RuntimeError: PassManager::run failed"}
+    assert json.loads(capsys.readouterr().out) == {"fault": "RuntimeError: PassManager::run failed", "lasts": True}
 
 
 # --- the process around it -------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_proven_once_for_all_processes(monkeypatch):
 @pytest.mark.parametrize(
     ("code", "fault"),
     [
-        ("""print('{"fault": "y is off by 0.5"}')""", "y is off by 0.5"),
+        ("""print('{"fault": "y is off by 0.5", "lasts": true}')""", "y is off by 0.5"),
         # A compiler or a kernel that crashes in the midst of it.
         (
             f"{ON_SMALL_GRIDS} import os, sys; from vmamba.ops.backends.triton import launch; "
@@ -166,6 +166,32 @@ def test_doubt_leaves_the_kernels_off_and_says_so_once(monkeypatch, tmp_path, co
         warnings.simplefilter("error")
         assert not proving.is_proven(CPU, FLOAT, "cross")
     assert count() == 1
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os; os.kill(os.getpid(), 9)",
+        "proving.compare = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError('on the card')); "
+        "proving.main('cpu', 'float32', 'cross')",
+        "proving.compare = lambda *_: (_ for _ in ()).throw(RuntimeError('CUDA-capable device(s) is/are busy or "
+        "unavailable')); proving.main('cpu', 'float32', 'cross')",
+    ],
+    ids=["killed", "memory", "busy"],
+)
+def test_what_says_nothing_of_the_kernels_is_not_kept(monkeypatch, tmp_path, code):
+    monkeypatch.chdir(tmp_path)
+    count = program(monkeypatch, f"import torch; from vmamba.ops.backends import proving; {code}")
+    for runs in (1, 2):  # as two processes would
+        monkeypatch.setattr(proving, "_verdicts", {})
+        with pytest.warns(UserWarning, match="not used for float32.*The next process tries again"):
+            assert not proving.is_proven(CPU, FLOAT, "cross")
+        assert not proving.is_proven(CPU, FLOAT, "cross")
+        assert count() == runs
+    agrees(monkeypatch, tmp_path)
+    monkeypatch.setattr(proving, "_verdicts", {})
+    assert proving.is_proven(CPU, FLOAT, "cross")
 
 
 @interpreted

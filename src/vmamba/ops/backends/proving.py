@@ -2,7 +2,8 @@
 
 The first time that a dtype and a pattern meet a card, both backends compute a few small scans, forward and backward.
 That happens in a process of its own, which a compiler that crashes or a kernel that writes where it must not takes
-down alone. The verdict stays in the user's cache directory, until the kernels, Triton, torch or the driver change.
+down alone. The verdict stays in the user's cache directory, until the kernels, Triton, torch or the driver change; that
+there was no memory, or no process to be had, says nothing of the kernels and is not kept.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -36,7 +37,16 @@ _PATIENCE = 600  # seconds for one proof, most of which goes into compiling
 _GRIDS = ((7, 7, 64, 1, 20), (11, 13, 40, 3, 3), (17, 19, 64, 1, 6))
 _PROGRAM = "import sys; from vmamba.ops.backends import proving; proving.main(*sys.argv[1:])"
 _NO_GRID = "selective_scan"
+# SIGHUP, SIGINT, SIGKILL and SIGTERM: from a user, or the system where memory is short, and not from a kernel's fault.
+_FROM_OUTSIDE = (1, 2, 9, 15)
 _verdicts: dict[tuple[torch.device, torch.dtype, str | None], bool] = {}
+
+
+class _Verdict(NamedTuple):
+    """What is wrong with the kernels, "" if nothing; and whether it would be the same another time."""
+
+    fault: str
+    lasts: bool = True
 
 
 # Tracers take the answer as a constant: a compiled graph is made after the proof, never with the proof inside.
@@ -70,17 +80,19 @@ def _look_up_or_prove(device: torch.device, dtype: torch.dtype, pattern: str | N
         with suppress(OSError):  # where nothing can be written, each process proves it for itself
             file.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(f"{file}.lock", timeout=_PATIENCE))  # another process may be at it
-        fault = _read(file)
+        fault, lasts = _read(file), True
         if fault is None:
-            fault = _prove(device, about)
-            with suppress(OSError), atomic_write(file) as verdict:
-                verdict.write(json.dumps(about | {"fault": fault}, indent=1).encode())
+            fault, lasts = _prove(device, about)
+            if lasts:
+                with suppress(OSError), atomic_write(file) as verdict:
+                    verdict.write(json.dumps(about | {"fault": fault}, indent=1).encode())
     if fault:
+        kept = f"The verdict is kept in {file}: delete it to try again. " if lasts else "The next process tries again. "
         warnings.warn(
             f"the Triton kernels are not used for {about['dtype']} and {about['pattern']} on {about['card']}: "
             f"{fault}. The eager backend computes instead, correct but slow. Please report this with the versions "
             f"({', '.join(f'{key} {about[key]}' for key in ('triton', 'torch', 'driver'))}). "
-            f"The verdict is kept in {file}: delete it to try again. "
+            f"{kept}"
             'vmamba.use_backend("triton") uses the kernels all the same',
             stacklevel=2,
         )
@@ -129,8 +141,8 @@ def _driver() -> str:
 # --- the proof -------------------------------------------------------------------------------------------------------
 
 
-def _prove(device: torch.device, about: dict[str, Any]) -> str:
-    """What is wrong with the kernels, found out in a process of its own; "" if nothing."""
+def _prove(device: torch.device, about: dict[str, Any]) -> _Verdict:
+    """Found out in a process of its own."""
     if sys.stderr is not None and sys.stderr.isatty():
         what = f"{about['dtype']}, {about['pattern']}"
         print(f"vmamba: trying the Triton kernels on {about['card']} ({what}), once", file=sys.stderr, flush=True)
@@ -143,17 +155,18 @@ def _prove(device: torch.device, about: dict[str, Any]) -> str:
             timeout=_PATIENCE, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"the comparison did not end in {_PATIENCE} seconds"
+        return _Verdict(f"the comparison did not end in {_PATIENCE} seconds")
     except OSError as error:
-        return f"no process could be started for the comparison ({error})"
+        return _Verdict(f"no process could be started for the comparison ({error})", lasts=False)
     try:
-        fault = json.loads(done.stdout.splitlines()[-1])["fault"]
-        assert isinstance(fault, str)
+        told = json.loads(done.stdout.splitlines()[-1])
+        verdict = _Verdict(told["fault"], told["lasts"])
+        assert isinstance(verdict.fault, str)
     except (IndexError, ValueError, KeyError, TypeError, AssertionError):
         last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         how = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"failed ({done.returncode})"
-        return f"the comparison {how}: {last}"
-    return fault
+        return _Verdict(f"the comparison {how}: {last}", lasts=-done.returncode not in _FROM_OUTSIDE)
+    return verdict
 
 
 def compare(device: torch.device, dtype: torch.dtype, pattern: str) -> str:
@@ -210,8 +223,11 @@ def _problems(device: torch.device, dtype: torch.dtype, pattern: str) -> Iterato
 
 def main(device: str, dtype: str, pattern: str) -> None:
     """Compare, and print the verdict as a line of JSON."""
+    lasts = True
     try:
         fault = compare(torch.device(device), getattr(torch, dtype), pattern)
     except Exception as error:
         fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    print(json.dumps({"fault": fault}), flush=True)
+        is_busy = "busy or unavailable" in fault  # CUDA's words for a card that is another process's own
+        lasts = not (is_busy or isinstance(error, torch.OutOfMemoryError | MemoryError))
+    print(json.dumps({"fault": fault, "lasts": lasts}), flush=True)
