@@ -72,24 +72,29 @@ def zeros(u: Floats, inner: Ints) -> tuple[Floats, Floats, Floats]:
 
 @script(_FUNCTIONS)
 def in_order(
-    u: Floats, projected: Floats, steps: Ints, projections: Ints, dt_weight: Floats, dt_bias: Floats, split: Ints,
-    row: Ints, given: Ints,
+    u: Floats, projected: Floats, steps: Ints, projections: Ints, dt_weight: Floats, split: Ints, row: Ints,
+    given: Ints,
 ) -> tuple[Floats, Floats, Floats, Floats]:  # fmt: skip
     """The scans' inputs in the order of the routes: pixels and Δ (T, K, B, M, D), B and C (T, K, B, M, N).
+
+    A column of ones behind the projections makes Δ's bias a row of its weight, so that none has to be added to every
+    channel of every step; the rows of B and C are zeros.
 
     Args:
         u: (B, H, W, D).
         projected: (B, H, W, K, R + 2N).
         steps, projections: of `orders`.
-        dt_weight, dt_bias: (K, 1, R, D), (K, 1, 1, D).
-        split: R, N, N.
+        dt_weight: (K, 1, R + 2N + 1, D), the bias last.
+        split: R, N, N, 1.
         row, given: the shapes (-1, D) and (-1, R + 2N).
     """
     one = op.Constant(value_float=1.0)
     most = op.Constant(value_float=80.0)
     pixels = op.Gather(op.Reshape(u, row), steps)
-    low, B, C = op.Split(op.Gather(op.Reshape(projected, given), projections), split, axis=-1)
-    raw = op.Add(op.MatMul(low, dt_weight), dt_bias)
+    table = op.Pad(op.Reshape(projected, given), op.Constant(value_ints=[0, 0, 0, 1]), one)
+    ordered = op.Gather(table, projections)
+    _low, B, C, _one = op.Split(ordered, split, axis=-1)
+    raw = op.MatMul(ordered, dt_weight)
     delta = op.Max(raw, op.Log(op.Add(op.Exp(op.Clip(raw, None, most)), one)))
     return pixels, delta, B, C
 
@@ -270,13 +275,14 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         def before(*inner: int):
             return once(lambda: zeros(u, _constant(torch.tensor(inner))), size, inner)
 
-        dt_weight = op.Unsqueeze(op.Transpose(dt_proj_weight, perm=[0, 2, 1]), [1])
-        dt_bias = op.Unsqueeze(dt_proj_bias, [1, 2])
+        nothing = _constant(torch.zeros(K, 2 * states, channels))
+        weight = (op.Transpose(dt_proj_weight, perm=[0, 2, 1]), nothing, op.Unsqueeze(dt_proj_bias, [1]))
+        dt_weight = op.Unsqueeze(op.Concat(*weight, axis=1), [1])
         A = op.Unsqueeze(op.Transpose(A, perm=[0, 2, 1]), [1] if states == 1 else [1, 2])
-        split, row, given = [rank, states, states], [-1, channels], [-1, rank + 2 * states]
+        split, row, given = [rank, states, states, 1], [-1, channels], [-1, rank + 2 * states]
         split, row, given = (_constant(torch.tensor(values)) for values in (split, row, given))
         steps, projections, places = tables
-        ordered = in_order(u, projected, steps, projections, dt_weight, dt_bias, split, row, given)
+        ordered = in_order(u, projected, steps, projections, dt_weight, split, row, given)
         if states == 1:
             y = scan_one_state(*ordered, *before(K, channels), A)
         else:
