@@ -93,4 +93,4 @@ def _patches_win(x: Tensor, outputs: int, stride: int) -> bool:
     """Whether it is fastest as a product with patches. With stride 1 these have nine times the size of the grid."""
     batch, height, width, channels = x.shape
     rows = batch * math.ceil(height / stride) * math.ceil(width / stride)
-    return (stride > 1 or x.dtype is torch.bfloat16) and wins(rows, 9 * channels, outputs, x.dtype)
+    return stride > 1 and wins(rows, 9 * channels, outputs, x.dtype)
