@@ -123,7 +123,8 @@ def test_few_roundings_add_up(by_tiles):
     ("size", "channels", "stride", "dtype", "expected"),
     [
         ((1, 64, 64), 128, 1, FLOAT, "by_tiles"), ((1, 64, 64), 64, 1, FLOAT, None), ((1, 8, 8), 128, 1, FLOAT, None),
-        ((1, 64, 64), 128, 2, FLOAT, "patches"), ((1, 64, 64), 128, 2, LOW, "patches"), ((1, 64, 64), 128, 1, LOW, None),
+        ((1, 64, 64), 128, 2, FLOAT, "patches"), ((1, 64, 64), 128, 2, LOW, "patches"),
+        ((1, 64, 64), 128, 1, LOW, None),
     ],
 )  # fmt: skip
 def test_the_way_depends_on_the_shape(size, channels, stride, dtype, expected, monkeypatch):
