@@ -1,19 +1,13 @@
 // A VSS block as a sequence of the library's own functions. What Python and torch do between two of them, twelve times a
 // block, takes as long as the work of a small grid; here nothing is between them, and what they leave each other lies in
 // one piece of memory.
-//
-// Where pixels do not mix, either all threads share each step of a stretch of them, or each computes a short stretch on its
-// own with weights that have been packed for all, so that what lies between two products stays in its cache.
 
 #include "block.h"
-
-#include <atomic>
 
 #include "layers.h"
 #include "memory.h"
 #include "products.h"
 #include "scan.h"
-#include "threads.h"
 
 extern "C" {
 int32_t vmamba_layer_norm(Layer*);
@@ -47,55 +41,14 @@ struct Weight {
     const void* data;
     const float* bias;
     int32_t bfloat16;
-    int64_t inputs, outputs;
-    const float* packed = nullptr;
 };
-
-// What is packed at a time.
-struct Packing {
-    const Product* products;
-    float* const* to;
-    int64_t count;
-    int32_t threads;
-};
-
-void pack(const Packing& packing, int64_t task, float*) {
-    for (int64_t i = 0; i < packing.count; i++) {
-        int64_t panels = product_kernels().panels(packing.products[i]);
-        if (task < panels) return product_kernels().pack(packing.products[i], task, packing.to[i]);
-        task -= panels;
-    }
-}
-
-// What lies between the layers of some pixels: normalised or widened ones, x after SS2D, the MLP's hidden layer.
-struct Pieces {
-    char *normalised, *middle, *hidden;
-};
-
-// function(pixel, count, pieces) of `rows` pixels in `parts`, each by one thread.
-template <class Function>
-struct Chunks {
-    const Function& function;
-    int64_t rows, parts;
-    int64_t middle, hidden;  // where these pieces begin in a thread's memory
-    int32_t threads;
-    std::atomic<bool>& failed;
-};
-
-template <class Function>
-void run_chunk(const Chunks<Function>& c, int64_t task, float* scratch) {
-    int64_t begin = c.rows * task / c.parts, end = c.rows * (task + 1) / c.parts;
-    char* memory = reinterpret_cast<char*>(scratch);
-    if (c.function(begin, end - begin, Pieces{memory, memory + c.middle, memory + c.hidden}, 1)) c.failed = true;
-}
 
 // The calls of one block, in order, until one of them fails.
 struct Calls {
     const Block& p;
-    int32_t most_threads;
     bool failed = false;
 
-    int32_t threads(int64_t work, int64_t least) const { return work > least ? most_threads : 1; }
+    int32_t threads(int64_t work, int64_t least) const { return work > least ? p.threads : 1; }
 
     Layer layer(const void* x, void* y, int64_t values, int32_t bfloat16) const {
         Layer call{};
@@ -120,21 +73,15 @@ struct Calls {
         failed = vmamba_linear(&call);
     }
 
-    Product product(int64_t rows, const Weight& weight) const {
-        Product call{};
-        call.rows = rows, call.inputs = weight.inputs, call.outputs = weight.outputs, call.packed = weight.packed;
-        call.weight = weight.data, call.bias = weight.bias, call.weight_bfloat16 = weight.bfloat16;
-        call.bfloat16 = p.low_products;
-        return call;
-    }
-
     // y = act(x · weightᵀ + bias) + residual; x in the dtype of the products.
-    void multiply(
-        const void* x, void* y, int64_t rows, const Weight& weight, int32_t y_bfloat16, bool gelu = false,
-        const void* residual = nullptr
+    void product(
+        const void* x, void* y, int64_t rows, int64_t inputs, int64_t outputs, const Weight& weight, int32_t y_bfloat16,
+        bool gelu = false, const void* residual = nullptr
     ) {
-        Product call = product(rows, weight);
-        call.x = x, call.y = y, call.residual = residual, call.y_bfloat16 = y_bfloat16, call.gelu = gelu;
+        Product call{};
+        call.rows = rows, call.inputs = inputs, call.outputs = outputs, call.x = x, call.y = y, call.residual = residual;
+        call.weight = weight.data, call.bias = weight.bias, call.weight_bfloat16 = weight.bfloat16;
+        call.bfloat16 = p.low_products, call.y_bfloat16 = y_bfloat16, call.gelu = gelu;
         multiply(call);
     }
 
@@ -178,105 +125,75 @@ struct Calls {
 }  // namespace
 
 int32_t run_block(const Block& p) {
-    Calls calls{p, p.threads};
+    Calls calls{p};
     int64_t rows = p.batch * p.height * p.width, channels = p.channels, inner = p.inner, low = p.low_products;
-    int64_t size = size_of(low), pixel = size_of(p.bfloat16), parameters = p.routes * (p.rank + 2 * p.states);
-    bool has_mlp = p.fc1_weight;
-    Weight in{p.in_weight, p.in_bias, p.low_in, channels, inner}, gating = in;
-    Weight out{p.out_weight, p.out_bias, p.low_out, inner, channels};
-    Weight fc1{p.fc1_weight, p.fc1_bias, p.low_fc1, channels, p.hidden};
-    Weight fc2{p.fc2_weight, p.fc2_bias, p.low_fc2, p.hidden, channels};
-    gating.data = static_cast<const char*>(gating.data) + inner * channels * size_of(p.low_in);
-    if (gating.bias) gating.bias += inner;
-
     int64_t parts = divide_up(rows, p.stretch), longest = divide_up(rows, parts);
+    int64_t size = size_of(low), parameters = p.routes * (p.rank + 2 * p.states);
+    bool has_mlp = p.fc1_weight;
 
     // Of all pixels: what the convolution takes, which becomes the scan's result; what it gives; the gate; the scan's
-    // parameters; routes that are kept apart; packed weights. Of a stretch: what `Pieces` has.
+    // parameters; routes that are kept apart. Of a stretch: normalised pixels, x after SS2D, the MLP's hidden layer.
     Scan scan = calls.scan(nullptr, nullptr, nullptr);
     Memory memory;
     int64_t whole = rows * inner * size;
     int64_t first = memory.piece(whole), image = memory.piece(whole), gate = memory.piece(p.gated ? whole : 0);
     int64_t projected = memory.piece(rows * parameters * 4);
     int64_t apart = memory.piece(calls.keeps_routes_apart(scan) ? p.routes * rows * inner * 4 : 0);
-    int64_t wide = low ? longest * inner * 4 : 0;
-    int64_t middle = divide_up(larger(longest * larger(channels, inner) * size, wide), 64) * 64;
-    int64_t hidden = middle + divide_up(has_mlp ? longest * channels * pixel : 0, 64) * 64;
-    int64_t pieces = hidden + longest * p.hidden * size, stretches = memory.piece(p.alone ? 0 : pieces);
-    Weight* weights[] = {&in, &out, &fc1, &fc2, &gating};
-    Product products[5];
-    int64_t places[5], count = 0, panels = 0;
-    for (Weight* weight : weights) {
-        bool is_used = weight->data && (weight != &gating || p.gated);
-        if (!p.alone || !is_used) continue;
-        weights[count] = weight, products[count] = calls.product(1, *weight);
-        int64_t number = product_kernels().panels(products[count]);
-        places[count] = memory.piece(number * product_kernels().panel_floats(products[count]) * sizeof(float));
-        count++, panels += number;
-    }
+    int64_t normalised = memory.piece(longest * larger(channels, inner) * size);
+    int64_t wide = memory.piece(low ? longest * inner * 4 : 0);
+    int64_t middle = memory.piece(has_mlp ? longest * channels * size_of(p.bfloat16) : 0);
+    int64_t hidden = memory.piece(longest * p.hidden * size);
     char* base = memory.obtain();
     if (!base) return 1;
     auto at = [&](int64_t piece, int64_t offset = 0) { return base + piece + offset; };
-    float* packed[5];
-    for (int64_t i = 0; i < count; i++) weights[i]->packed = packed[i] = reinterpret_cast<float*>(at(places[i]));
-    if (p.alone && !share<Packing>({products, packed, count, p.threads}, panels, 0, pack)) return 1;
 
-    // Whether all pixels have been given to function(pixel, count, pieces, threads), which says whether it failed.
     auto in_stretches = [&](auto function) {
-        if (p.alone) {
-            std::atomic<bool> failed{false};
-            using Function = decltype(function);
-            Chunks<Function> chunks{function, rows, parts, middle, hidden, p.threads, failed};
-            return share<Chunks<Function>>(chunks, parts, pieces, run_chunk<Function>) && !failed;
-        }
-        Pieces shared{at(stretches), at(stretches, middle), at(stretches, hidden)};
         for (int64_t i = 0; i < parts; i++) {
             int64_t begin = rows * i / parts;
-            if (function(begin, rows * (i + 1) / parts - begin, shared, p.threads)) return false;
+            function(begin, rows * (i + 1) / parts - begin);
         }
-        return true;
     };
     const char* x = static_cast<const char*>(p.x);
     char* y = static_cast<char*>(p.y);
 
-    bool done = in_stretches([&](int64_t begin, int64_t count, const Pieces& between, int32_t threads) {
-        Calls calls{p, threads};
-        const char* pixels = x + begin * channels * pixel;
-        calls.norm(pixels, between.normalised, count, channels, p.norm1_weight, p.norm1_bias, p.norm1_eps, p.bfloat16);
-        calls.multiply(between.normalised, at(first, begin * inner * size), count, in, low);
-        if (p.gated) calls.multiply(between.normalised, at(gate, begin * inner * size), count, gating, low);
-        return calls.failed;
+    in_stretches([&](int64_t begin, int64_t count) {
+        const char* pixels = x + begin * channels * size_of(p.bfloat16);
+        calls.norm(pixels, at(normalised), count, channels, p.norm1_weight, p.norm1_bias, p.norm1_eps, p.bfloat16);
+        Weight weight{p.in_weight, p.in_bias, p.low_in};
+        calls.product(at(normalised), at(first, begin * inner * size), count, channels, inner, weight, low);
+        if (!p.gated) return;
+        weight.data = static_cast<const char*>(weight.data) + inner * channels * size_of(p.low_in);
+        if (weight.bias) weight.bias += inner;
+        calls.product(at(normalised), at(gate, begin * inner * size), count, channels, inner, weight, low);
     });
-    if (!done) return 1;
     calls.convolve(at(first), at(image));
-    if (calls.failed) return 1;
-    done = in_stretches([&](int64_t begin, int64_t count, const Pieces& between, int32_t threads) {
-        Calls calls{p, threads};
-        const char* u = at(image, begin * inner * size);
-        if (low) calls.elementwise(vmamba_widen, u, between.normalised, count * inner), u = between.normalised;
+    in_stretches([&](int64_t begin, int64_t count) {
+        char* u = at(image, begin * inner * size);
+        float* values = reinterpret_cast<float*>(at(projected)) + begin * parameters;
+        if (low) calls.elementwise(vmamba_widen, u, at(wide), count * inner), u = at(wide);
         Product call{};
-        call.rows = count, call.inputs = inner, call.outputs = parameters, call.weight = p.x_weight;
-        call.x = u, call.y = reinterpret_cast<float*>(at(projected)) + begin * parameters;
+        call.rows = count, call.inputs = inner, call.outputs = parameters, call.x = u, call.y = values;
+        call.weight = p.x_weight;
         calls.multiply(call);
-        return calls.failed;
     });
-    if (!done) return 1;
+    if (calls.failed) return 1;
     scan = calls.scan(at(image), reinterpret_cast<float*>(at(projected)), at(first));
     if (calls.keeps_routes_apart(scan)) scan.route_y = reinterpret_cast<float*>(at(apart));
     if (vmamba_scan(&scan)) return 1;
 
-    return !in_stretches([&](int64_t begin, int64_t count, const Pieces& between, int32_t threads) {
-        Calls calls{p, threads};
+    in_stretches([&](int64_t begin, int64_t count) {
         char* mixed = at(first, begin * inner * size);
-        int64_t offset = begin * channels * pixel;
-        char* after = has_mlp ? between.middle : y + offset;
-        calls.norm(mixed, between.normalised, count, inner, p.norm_weight, p.norm_bias, p.norm_eps, low);
-        if (p.gated) calls.elementwise(vmamba_gate, at(gate, begin * inner * size), between.normalised, count * inner);
-        calls.multiply(between.normalised, after, count, out, p.bfloat16, false, x + offset);
-        if (!has_mlp) return calls.failed;
-        calls.norm(after, between.normalised, count, channels, p.norm2_weight, p.norm2_bias, p.norm2_eps, p.bfloat16);
-        calls.multiply(between.normalised, between.hidden, count, fc1, low, true);
-        calls.multiply(between.hidden, y + offset, count, fc2, p.bfloat16, false, after);
-        return calls.failed;
+        int64_t offset = begin * channels * size_of(p.bfloat16);
+        char* after = has_mlp ? at(middle) : y + offset;
+        calls.norm(mixed, at(normalised), count, inner, p.norm_weight, p.norm_bias, p.norm_eps, low);
+        if (p.gated) calls.elementwise(vmamba_gate, at(gate, begin * inner * size), at(normalised), count * inner);
+        Weight out{p.out_weight, p.out_bias, p.low_out};
+        calls.product(at(normalised), after, count, inner, channels, out, p.bfloat16, false, x + offset);
+        if (!has_mlp) return;
+        calls.norm(after, at(normalised), count, channels, p.norm2_weight, p.norm2_bias, p.norm2_eps, p.bfloat16);
+        Weight fc1{p.fc1_weight, p.fc1_bias, p.low_fc1}, fc2{p.fc2_weight, p.fc2_bias, p.low_fc2};
+        calls.product(at(normalised), at(hidden), count, channels, p.hidden, fc1, low, true);
+        calls.product(at(hidden), y + offset, count, p.hidden, channels, fc2, p.bfloat16, false, after);
     });
+    return calls.failed;
 }

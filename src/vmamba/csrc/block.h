@@ -12,7 +12,7 @@
 struct Block {
     int64_t batch, height, width, channels, inner, hidden;
     int64_t states, rank, routes;
-    int64_t stretch;                    // about so many pixels are taken at a time where pixels do not mix,
+    int64_t stretch;                    // about so many pixels are taken at a time where pixels do not mix
     const int32_t* route_bits;          // as in struct Scan, as all of the scan's parameters
     const void* x;                      // (batch, height, width, channels)
     const float *norm1_weight, *norm1_bias;
@@ -32,9 +32,7 @@ struct Block {
     void* y;                            // (batch, height, width, channels), dtype of x, other memory than x
     float norm1_eps, norm_eps, norm2_eps;
     int32_t bfloat16, low_products, low_in, low_out, low_fc1, low_fc2;  // low_*: which weights are bfloat16
-    int32_t gated;
-    int32_t alone;                      // by each thread on its own, not by all of them
-    int32_t threads;
+    int32_t gated, threads;
 };
 
 // 0, or 1 where memory ran out.

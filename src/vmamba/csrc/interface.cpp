@@ -78,7 +78,6 @@ bool runs_here(const char* name) {
 
 }  // namespace
 
-const ProductKernels& product_kernels() { return *chosen->products; }
 const WinogradKernels& winograd_kernels() { return *chosen->winograd; }
 
 namespace {

@@ -91,14 +91,13 @@ struct Factor {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Each task packs one of the blocks and multiplies it with one of the parts of the other factor. What is packed already is
-// one block.
+// Each task packs one of the blocks and multiplies it with one of the parts of the other factor.
 struct Split {
     bool packs_pixels;
     int64_t words, padded, panels, strips, blocks, parts;
 
     explicit Split(const Product& p) {
-        packs_pixels = p.rows < MANY_PIXELS && !p.packed;
+        packs_pixels = p.rows < MANY_PIXELS;
         words = p.bfloat16 ? divide_up(p.inputs, Pair::VALUES) : p.inputs;
         padded = divide_up(words, LANES) * LANES;
         panels = packs_pixels ? divide_up(p.rows / LANES, WIDE) : divide_up(p.outputs, PANEL);
@@ -107,7 +106,7 @@ struct Split {
         blocks = divide_up(panels * PANEL * words * sizeof(float), BLOCK_BYTES);
         if (blocks > 1) blocks = divide_up(blocks, threads) * threads;
         blocks = smaller(blocks, panels);
-        if (blocks < 1 || p.packed) blocks = 1;
+        if (blocks < 1) blocks = 1;
         parts = smaller(divide_up(threads, blocks), strips);
     }
     int64_t block_size() const { return divide_up(panels, blocks) * PANEL * words; }
@@ -241,44 +240,36 @@ void multiply_block(
     int64_t rest = is_last && split.packs_pixels ? packed.rows % LANES : 0;
     int64_t begin = split.panels * block / split.blocks * PANEL;
     int64_t end = is_last ? packed.rows - rest : split.panels * (block + 1) / split.blocks * PANEL;
-    float* converted = scratch;
-    Sums sums = {};
-    int64_t first = split.strips * part / split.parts, last = split.strips * (part + 1) / split.parts;
-    auto multiply_panels = [&](const float* panels, int64_t begin, int64_t end, int64_t rest) {
-        for (int64_t s = first; s < last; s++) {
-            int64_t row = s * STRIP, valid = smaller(STRIP, other.rows - row);
-            const float* strip[STRIP];
-            for (int r = 0; r < STRIP; r++) {
-                const R* source = other.row(row + r);
-                strip[r] = other.is_words() ? reinterpret_cast<const float*>(source) : converted + r * split.padded;
-                if (other.is_words()) continue;
-                for (int64_t j = 0; j < words; j += LANES) store(converted + r * split.padded + j, other.words(source, j));
-            }
-            const char* next = reinterpret_cast<const char*>(other.row(row + STRIP));
-            for (int64_t i = begin; i < end; i += PANEL) {
-                int64_t width = smaller(PANEL, end - i);
-                const float* panel = panels + (i - begin) * words;
-                if (width > 2 * LANES) multiply_panel<Kind, 3, BYTES>(strip, panel, words, next, sums);
-                else if (width > LANES) multiply_panel<Kind, 2, BYTES>(strip, panel, words, next, sums);
-                else multiply_panel<Kind, 1, BYTES>(strip, panel, words, next, sums);
-                store_sums(p, sums, i, row, width, valid);
-            }
-            if (begin >= end) fetch(next, STRIP * other.values * sizeof(R));
-            if (rest) {
-                multiply_rest(strip, packed, end, rest, words, sums);
-                store_sums(p, sums, end, row, rest, valid);
-            }
-        }
-    };
-    if (p.packed) {  // one panel is in the cache for all strips
-        for (int64_t i = 0; i < end; i += PANEL) multiply_panels(p.packed + i * words, i, smaller(i + PANEL, end), 0);
-        return;
-    }
-    float* panels = scratch + STRIP * split.padded;
     for (int64_t i = begin; i < end; i += PANEL) {
-        pack(packed, i, smaller(PANEL, end - i), words, panels + (i - begin) * words);
+        pack(packed, i, smaller(PANEL, end - i), words, scratch + (i - begin) * words);
     }
-    multiply_panels(panels, begin, end, rest);
+    float* converted = scratch + split.block_size();
+    Sums sums = {};
+    int64_t last = split.strips * (part + 1) / split.parts;
+    for (int64_t s = split.strips * part / split.parts; s < last; s++) {
+        int64_t row = s * STRIP, valid = smaller(STRIP, other.rows - row);
+        const float* strip[STRIP];
+        for (int r = 0; r < STRIP; r++) {
+            const R* source = other.row(row + r);
+            strip[r] = other.is_words() ? reinterpret_cast<const float*>(source) : converted + r * split.padded;
+            if (other.is_words()) continue;
+            for (int64_t j = 0; j < words; j += LANES) store(converted + r * split.padded + j, other.words(source, j));
+        }
+        const char* next = reinterpret_cast<const char*>(other.row(row + STRIP));
+        for (int64_t i = begin; i < end; i += PANEL) {
+            int64_t width = smaller(PANEL, end - i);
+            const float* panel = scratch + (i - begin) * words;
+            if (width > 2 * LANES) multiply_panel<Kind, 3, BYTES>(strip, panel, words, next, sums);
+            else if (width > LANES) multiply_panel<Kind, 2, BYTES>(strip, panel, words, next, sums);
+            else multiply_panel<Kind, 1, BYTES>(strip, panel, words, next, sums);
+            store_sums(p, sums, i, row, width, valid);
+        }
+        if (begin >= end) fetch(next, STRIP * other.values * sizeof(R));
+        if (rest) {
+            multiply_rest(strip, packed, end, rest, words, sums);
+            store_sums(p, sums, end, row, rest, valid);
+        }
+    }
 }
 
 template <class Kind, class X, class W>
@@ -303,28 +294,12 @@ int64_t multiply_tasks(const Product& p) {
 
 size_t multiply_scratch(const Product& p) {
     Split split(p);
-    return (STRIP * split.padded + (p.packed ? 0 : split.block_size())) * sizeof(float);
-}
-
-int64_t panels(const Product& p) { return divide_up(p.outputs, PANEL); }
-
-int64_t panel_floats(const Product& p) { return PANEL * Split(p).words; }
-
-template <class Kind, class W>
-void pack_as(const Product& p, int64_t panel, float* to) {
-    Factor<Kind, W> weight{static_cast<const W*>(p.weight), p.outputs, p.inputs};
-    int64_t first = panel * PANEL;
-    pack(weight, first, smaller(PANEL, p.outputs - first), Split(p).words, to + panel * panel_floats(p));
-}
-
-void pack_panel(const Product& p, int64_t panel, float* to) {
-    if (!p.bfloat16) return pack_as<Single, float>(p, panel, to);
-    p.weight_bfloat16 ? pack_as<Pair, uint16_t>(p, panel, to) : pack_as<Pair, Rounded>(p, panel, to);
+    return (split.block_size() + STRIP * split.padded) * sizeof(float);
 }
 
 }  // namespace
 
 extern const ProductKernels products;
-const ProductKernels products = {multiply_tasks, multiply_scratch, multiply, panels, panel_floats, pack_panel};
+const ProductKernels products = {multiply_tasks, multiply_scratch, multiply};
 
 }  // namespace VMAMBA_ISA

@@ -13,7 +13,6 @@ struct Product {
     const float* bias;     // (outputs) or null
     const void* residual;  // (rows, outputs) or null, dtype of y
     void* y;               // (rows, outputs), float or, where x is that, bfloat16
-    const float* packed;   // the weight as `pack` leaves it, or null: it is packed for this call
     int32_t bfloat16, weight_bfloat16, y_bfloat16, gelu, threads;
 };
 
@@ -22,10 +21,4 @@ struct ProductKernels {
     int64_t (*tasks)(const Product&);
     size_t (*scratch)(const Product&);  // bytes a thread needs
     void (*multiply)(const Product&, int64_t task, float* scratch);
-    int64_t (*panels)(const Product&);              // of the weight
-    int64_t (*panel_floats)(const Product&);        // of each
-    void (*pack)(const Product&, int64_t panel, float* to);
 };
-
-// Those chosen for this processor.
-const ProductKernels& product_kernels();

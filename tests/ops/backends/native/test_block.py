@@ -73,10 +73,8 @@ def exact(x, norm1, in_proj, conv, scan, norm, out_proj, gated, mlp):
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("stretch", [64, 2**21])
-@pytest.mark.parametrize("least", [1, 2**20], ids=["alone", "together"])
-def test_float32(kind, biased, stretch, least, monkeypatch):
-    for name, value in {"_STRETCH": stretch, "_CHUNK": stretch, "_LEAST_PIXELS": least}.items():
-        monkeypatch.setattr(blocks, name, value)
+def test_float32(kind, biased, stretch, monkeypatch):
+    monkeypatch.setattr(blocks, "_STRETCH", stretch)
     parameters = make(**kind, biased=biased)
     for shape in ((2, 5, 7, 10), (1, 1, 1, 10), (1, 20, 17, 10)):
         x = torch.randn(shape)
@@ -89,11 +87,8 @@ def test_float32(kind, biased, stretch, least, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize(("image", "weights"), [(LOW, LOW), (LOW, FLOAT), (FLOAT, FLOAT)])
-@pytest.mark.parametrize("least", [1, 2**20], ids=["alone", "together"])
-def test_bfloat16(kind, image, weights, least, monkeypatch):
+def test_bfloat16(kind, image, weights):
     """A bfloat16 image, or a float32 one under autocast; weights as they are or rounded beforehand."""
-    monkeypatch.setattr(blocks, "_CHUNK", 512)
-    monkeypatch.setattr(blocks, "_LEAST_PIXELS", least)
     parameters = make(**kind)
 
     def cast(value):
@@ -110,10 +105,7 @@ def test_bfloat16(kind, image, weights, least, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("least", [1, 2**20], ids=["alone", "together"])
-def test_any_number_of_threads_gives_the_same(kind, least, threads, monkeypatch):
-    monkeypatch.setattr(blocks, "_CHUNK", 2**13)
-    monkeypatch.setattr(blocks, "_LEAST_PIXELS", least)
+def test_any_number_of_threads_gives_the_same(kind, threads):
     parameters, x, results = make(**kind), torch.randn(3, 40, 33, 10), []
     for count in (1, 2, 3, 5):
         threads(count)

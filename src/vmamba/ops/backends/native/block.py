@@ -19,10 +19,8 @@ from vmamba.ops.backends.native.scan import route_bits
 
 __all__ = ["Affine", "Scan", "reason_unavailable", "vss_block"]
 
-# Where pixels do not mix, so many values of the widest layer are computed at a time: 8 MB in float32 by all threads or,
-# if there are so many pixels and the weights are no larger, 512 KB by each thread on its own, which stay in its cache.
-_STRETCH, _CHUNK = 2**21, 2**17
-_LEAST_PIXELS, _MOST_WEIGHTS = 1024, 2**20
+# Values of the MLP's hidden layer that are computed at a time, 8 MB in float32.
+_STRETCH = 2**21
 
 
 class Affine(NamedTuple):
@@ -58,7 +56,7 @@ class _Block(ctypes.Structure):
         " dt_bias A D norm_weight norm_bias out_weight out_bias norm2_weight norm2_bias fc1_weight fc1_bias fc2_weight"
         " fc2_bias y",
         floats="norm1_eps norm_eps norm2_eps",
-        flags="bfloat16 low_products low_in low_out low_fc1 low_fc2 gated alone threads",
+        flags="bfloat16 low_products low_in low_out low_fc1 low_fc2 gated threads",
     )
 
 
@@ -172,7 +170,5 @@ def _described(
         block.norm2_weight, block.norm2_bias = address(norm2.weight, channels), address(norm2.bias, channels)
         block.fc1_weight, block.fc1_bias = weight(fc1, hidden, channels), address(fc1.bias, hidden)
         block.fc2_weight, block.fc2_bias = weight(fc2, channels, hidden), address(fc2.bias, channels)
-    weights = channels * (wide + inner + 2 * block.hidden)
-    block.alone = rows >= _LEAST_PIXELS and weights <= _MOST_WEIGHTS
-    block.stretch = max(1, (_CHUNK if block.alone else _STRETCH) // max(wide, hidden))
+    block.stretch = max(1, _STRETCH // max(wide, hidden))
     return block, keep

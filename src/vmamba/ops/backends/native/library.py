@@ -114,7 +114,7 @@ def unavailable(device: torch.device) -> str | None:
 
 def kernels() -> str | None:
     """The instruction set in use ("avx512_bf16", "avx512", "avx2" or "baseline"); None where the library is missing."""
-    return _kernels
+    return None if _LIBRARY is None else _kernels
 
 
 def choose_kernels(name: str) -> bool:

@@ -28,7 +28,7 @@ class _Product(ctypes.Structure):
 
     _fields_ = fields(
         sizes="rows inputs outputs",
-        pointers="x weight bias residual y packed",
+        pointers="x weight bias residual y",
         flags="bfloat16 weight_bfloat16 y_bfloat16 gelu threads",
     )
 
