@@ -7,6 +7,8 @@ constexpr int WIDE = 3;
 constexpr int PANEL = WIDE * LANES;
 using Sums = Floats[STRIP][WIDE];
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Lanes hold words of 32 bits. Here they are floats.
 struct Single {
     static constexpr int VALUES = 1;

@@ -89,8 +89,6 @@ struct Factor {
 
 // --- splitting -------------------------------------------------------------------------------------------------------
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Each task packs one of the blocks and multiplies it with one of the parts of the other factor.
 struct Split {
     bool packs_pixels;

@@ -24,12 +24,11 @@ namespace {
 #include "simd.h"
 #include "panel.h"
 
-constexpr int RESULTS = 4, PIXELS = 6, NUMBERS = PIXELS * PIXELS, FILTER = 3;
+constexpr int RESULTS = SIDE_OF_TILE, FILTER = 3, PIXELS = RESULTS + FILTER - 1, NUMBERS = PIXELS * PIXELS;
+static_assert(NUMBERS == NUMBERS_OF_TILE, "what convolution.cpp makes room for");
 constexpr float P = 0.625f, Q = 1.5f, P2 = P * P, Q2 = Q * Q;  // the sums' errors are smallest near these
 constexpr int64_t TILES_OF_TASK = 48;
 constexpr int64_t CHANNELS_OF_SUM = 128;  // are added up on their own, for the sake of rounding
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // --- transforms of a row or column -----------------------------------------------------------------------------------
 
