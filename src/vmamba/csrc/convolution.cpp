@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t PATCH_BYTES = 4 << 20;  // of the patches that are multiplied at a time
 constexpr int64_t LEAST_PIXELS = 256;     // but so many, since the weight is packed for each time
-constexpr int64_t VALUES_BYTES = 8 << 20; // of the tiles' transforms
+constexpr int64_t VALUES_BYTES = 8 << 20;  // of the tiles' transforms
 constexpr int64_t PIXELS_OF_TASK = 16, ROWS_OF_TASK = 16;
 
 // Patches of the pixels [first, first + count), or the weight in another order.
