@@ -26,6 +26,7 @@ def scans_kept() -> Iterator[None]:
         _kept.reset(token)
 
 
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot read a context variable
 def keeps_scans() -> bool:
     """Whether scans stay whole in the graph that is traced."""
     return _kept.get()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vmamba.ops.backends.native import layers as native
 from vmamba.ops.backends.native import products
 from vmamba.ops.operators import runs_eagerly
-from vmamba.ops.registration import define, pull_back
+from vmamba.ops.registration import define, is_exporting, pull_back
 
 # --- which way -------------------------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def is_compiled() -> bool:
     """Whether torch.compile traces the call, for a graph that runs with this package."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not is_exporting()
 
 
 def can_fuse(x: Tensor) -> bool:

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from vmamba.ops.registration import is_exporting
+
 
 def state_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of the recurrence: float32, or float64 as soon as one argument is float64."""
@@ -19,7 +21,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
     An exported graph gets none: there it would become an operator of its own that other runtimes do not know.
     """
-    is_available = torch.amp.is_autocast_available(device.type)
-    if torch.compiler.is_exporting() or not is_available or not torch.is_autocast_enabled(device.type):
+    if is_exporting() or not _has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot trace the call
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)

@@ -19,9 +19,15 @@ from torch.autograd import forward_ad
 _LIBRARY = torch.library.Library("vmamba", "FRAGMENT")
 
 
+@torch.compiler.assume_constant_result  # what torch.compile of torch 2.11 traces into always says yes
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting`."""
+    return torch.compiler.is_exporting()
+
+
 def is_tracing_for_export() -> bool:
     """Whether the graph being traced must stand without this package: torch.export, ONNX or torch.jit.trace."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return is_exporting() or torch.jit.is_tracing()
 
 
 def define(

@@ -93,7 +93,7 @@ def choose_backend(
         ValueError: no backend has the name asked for.
         RuntimeError: the backend asked for cannot run on `device`; the message says why.
     """
-    override, environment = _override.get(), os.environ.get(ENVIRONMENT_VARIABLE)
+    override, environment = _overriding(), os.environ.get(ENVIRONMENT_VARIABLE)
     if argument is not None:
         name, source = argument, "the argument backend="
     elif override is not None:
@@ -102,16 +102,31 @@ def choose_backend(
         name, source = environment, f"the environment variable {ENVIRONMENT_VARIABLE}"
     else:
         name, source = "auto", "the default"
+    return BACKENDS[_able(name, source, device, dtype, pattern)]
+
+
+def _overriding() -> str | None:
+    return _override.get()
+
+
+if torch.__version__ < "2.14":  # whose torch.compile cannot read a context variable
+    _overriding = torch.compiler.assume_constant_result(_overriding)
+
+
+# Tracers take the answer as a constant. A compiled graph is made after a proof, never with the proof inside.
+@torch.compiler.assume_constant_result
+def _able(name: str, source: str, device: torch.device, dtype: torch.dtype, pattern: str | None) -> str:
+    """The name asked for, or the one that "auto" means; an error where it cannot run."""
     _known(name, source)
     if name == "auto":
         if device.type == "cpu":
             native.warn_once_if_missing()
         able = (backend for backend in BACKENDS.values() if backend.unavailable(device) is None)
-        return next(backend for backend in able if backend.automatic(device, dtype, pattern))
+        return next(backend.name for backend in able if backend.automatic(device, dtype, pattern))
     reason = BACKENDS[name].unavailable(device)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} (from {source}) cannot run on {device}: {reason}")
-    return BACKENDS[name]
+    return name
 
 
 def _known(name: str, source: str) -> None:

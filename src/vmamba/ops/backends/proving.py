@@ -49,8 +49,6 @@ class _Verdict(NamedTuple):
     lasts: bool = True
 
 
-# Tracers take the answer as a constant: a compiled graph is made after the proof, never with the proof inside.
-@torch.compiler.assume_constant_result
 def is_proven(device: torch.device, dtype: torch.dtype, pattern: str | None) -> bool:
     """Whether the Triton kernels are known to be right; finds it out where it is not known yet.
 
