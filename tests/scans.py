@@ -46,7 +46,7 @@ def gradients(function: Callable[..., Any], arguments: list[Tensor]) -> tuple[li
     leaves = [value.detach().clone().requires_grad_() for value in arguments]
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    weights = [torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).to(y.device) for y in outputs]
+    weights = [torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y) for y in outputs]
     total = sum((y * weight).sum() for y, weight in zip(outputs, weights, strict=True))
     return [y.detach() for y in outputs], list(torch.autograd.grad(total, leaves))
 

@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from scans import ss2d_arguments
 
 from vmamba.ops import ss2d_scan
-from vmamba.ops.backends import choose_backend, proving, triton, use_backend
+from vmamba.ops.backends import choose_backend, eager, proving, triton, use_backend
 from vmamba.ops.routes import SEQUENCE
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -26,6 +27,7 @@ def _nothing_known(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(proving, "_verdicts", {})
     monkeypatch.setattr(proving, "_GRIDS", ((2, 3, 16, 2, 3),))
+    monkeypatch.setattr(proving, "_processes", lambda: 1)
     small = triton.Configuration(4, 2, 16, 1)
     with triton.use_configurations(triton.Configurations(small, small)):
         yield
@@ -195,6 +197,46 @@ def test_what_says_nothing_of_the_kernels_is_not_kept(monkeypatch, tmp_path, cod
 
 
 @interpreted
+def test_shares_make_the_whole(monkeypatch):
+    """Every scan and plan is compared once, whatever the number of processes."""
+    monkeypatch.setattr(proving, "_GRIDS", ((2, 3, 16, 1, 2), (1, 4, 16, 1, 1)))
+    seen = []
+    monkeypatch.setattr(triton, "use_walks", lambda walks: seen.append(walks) or nullcontext())
+    for name in ("ss2d_scan", "ss2d_scan_backward"):
+        monkeypatch.setattr(triton, name, getattr(eager, name))
+    for shares in (1, 3, 4):
+        seen.clear()
+        assert not any(proving.compare(CPU, FLOAT, "cross", share, shares) for share in range(shares))
+        assert seen.count(True) == seen.count(False) == 4  # two scans, forward and backward
+
+
+@interpreted
+@pytest.mark.parametrize("share", [0, 2])
+def test_a_fault_in_any_of_the_processes_counts(monkeypatch, tmp_path, share):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(proving, "_processes", lambda: 3)
+    count = program(
+        monkeypatch,
+        f"import json, sys; print(json.dumps({{'fault': 'y is off' * (sys.argv[4] == '{share}'), 'lasts': True}}))",
+    )
+    with pytest.warns(UserWarning, match="y is off.*delete it"):
+        assert not proving.is_proven(CPU, FLOAT, "cross")
+    assert 1 <= count() <= 3  # the others are ended where they are
+
+
+@interpreted
+def test_where_there_is_no_room_for_several_one_proves_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(proving, "_processes", lambda: 3)
+    count = program(
+        monkeypatch,
+        "import json, sys; print(json.dumps({'fault': 'out of memory' * (sys.argv[5] == '3'), 'lasts': False}))",
+    )
+    assert proving.is_proven(CPU, FLOAT, "cross")
+    assert count() == 4
+
+
+@interpreted
 def test_a_cache_that_cannot_be_written_or_read(monkeypatch, tmp_path):
     count = agrees(monkeypatch, tmp_path)
     (tmp_path / "cache").write_text("a file where the folder should be")
@@ -218,7 +260,7 @@ def test_two_processes_at_once_compare_once(monkeypatch, tmp_path):
     code = f"""
 import torch
 from vmamba.ops.backends import proving
-proving._PROGRAM = {slow!r}
+proving._PROGRAM, proving._processes = {slow!r}, lambda: 1
 print(proving.is_proven(torch.device("cpu"), torch.float32, "cross"))
 """
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]

@@ -113,7 +113,6 @@ if torch.__version__ < "2.14":  # whose torch.compile cannot read a context vari
     _overriding = torch.compiler.assume_constant_result(_overriding)
 
 
-# Tracers take the answer as a constant. A compiled graph is made after a proof, never with the proof inside.
 @torch.compiler.assume_constant_result
 def _able(name: str, source: str, device: torch.device, dtype: torch.dtype, pattern: str | None) -> str:
     """The name asked for, or the one that "auto" means; an error where it cannot run."""

@@ -1,7 +1,7 @@
 """Proof that the Triton kernels compute on a card what the eager backend computes, before they are chosen there.
 
 The first time that a dtype and a pattern meet a card, both backends compute a few small scans, forward and backward.
-That happens in a process of its own, which a compiler that crashes or a kernel that writes where it must not takes
+That happens in processes of their own, which a compiler that crashes or a kernel that writes where it must not takes
 down alone. The verdict stays in the user's cache directory, until the kernels, Triton, torch or the driver change; that
 there was no memory, or no process to be had, says nothing of the kernels and is not kept.
 """
@@ -16,9 +16,10 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ class _Verdict(NamedTuple):
     lasts: bool = True
 
 
+@torch.compiler.assume_constant_result  # tracers: a compiled graph is made after a proof, never with the proof inside
 def is_proven(device: torch.device, dtype: torch.dtype, pattern: str | None) -> bool:
     """Whether the Triton kernels are known to be right; finds it out where it is not known yet.
 
@@ -140,34 +142,71 @@ def _driver() -> str:
 
 
 def _prove(device: torch.device, about: dict[str, Any]) -> _Verdict:
-    """Found out in a process of its own."""
+    """Found out in processes of their own, side by side, since most of the time is the compiler's."""
     if sys.stderr is not None and sys.stderr.isatty():
         what = f"{about['dtype']}, {about['pattern']}"
         print(f"vmamba: trying the Triton kernels on {about['card']} ({what}), once", file=sys.stderr, flush=True)
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, sys.path)])
-    command = [sys.executable, "-c", _PROGRAM, str(device), about["dtype"], about["pattern"]]
-    try:
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            timeout=_PATIENCE, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return _Verdict(f"the comparison did not end in {_PATIENCE} seconds")
-    except OSError as error:
-        return _Verdict(f"no process could be started for the comparison ({error})", lasts=False)
-    try:
-        told = json.loads(done.stdout.splitlines()[-1])
-        verdict = _Verdict(told["fault"], told["lasts"])
-        assert isinstance(verdict.fault, str)
-    except (IndexError, ValueError, KeyError, TypeError, AssertionError):
-        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        how = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"failed ({done.returncode})"
-        return _Verdict(f"the comparison {how}: {last}", lasts=-done.returncode not in _FROM_OUTSIDE)
+    arguments = [str(device), about["dtype"], about["pattern"]]
+    count = _processes()
+    verdict = _prove_side_by_side(arguments, count)
+    if count > 1 and not verdict.lasts:  # there may be room for one
+        verdict = _prove_side_by_side(arguments, 1)
     return verdict
 
 
-def compare(device: torch.device, dtype: torch.dtype, pattern: str) -> str:
+def _processes() -> int:
+    """In how many a proof is shared out: a scan and a plan each, if there are as many cores."""
+    return min(os.cpu_count() or 1, 2 * len(_GRIDS))
+
+
+def _prove_side_by_side(arguments: Sequence[str], count: int) -> _Verdict:
+    deadline, verdict = time.monotonic() + _PATIENCE, _Verdict("")
+    with ExitStack() as stack:
+        try:
+            shares = [stack.enter_context(_started(*arguments, str(i), str(count))) for i in range(count)]
+        except OSError as error:
+            return _Verdict(f"no process could be started for the comparison ({error})", lasts=False)
+        for process in shares:
+            found = _verdict_of(process, deadline)
+            if found.fault and found.lasts:
+                return found
+            verdict = verdict if verdict.fault else found
+    return verdict
+
+
+@contextmanager
+def _started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A process of the proof, which does not outlive the block."""
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, sys.path)])
+    with subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, *arguments], env=environment, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _verdict_of(process: subprocess.Popen[str], deadline: float) -> _Verdict:
+    try:
+        output, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return _Verdict(f"the comparison did not end in {_PATIENCE} seconds")
+    try:
+        told = json.loads(output.splitlines()[-1])
+        verdict = _Verdict(told["fault"], told["lasts"])
+        assert isinstance(verdict.fault, str)
+    except (IndexError, ValueError, KeyError, TypeError, AssertionError):
+        last = (errors.strip().splitlines() or ["it printed nothing"])[-1]
+        status = process.returncode
+        how = f"was ended by signal {-status}" if status < 0 else f"failed ({status})"
+        return _Verdict(f"the comparison {how}: {last}", lasts=-status not in _FROM_OUTSIDE)
+    return verdict
+
+
+def compare(device: torch.device, dtype: torch.dtype, pattern: str, share: int = 0, shares: int = 1) -> str:
     """How the Triton backend's values and gradients differ from the eager one's in float64; "" if they do not.
 
     They may by rounding: relative to the largest number of each result, 1e-4 for the values and 1e-3 for gradients, or
@@ -175,7 +214,8 @@ def compare(device: torch.device, dtype: torch.dtype, pattern: str) -> str:
     """
     rounding = 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
     # Scans as small as these would take one of the kernels' two plans only.
-    for arguments, walks in itertools.product(_problems(device, dtype, pattern), (False, True)):
+    scans = itertools.product(_problems(device, dtype, pattern), (False, True))
+    for arguments, walks in itertools.islice(scans, share, None, shares):
         name = "ss2d_scan" if isinstance(arguments, SS2DArguments) else "selective_scan"
         exact = type(arguments)._make(v.double() if isinstance(v, Tensor) else v for v in arguments)
         expected = _as_tuple(getattr(eager, name)(exact))
@@ -219,11 +259,11 @@ def _problems(device: torch.device, dtype: torch.dtype, pattern: str) -> Iterato
             yield ScanArguments(u, delta, A[0], B, C, normal(channels), z, normal(channels) - 3, True)
 
 
-def main(device: str, dtype: str, pattern: str) -> None:
-    """Compare, and print the verdict as a line of JSON."""
+def main(device: str, dtype: str, pattern: str, share: str = "0", shares: str = "1") -> None:
+    """Compare a share of the scans, and print the verdict as a line of JSON."""
     lasts = True
     try:
-        fault = compare(torch.device(device), getattr(torch, dtype), pattern)
+        fault = compare(torch.device(device), getattr(torch, dtype), pattern, int(share), int(shares))
     except Exception as error:
         fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         is_busy = "busy or unavailable" in fault  # CUDA's words for a card that is another process's own
