@@ -27,7 +27,7 @@ from pathlib import Path
 import networks
 import runner
 import torch
-from networks import CONVNEXT, DEIT, DROP_PATH, SWIN, TINY, Contender, prepare, random_images
+from networks import CONVNEXT, DEIT, DROP_PATH, SWIN, TINY, Contender, compile_pass, prepare, random_images
 from page import Row
 from runner import (
     COMPILED,
@@ -39,10 +39,11 @@ from runner import (
     NotMeasuredError,
     Part,
     Section,
+    compile_ahead,
     failures_in,
     release,
 )
-from scan_speed import CHAIN, MINE, RELEASED, check, time_scans
+from scan_speed import CHAIN, MINE, RELEASED, check, compile_scans, time_scans
 from torch import Tensor, nn
 from tuning import tuning
 
@@ -145,14 +146,16 @@ def operators(bench: Bench) -> Iterator[Part]:
     """The scan alone, forward and backward, at the shapes that the models meet."""
     rates = {"copy on the device, TB/s": bench.copy_rate, "bfloat16 matrix product, TFLOP/s": bench.product_rate}
     yield "rates", [{"what": what, "value": rate / 1e12} for what, rate in rates.items()]
-    for grid, channels, batches in bench.settings.scans:
-        for batch in batches:
-            bench.say(f"  scans, {batch} × {grid}² × {channels}")
-            rows: list[Row] = [{"scan": "all", "grid": grid, "channels": channels, "batch": batch}]
-            with failures_in(rows[0]):
-                rows = time_scans(bench, batch, grid, channels, partial(captured, bench))
-            yield "operators", rows
-            release()
+    shapes = [(batch, grid, channels) for grid, channels, batches in bench.settings.scans for batch in batches]
+    inputs = [((batch, grid, grid, channels), torch.bfloat16) for batch, grid, channels in shapes]
+    compile_ahead(bench, compile_scans, inputs)
+    for batch, grid, channels in shapes:
+        bench.say(f"  scans, {batch} × {grid}² × {channels}")
+        rows: list[Row] = [{"scan": "all", "grid": grid, "channels": channels, "batch": batch}]
+        with failures_in(rows[0]):
+            rows = time_scans(bench, batch, grid, channels, partial(captured, bench))
+        yield "operators", rows
+        release()
 
 
 def latency(bench: Bench) -> Iterator[Part]:
@@ -162,7 +165,9 @@ def latency(bench: Bench) -> Iterator[Part]:
     rows: dict[tuple[str, str], Row] = {}
     calls: dict[tuple[str, str], Call] = {}
     torch._dynamo.reset()
-    for label, mode in itertools.product((MINE, SWIN, CONVNEXT), bench.settings.modes):
+    entries = list(itertools.product((MINE, SWIN, CONVNEXT), bench.settings.modes))
+    compile_ahead(bench, compile_pass, [(*entry, 1, size, False) for entry in entries])
+    for label, mode in entries:
         bench.say(f"  {label}, {mode}, 1 × {size}²")
         plain, graph = (label, mode), (label, "graph" if mode == EAGER else f"{mode}, graph")
         rows |= {key: {"model": label, "mode": key[1], "size": size, "batch": 1} for key in (plain, graph)}

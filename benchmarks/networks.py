@@ -22,6 +22,7 @@ from runner import (
     NotMeasuredError,
     Part,
     Settings,
+    compile_ahead,
     failures_in,
     release,
 )  # fmt: skip
@@ -134,6 +135,15 @@ def random_images(bench: Bench, batch: int, size: int) -> tuple[Tensor, Tensor]:
     return image, torch.arange(batch, device=bench.settings.device) % 1000
 
 
+def compile_pass(settings: Settings, label: str, mode: str, batch: int, size: int, training: bool) -> None:
+    """One pass of a contender, for what it leaves in the compilers' caches."""
+    bench = Bench(settings)
+    image, target = random_images(bench, batch, size)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True), torch._dynamo.config.patch(recompile_limit=256):
+        contender = prepare(bench, label, mode, size, training)
+        _ = contender.step(image, target) if training else contender.infer(image)
+
+
 def race(
     bench: Bench, labels: Iterable[str], modes: Iterable[str], batch: int, size: int, training: bool = False
 ) -> list[Row]:
@@ -143,9 +153,10 @@ def race(
     calls = {}
     expected: dict[str, Tensor] = {}  # the first result of every model, which has one set of weights
     torch._dynamo.reset()
-    for label, mode in itertools.product(labels, modes):
-        if label == CHAIN and mode != EAGER:
-            continue
+    entries = [entry for entry in itertools.product(labels, modes) if entry != (CHAIN, COMPILED)]
+    compiled = [(label, mode, batch, size, training) for label, mode in entries if mode == COMPILED or label == MINE]
+    compile_ahead(bench, compile_pass, compiled)
+    for label, mode in entries:
         row = rows[label, mode] = {"model": label, "mode": mode, "size": size, "batch": batch}
         bench.say(f"  {label}, {mode}, {batch} × {size}²")
         with failures_in(row):

@@ -17,9 +17,11 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,25 @@ def brief(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
+
+
+COMPILERS = max(1, (os.cpu_count() or 1) - 2)  # processes
+
+
+def compile_ahead(bench: Bench, function: Callable[..., object], jobs: Iterable[tuple[Any, ...]]) -> None:
+    """Call function(settings, *job) for all jobs side by side, each in a process of its own, where that is a GPU's.
+
+    What they compile stays in the caches on the disk, and the calls that are timed find it there. Failures are left to
+    these calls too.
+    """
+    jobs = list(jobs)
+    if bench.settings.device != "cuda" or len(jobs) < 2:
+        return
+    bench.say(f"  compiling for {len(jobs)} calls")
+    with ProcessPoolExecutor(min(len(jobs), COMPILERS), mp_context=get_context("spawn")) as pool:
+        for future in [pool.submit(function, bench.settings, *job) for job in jobs]:
+            with failures_in({}):
+                future.result()
 
 
 def release() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from page import Row
-from runner import Bench, Call, NotMeasuredError, Part, failures_in
+from runner import Bench, Call, NotMeasuredError, Part, Settings, compile_ahead, failures_in
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -181,6 +181,11 @@ def scan_inputs(batch: int, height: int, width: int, channels: int, device: str,
     return ScanInputs(u, parameters, gradient)
 
 
+def compile_scans(settings: Settings, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Our operator forward and backward, for what it leaves in the compilers' caches."""
+    scan_inputs(*shape, settings.device, dtype).run(ss2d_scan)
+
+
 def operator_of(bench: Bench, label: str) -> Scan:
     """A contender's operator, with the arguments of `ss2d_scan`; raises as `scan_of`."""
     scan = scan_of(bench, label)
@@ -196,7 +201,9 @@ def distance(value: Tensor, reference: Tensor) -> float:
 def check(bench: Bench) -> Iterator[Part]:
     """Results and gradients of the scans against the definition in float64."""
     names = ("y", "u", "x_proj", "dt_proj", "dt_bias", "A", "D")
-    for shape, dtype in itertools.product(bench.settings.checks, (torch.float32, torch.bfloat16)):
+    cases = list(itertools.product(bench.settings.checks, (torch.float32, torch.bfloat16)))
+    compile_ahead(bench, compile_scans, cases)
+    for shape, dtype in cases:
         inputs = scan_inputs(*shape, bench.settings.device, dtype)
         expected = inputs.run(partial(ss2d_scan, backend="reference"), torch.float64)
         rows = []

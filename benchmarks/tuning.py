@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from multiprocessing import get_context
 
 import torch
 from page import Row
-from runner import Bench, Call, NotMeasuredError, Part, brief, failures_in, release
+from runner import COMPILERS, Bench, Call, NotMeasuredError, Part, brief, failures_in, release
 from scan_speed import scan_inputs
 
 from vmamba.ops.backends.triton import Configuration, Configurations, use_configurations, use_walks
@@ -47,7 +46,6 @@ class Trial:
         return inputs.operators()[self.kernel == "gradient"]
 
 
-COMPILERS = max(1, (os.cpu_count() or 1) - 2)  # processes
 SECONDS_OF_TRIAL = 1.5  # with so many of them, roughly
 
 

@@ -536,6 +536,45 @@ def test_gpu_benchmark_does_not_time_what_is_wrong(gpu_run, load, monkeypatch, t
     assert set(json.loads((tmp_path / "gpu.json").read_text())["tables"]) == {"checks"}
 
 
+def test_a_gpu_s_calls_are_compiled_ahead_side_by_side(load, monkeypatch):
+    gpu, runner, networks, scan_speed = (load(name) for name in ("gpu", "runner", "networks", "scan_speed"))
+    asked = []
+
+    def ahead(bench, function, jobs):
+        jobs = list(jobs)
+        asked.append((function.__name__, jobs))
+        for job in jobs[:2]:
+            function(bench.settings, *job)
+
+    for module in (gpu, networks, scan_speed):
+        monkeypatch.setattr(module, "compile_ahead", ahead)
+    bench = runner.Bench(gpu.SMOKE)
+    networks.race(bench, [networks.MINE, networks.SWIN, networks.CHAIN], bench.settings.modes, 2, 64, training=True)
+    for section in (scan_speed.check, gpu.operators):
+        for _ in section(bench):
+            pass
+    assert [(name, len(jobs)) for name, jobs in asked] == [
+        ("compile_pass", 3), ("compile_scans", 2), ("compile_scans", 2)
+    ]  # fmt: skip
+    assert asked[0][1][0] == (networks.MINE, "eager", 2, 64, True)  # other eager models have nothing to compile
+
+
+def test_what_fails_in_a_process_of_its_own_is_left_to_the_call(load, monkeypatch):
+    gpu, runner = load("gpu"), load("runner")
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
+    done = []
+
+    def compile_it(settings, number):
+        if number == 1:
+            raise torch.OutOfMemoryError("on the card")
+        done.append(number)
+
+    runner.compile_ahead(runner.Bench(gpu.FULL), compile_it, [(i,) for i in range(4)])
+    assert sorted(done) == [0, 2, 3]
+    runner.compile_ahead(runner.Bench(gpu.SMOKE), compile_it, [(4,), (5,)])  # the CPU's compiler has its own processes
+    assert len(done) == 3
+
+
 def test_gpu_benchmark_needs_a_gpu(load, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs a GPU") as exit_:
