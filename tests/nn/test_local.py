@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import vmamba
-from vmamba.nn import VSSBlock
-from vmamba.nn.local import BatchNorm, LocalMlp
+from vmamba.nn import SS2D, VSSBlock
+from vmamba.nn.local import BatchNorm, LocalBlock, LocalMlp
 from vmamba.nn.stem import ConvStem
 
 LOCAL = {"mlp": "local", "norm": "batch", "mlp_ratio": 1.0}
@@ -44,6 +44,23 @@ def test_a_local_block_computes_the_same_with_and_without_autograd():
         torch.testing.assert_close(block(x), expected)
 
 
+def test_first_stages_may_do_without_scans():
+    model = vmamba.VMamba(
+        depths=(1, 2, 2), dims=(8, 8, 16), num_classes=2, local_stages=2, drop_path_rate=0.4, img_size=32,
+        pattern=["cross", "bidirectional"], **LOCAL,
+    )  # fmt: skip
+    kinds = [[type(block) for block in stage.blocks] for stage in model.stages]
+    assert kinds == [[LocalBlock], 2 * [LocalBlock], 2 * [VSSBlock]]
+    assert [m.pattern for m in model.modules() if isinstance(m, SS2D)] == ["cross", "bidirectional"]
+    rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.4, 0.4])  # a block that scans has two
+    block, x = model.stages[1].blocks[0].eval(), torch.randn(2, 3, 5, 8)
+    nn.init.ones_(block.mlp.norm2.bn.weight)
+    torch.testing.assert_close(block(x), x + block.mlp(x))
+    with pytest.raises(ValueError, match="one, or 2, one a block"):
+        model.set_pattern(5 * ["cross"])
+
+
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_the_wide_stem_halves_as_the_other_does(stride):
     wide, x = ConvStem(3, 8, stride, norm="batch", wide=True), torch.randn(2, 3, 17, 24)
@@ -75,13 +92,16 @@ def test_a_local_model_learns():
     [
         ({"mlp": "dense"}, "mlp is 'dense'; expected 'pixel' or 'local'"),
         ({"norm": "group"}, "norm is 'group'; expected 'layer' or 'batch'"),
+        ({"local_stages": 1}, "local_stages is 1 of 1 stages, mlp_ratio 4.0; expected fewer than there are stages"),
+        ({"local_stages": -1}, "local_stages is -1"),
+        ({"depths": (1, 1), "dims": (8, 8), "local_stages": 1, "mlp_ratio": 0}, "an MLP for their blocks"),
         ({"norm": "batch", "stem": "patch"}, "patch stem and patch merging have 'layer' alone"),
         ({"norm": "batch", "downsample": "merge"}, "patch stem and patch merging have 'layer' alone"),
     ],
 )
 def test_unknown_parts_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        vmamba.VMamba(depths=(1,), dims=(8,), **arguments)
+        vmamba.VMamba(**{"depths": (1,), "dims": (8,)} | arguments)
 
 
 def test_drawing_anew_closes_the_branches_too():

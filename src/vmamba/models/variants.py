@@ -48,6 +48,7 @@ class Variant:
         gated: whether SS2D's output is multiplied by SiLU of a second projection.
         conv_bias: whether SS2D's depthwise convolution has a bias.
         mlp: "pixel" for an MLP at each pixel, "local" for two 3×3 convolutions in its place.
+        local_stages: first stages whose blocks are such convolutions alone and do not scan.
         norm: "layer", or "batch" in stem and downsampling and before each SS2D.
         stem: "conv" for two 3×3 convolutions, "wide" for a 7×7 one before the second, "patch" for one convolution whose
             stride is its kernel.
@@ -66,6 +67,7 @@ class Variant:
     gated: bool = False
     conv_bias: bool = False
     mlp: Literal["pixel", "local"] = "pixel"
+    local_stages: int = 0
     norm: Literal["layer", "batch"] = "layer"
     stem: Literal["conv", "wide", "patch"] = "conv"
     stem_stride: Literal[1, 2, 4] = 4
@@ -134,6 +136,7 @@ VARIANTS: dict[str, Variant] = {
     "vmamba_femto": Variant((1, 2), (64, 160), img_size=(28, 28)),
     # And with neighbours in every part, which learns colour pictures in less time (docs/learning.md).
     "vmamba_pico_local": Variant(
-        (1, 1, 2, 1), (32, 64, 128, 256), mlp_ratio=1.0, mlp="local", norm="batch", stem="wide", img_size=(64, 64)
+        (1, 1, 2, 1), (32, 64, 128, 256), mlp_ratio=1.0, mlp="local", local_stages=2, norm="batch", stem="wide",
+        img_size=(64, 64),
     ),
 }  # fmt: skip

@@ -19,7 +19,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from vmamba.nn import SS2D, ConvDownsample, ConvStem, LayerNorm, PatchMerging, PatchStem, VSSBlock
-from vmamba.nn.local import LocalMlp
+from vmamba.nn.local import LocalBlock, LocalMlp
 from vmamba.ops.registration import is_tracing_for_export
 from vmamba.ops.routes import Pattern, check_pattern
 
@@ -57,8 +57,9 @@ class VMamba(nn.Module):
         global_pool: pooling before the classifier, as in timm ("avg", "max", "avgmax", "catavgmax", "" for none).
         depths, dims: blocks and channels per stage.
         d_state, ssm_ratio, conv_bias, gated, init: see `vmamba.nn.SS2D`.
-        pattern: the routes of the scans, as for `vmamba.nn.SS2D`: one pattern, or one for each block.
+        pattern: the routes of the scans, as for `vmamba.nn.SS2D`: one pattern, or one for each block that scans.
         mlp_ratio, mlp: see `vmamba.nn.VSSBlock`.
+        local_stages: how many of the first stages do not scan: their blocks are `vmamba.nn.local.LocalBlock`.
         norm: of stem and downsampling and before each SS2D, "layer" or "batch"; not for the vanilla models' parts.
         stem, stem_stride: "conv", "wide" (`vmamba.nn.ConvStem`) or "patch"; 4, 2 or 1.
         downsample: "conv" or "merge".
@@ -91,6 +92,7 @@ class VMamba(nn.Module):
         gated: bool = False,
         conv_bias: bool = False,
         mlp: Literal["pixel", "local"] = "pixel",
+        local_stages: int = 0,
         norm: Literal["layer", "batch"] = "layer",
         stem: Literal["conv", "wide", "patch"] = "conv",
         stem_stride: Literal[1, 2, 4] = 4,
@@ -111,6 +113,11 @@ class VMamba(nn.Module):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
         if len(depths) != len(dims):
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} differ in length; expected one per stage")
+        if not 0 <= local_stages < len(dims) or (local_stages and mlp_ratio <= 0):
+            raise ValueError(
+                f"local_stages is {local_stages} of {len(dims)} stages, mlp_ratio {mlp_ratio}; expected fewer than "
+                "there are stages, and an MLP for their blocks"
+            )
         if output_stride not in (8, 16, 32, None):
             raise ValueError(f"output_stride is {output_stride!r}; expected 8, 16 or 32")
         coarsest = output_stride or stem_stride * 2 ** (len(dims) - 1)
@@ -136,15 +143,17 @@ class VMamba(nn.Module):
         norms: dict[str, Any] = {} if norm == "layer" else {"norm": norm}
         self.stem = _STEMS[stem](in_chans, dims[0], stem_stride, **norms, **dd)
         rates = (drop_path_rate * block / max(sum(depths) - 1, 1) for block in itertools.count())
-        patterns = iter(_one_each(pattern, sum(depths)))
+        patterns = iter(_one_each(pattern, sum(depths[local_stages:])))
         stages = []
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             between: nn.Module = nn.Identity()
             if i:
                 stride = reductions[i] // reductions[i - 1]
                 between = _DOWNSAMPLES[downsample](dims[i - 1], dim, stride=stride, **norms, **dd)
-            blocks = [
-                VSSBlock(
+            blocks: list[nn.Module] = [
+                LocalBlock(dim, mlp_ratio, drop_path=rate, proj_drop=proj_drop_rate, **dd)
+                if i < local_stages
+                else VSSBlock(
                     dim,
                     mlp_ratio,
                     drop_path=rate,
@@ -222,10 +231,10 @@ class VMamba(nn.Module):
         """Let the scans follow other routes from now on, with the same weights.
 
         Args:
-            pattern: as for `vmamba.nn.SS2D`: one pattern, or one for each block.
+            pattern: as for `vmamba.nn.SS2D`: one pattern, or one for each block that scans.
 
         Raises:
-            ValueError: a pattern is unknown, or there are not as many as blocks.
+            ValueError: a pattern is unknown, or there are not as many as blocks that scan.
         """
         scans = [module for module in self.modules() if isinstance(module, SS2D)]
         for scan, its_pattern in zip(scans, _one_each(pattern, len(scans)), strict=True):

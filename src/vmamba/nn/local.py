@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vmamba.nn.layers import GridConv2d, LayerNorm
@@ -62,3 +63,26 @@ class LocalMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
         return self.drop(self.norm2(self.conv2(self.act(self.norm1(self.conv1(x))))))
+
+
+class LocalBlock(nn.Module):
+    """x + LocalMlp(x): a block that does not scan, for the first stages, where neighbours say most.
+
+    Args:
+        dim: channels.
+        mlp_ratio: hidden channels over `dim`.
+        drop_path: probability of skipping the branch, per sample, in training.
+        proj_drop: rate of the dropout at the end of the branch.
+    """
+
+    def __init__(
+        self, dim: int, mlp_ratio: float = 1.0, drop_path: float = 0.0, proj_drop: float = 0.0, **dd: Any
+    ) -> None:
+        super().__init__()
+        self.mlp = LocalMlp(dim, int(mlp_ratio * dim), drop=proj_drop, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) to the same."""
+        y: Tensor = x + self.drop_path(self.mlp(x))
+        return y

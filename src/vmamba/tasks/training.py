@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ import torch
 from vmamba.errors import RecipeError
 from vmamba.files import atomic_write
 from vmamba.tasks import parts_of
+from vmamba.tasks.memory import memory_kept
 from vmamba.tasks.prediction import load_weights
 from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, TrainerConfig, load_recipe
 from vmamba.tasks.runs import LATEST, RunFolder, report
 
 try:
     import lightning as L
+    from lightning.pytorch.accelerators import CPUAccelerator
     from lightning.pytorch.callbacks import LambdaCallback
     from lightning.pytorch.plugins.environments import SLURMEnvironment
     from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -83,7 +85,8 @@ def train(config: BaseTrainConfig) -> Path:
         )  # fmt: skip
         if config.model.compile:
             task.model.compile()
-        trainer.fit(task, ckpt_path=checkpoint, weights_only=True)
+        with memory_kept() if isinstance(trainer.accelerator, CPUAccelerator) else nullcontext():
+            trainer.fit(task, ckpt_path=checkpoint, weights_only=True)
     return run.path
 
 
