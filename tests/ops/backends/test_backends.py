@@ -61,6 +61,7 @@ def test_an_unavailable_backend_says_why(monkeypatch):
         ss2d_scan(*ss2d_arguments(1, 2, 2, 2, 1, 1), backend="absent")
 
 
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="torch.compile cannot read a context variable before 2.14")
 def test_a_compiled_graph_follows_the_context():
     arguments = ss2d_arguments(1, 2, 2, 2, 1, 1)
     chosen = []
