@@ -328,8 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
     backend = choose_backend(None, torch.device(settings.device)).name
     results = runner.Results(GPU, settings, options.output or (RESULTS if is_full else None), backend=backend)
     bench = Bench(settings, options.budget)
-    # The layers of a model share their code, of which the compiler then keeps many versions.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True), torch._dynamo.config.patch(recompile_limit=256):
+    with networks.compilers_set():
         results.run(bench, ["check"])
         if MINE not in bench.unfit and "check" not in results.data["skipped"]:
             results.run(bench, sections)

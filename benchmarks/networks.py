@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -100,6 +101,10 @@ class Contender:
         with replaced_scan(self.scan):
             F.cross_entropy(self(image).float(), target).backward()
 
+    def a_pass(self, image: Tensor, target: Tensor, training: bool) -> Call:
+        """A step, or inference, to be called."""
+        return partial(self.step, image, target) if training else partial(self.infer, image)
+
     def peak_mb(self, call: Call) -> float | None:
         """Most memory that a call needs beside its arguments, with the parameters, as if no other model were there."""
         if self.bench.settings.device != "cuda":
@@ -135,13 +140,19 @@ def random_images(bench: Bench, batch: int, size: int) -> tuple[Tensor, Tensor]:
     return image, torch.arange(batch, device=bench.settings.device) % 1000
 
 
+@contextmanager
+def compilers_set() -> Iterator[None]:
+    """cuDNN chooses by trial; torch.compile keeps the many versions of the code that the layers of a model share."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True), torch._dynamo.config.patch(recompile_limit=256):
+        yield
+
+
 def compile_pass(settings: Settings, label: str, mode: str, batch: int, size: int, training: bool) -> None:
     """One pass of a contender, for what it leaves in the compilers' caches."""
     bench = Bench(settings)
     image, target = random_images(bench, batch, size)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True), torch._dynamo.config.patch(recompile_limit=256):
-        contender = prepare(bench, label, mode, size, training)
-        _ = contender.step(image, target) if training else contender.infer(image)
+    with compilers_set():
+        prepare(bench, label, mode, size, training).a_pass(image, target, training)()
 
 
 def race(
@@ -162,7 +173,7 @@ def race(
         with failures_in(row):
             bench.has_time_for(PATIENCE[mode] * (1 + training))
             contender = prepare(bench, label, mode, size, training)
-            call = partial(contender.step, image, target) if training else partial(contender.infer, image)
+            call = contender.a_pass(image, target, training)
             output = call()  # compiles
             if output is not None:
                 apart = distance(output, expected.setdefault(NAMES.get(label, label), output.double()))
@@ -224,7 +235,7 @@ def profiling(bench: Bench, kinds: Mapping[str, tuple[str, ...]], floors: Floors
             torch._dynamo.reset()
             image, target = random_images(bench, batch, size)
             contender = prepare(bench, MINE, mode, size, training)
-            call = partial(contender.step, image, target) if training else partial(contender.infer, image)
+            call = contender.a_pass(image, target, training)
             call()
             call()
             kernels = profile_calls(bench, call, kinds)
