@@ -1,4 +1,7 @@
-"""torch's layers, each with its own fast path on the CPU (`vmamba.nn.cpu`), for grids (B, H, W, C)."""
+"""torch's layers, each with its own fast path on the CPU (`vmamba.nn.cpu`), for grids (B, H, W, C).
+
+`ConvSiLU` has one on GPUs too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,17 @@ from torch import Tensor, nn
 from vmamba.nn import cpu
 from vmamba.ops.backends.native import layers as native
 from vmamba.ops.backends.native.convolution import convolution
-from vmamba.ops.layers import applies, can_fuse, depthwise_silu, gelu, is_compiled, linear, product_dtype, records
+from vmamba.ops.layers import (
+    applies,
+    can_fuse,
+    depthwise_silu,
+    fuses_depthwise_silu,
+    gelu,
+    is_compiled,
+    linear,
+    product_dtype,
+    records,
+)
 
 
 @cpu.known
@@ -84,11 +97,12 @@ class GridConv2d(nn.Conv2d):
 
 @cpu.known
 class ConvSiLU(GridConv2d):
-    """A convolution from (B, H, W, C) to (B, H', W', C') and SiLU; a depthwise 3×3 one is a single pass."""
+    """A convolution from (B, H, W, C) to (B, H', W', C') and SiLU; one pass if it is 3×3 and depthwise, on GPUs too."""
 
     def forward(self, x: Tensor) -> Tensor:
         """SiLU of the convolution of (B, H, W, C)."""
-        is_usual = applies(x, self.weight, self.bias) and _convolves_as(self, ConvSiLU)
-        if is_usual and can_fuse(x) and x.ndim == 4 and cpu.is_depthwise_silu(self, x.shape[-1]):
-            return depthwise_silu(x, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        is_usual = x.ndim == 4 and _convolves_as(self, ConvSiLU) and cpu.is_depthwise_silu(self, x.shape[-1])
+        if is_usual and fuses_depthwise_silu(x, weight, bias):
+            return depthwise_silu(x, weight, bias)
         return F.silu(super().forward(x))

@@ -1,8 +1,9 @@
 """Layers as functions, as fast as the CPU computes them; where that does not apply they are torch's own.
 
 On the CPU, in float32 and bfloat16, products read the weight as it lies in memory (`backends/native/products.py`), and
-chains of layers are one pass over memory (`backends/native/layers.py`). All of them compute from the parameters given
-and keep nothing. To torch.compile they are operators, which it leaves alone; an exported graph has torch's own layers.
+chains of layers are one pass over memory (`backends/native/layers.py`); on a GPU the depthwise convolution with SiLU is
+one too (`backends/triton/convolution.py`). All of them compute from the parameters given and keep nothing. To
+torch.compile they are operators, which it leaves alone; an exported graph has torch's own layers.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmamba.ops.backends import choose_backend
 from vmamba.ops.backends.native import layers as native
 from vmamba.ops.backends.native import products
 from vmamba.ops.operators import runs_eagerly
 from vmamba.ops.registration import define, is_exporting, pull_back
+
+_HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 # --- which way -------------------------------------------------------------------------------------------------------
 
@@ -51,9 +55,10 @@ def records(*values: Tensor | None) -> bool:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a layer multiplies `x` on the CPU, autocast considered."""
-    is_cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-    return torch.get_autocast_dtype("cpu") if is_cast else x.dtype
+    """The dtype in which a layer multiplies `x`, on the CPU or a GPU, autocast considered."""
+    kind = x.device.type
+    is_cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if is_cast else x.dtype
 
 
 def is_compiled() -> bool:
@@ -137,8 +142,34 @@ define(
 # --- depthwise convolution -------------------------------------------------------------------------------------------
 
 
+def fuses_depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `depthwise_silu` may stand in for a layer called with `x` that has these parameters.
+
+    On the CPU the library has to be there, on a GPU the backend for `x` has to be Triton (`choose_backend`).
+    """
+    if x.device.type == "cpu":
+        return applies(x, weight, bias) and can_fuse(x)
+    if x.device.type != "cuda" or not (is_compiled() or runs_eagerly(x)):
+        return False
+    dtype, is_cast = product_dtype(x), torch.is_autocast_enabled("cuda")
+    return (
+        dtype in _HALF_AND_SINGLE
+        and x.layout is torch.strided
+        and bool(x.numel())
+        and all(
+            type(value) in (Tensor, nn.Parameter)
+            and value.device == x.device
+            and value.layout is torch.strided
+            and (value.dtype == dtype or (is_cast and value.dtype in _HALF_AND_SINGLE))
+            for value in (weight, bias)
+            if value is not None
+        )
+        and choose_backend(None, x.device, dtype, "cross").name == "triton"
+    )
+
+
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """SiLU of a depthwise 3×3 convolution with padding 1, in one pass; for callers that know that it `applies`.
+    """SiLU of a depthwise 3×3 convolution with padding 1, in one pass; for callers that know that it is fused.
 
     Args:
         x: (B, H, W, C).
@@ -151,7 +182,16 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x = x.to(product_dtype(x))
     if is_compiled() or records(x, weight, bias):
         return torch.ops.vmamba.depthwise_silu(x, weight, bias)
-    return native.depthwise_silu(x, weight, bias)
+    return _convolutions(x).depthwise_silu(x, weight, bias)
+
+
+def _convolutions(x: Tensor) -> Any:
+    """What has `depthwise_silu` and its backward where `x` is."""
+    if x.device.type == "cpu":
+        return native
+    from vmamba.ops.backends.triton import convolution  # imports Triton, which only GPUs need
+
+    return convolution
 
 
 def _plain_depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -175,14 +215,14 @@ def _empty(like: Tensor) -> Tensor:
 
 define(
     "depthwise_silu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    native.depthwise_silu,
+    lambda x, weight, bias: _convolutions(x).depthwise_silu(x, weight, bias),
     plain=_plain_depthwise_silu,
     gradient=lambda ctx, grad: torch.ops.vmamba.depthwise_silu_backward(grad, *ctx.saved_tensors),
     fake=lambda x, weight, bias: _empty(x),
 )
 define(
     "depthwise_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
-    native.depthwise_silu_backward,
+    lambda grad, x, weight, bias: _convolutions(x).depthwise_silu_backward(grad, x, weight, bias),
     plain=_plain_depthwise_silu_backward,
     gradient=lambda ctx, *grads: pull_back(_plain_depthwise_silu_backward, ctx.saved_tensors, grads),
     fake=lambda grad, x, weight, bias: (

@@ -1,9 +1,10 @@
 """Proof that the Triton kernels compute on a card what the eager backend computes, before they are chosen there.
 
-The first time that a dtype and a pattern meet a card, both backends compute a few small scans, forward and backward.
-That happens in processes of their own, which a compiler that crashes or a kernel that writes where it must not takes
-down alone. The verdict stays in the user's cache directory, until the kernels, Triton, torch or the driver change; that
-there was no memory, or no process to be had, says nothing of the kernels and is not kept.
+The first time that a dtype and a pattern meet a card, both backends compute a few small scans, forward and backward;
+and for the pattern "cross" a depthwise convolution, whose kernels are chosen with that pattern's. This happens in
+processes of their own, which a compiler that crashes or a kernel that writes where it must not takes down alone. The
+verdict stays in the user's cache directory, until the kernels, Triton, torch or the driver change; that there was no
+memory, or no process to be had, says nothing of the kernels and is not kept.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
@@ -36,6 +38,7 @@ _PATIENCE = 600  # seconds for one proof, most of which goes into compiling
 # Height, width, channels, states and rank: for each row of the table of configurations a grid. A thread takes two
 # channels at once where blocks are full, as they are but in the second.
 _GRIDS = ((7, 7, 64, 1, 20), (11, 13, 40, 3, 3), (17, 19, 64, 1, 6))
+_CONVOLVED = (1, 8, 9, 32)  # the image of the convolution: more than one tile each way, whatever the tile
 _PROGRAM = "import sys; from vmamba.ops.backends import proving; proving.main(*sys.argv[1:])"
 _NO_GRID = "selective_scan"
 # SIGHUP, SIGINT, SIGKILL and SIGTERM: from a user, or the system where memory is short, and not from a kernel's fault.
@@ -234,6 +237,33 @@ def compare(device: torch.device, dtype: torch.dtype, pattern: str, share: int =
             if not apart <= max(1e-4 if label in values else 1e-3, rounding):  # NaN is not
                 plan = "a walk" if walks else "tiles"
                 return f"{label} is off by {apart:.1e} of its largest value, in {tuple(arguments.u.shape)} by {plan}"
+    # Layers ask for "cross" (`vmamba.ops.layers`). The last share has the fewest scans.
+    return _compare_convolution(device, dtype, rounding) if pattern == "cross" and share == shares - 1 else ""
+
+
+def _compare_convolution(device: torch.device, dtype: torch.dtype, rounding: float) -> str:
+    """The same of the depthwise convolution with SiLU, by the largest and the smallest tile."""
+    from vmamba.ops.backends.triton import convolution
+
+    torch.manual_seed(0)
+    x, grad = (torch.randn(_CONVOLVED, device=device).to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(_CONVOLVED[-1], *shape, device=device) for shape in ((1, 3, 3), ()))
+    exact = image, filters, offset = [value.double().requires_grad_() for value in (x, weight, bias)]
+    with torch.enable_grad():
+        z = F.conv2d(image.permute(0, 3, 1, 2), filters, offset, padding=1, groups=len(filters))
+        y = F.silu(z.permute(0, 2, 3, 1))
+    expected = y.detach(), *torch.autograd.grad(y, exact, grad.double())
+    labels = ("the result", "the gradient of x", "the gradient of the weight", "the gradient of the bias")
+    for tile in (convolution.TILES[0], convolution.TILES[-1]):
+        with convolution.use_tiles(tile):
+            found = (
+                convolution.depthwise_silu(x, weight, bias),
+                *convolution.depthwise_silu_backward(grad, x, weight, bias),
+            )
+        for label, value, reference in zip(labels, found, expected, strict=True):
+            apart = ((value.double() - reference).abs().max() / reference.abs().max()).item()
+            if not apart <= max(1e-4, rounding):  # NaN is not
+                return f"{label} of the convolution is off by {apart:.1e} of its largest value, with {tile}"
     return ""
 
 
