@@ -200,9 +200,9 @@ class Tile:
 # timed on a card.
 TILES = (Tile(7, 8, 32, 2), Tile(2, 8, 32, 2), Tile(1, 8, 32, 2))
 _WARPS = 1024
-# Programs of the gradient, which each leave a part of the parameters' gradients; fixed, since it decides in what order
-# these are added up.
-_PROGRAMS = 768
+# Programs of the gradient, a multiprocessor: as many as run there at a time, if a thread has so many registers. Each
+# leaves a part of the parameters' gradients. Where there is no card, it has so many multiprocessors.
+_PROGRAMS, _REGISTERS, _MULTIPROCESSORS = 6, 168, 128
 
 _override: tuple[Tile, Tile] | None = None
 
@@ -247,20 +247,21 @@ def depthwise_silu_backward(
         x, weight, bias: as given to `depthwise_silu`.
 
     Returns:
-        The gradients of x, in x's dtype, of weight (C, 1, 3, 3) and of the bias (C,), added up in float32, always in
-        the same order, and returned in the dtype of weight and bias (without a bias: of weight).
+        The gradients of x, in x's dtype, of weight (C, 1, 3, 3) and of the bias (C,), added up in float32, on one
+        kind of card always in the same order, and returned in the dtype of weight and bias (without a bias: of weight).
     """
     x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
     channels, grad_z = x.shape[-1], torch.empty_like(x, memory_format=torch.contiguous_format)
     blocks, tile, places = _cut(x, is_gradient=True)
-    share = max(triton.cdiv(places["tiles"] * blocks, _PROGRAMS), 1)
+    share = max(triton.cdiv(places["tiles"] * blocks, _PROGRAMS * _multiprocessors(x)), 1)
     programs = triton.cdiv(places["tiles"], share)
     parts = x.new_empty((programs, 10 * channels), dtype=torch.float32)
     if programs:
+        options = {} if x.device.type != "cuda" or torch.version.hip else {"maxnreg": _REGISTERS}
         with _device(x):
             gradient_kernel[(programs * blocks,)](
                 x, grad, *_parameters(weight, bias), grad_z, parts, **places, share=share, CHANNELS=channels,
-                ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=tile.block, num_warps=tile.warps, num_stages=1,
+                ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=tile.block, num_warps=tile.warps, num_stages=1, **options,
             )  # fmt: skip
     grad_weight, grad_bias = parts[:, : 9 * channels].sum(0).view(weight.shape), parts[:, 9 * channels :].sum(0)
     grad_x = _convolve(grad_z, weight, None, flip=True, silu=False)
@@ -294,6 +295,11 @@ def _cut(x: Tensor, is_gradient: bool) -> tuple[int, Tile, dict[str, int]]:
         if count * blocks * tile.warps >= _WARPS and tile.rows < 2 * height:
             break
     return blocks, tile, {"height": height, "width": width, "bands": bands, "strips": strips, "tiles": count}
+
+
+def _multiprocessors(x: Tensor) -> int:
+    is_on_card = x.device.type == "cuda"
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if is_on_card else _MULTIPROCESSORS
 
 
 def _device(x: Tensor) -> AbstractContextManager[object]:
