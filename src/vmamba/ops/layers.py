@@ -142,20 +142,23 @@ define(
 # --- depthwise convolution -------------------------------------------------------------------------------------------
 
 
+# Whose kernels convolve on what device.
+_CONVOLVING = {"cpu": "native", "cuda": "triton"}
+
+
 def fuses_depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `depthwise_silu` may stand in for a layer called with `x` that has these parameters.
 
     On the CPU the library has to be there, on a GPU the backend for `x` has to be Triton (`choose_backend`).
     """
-    if x.device.type == "cpu":
+    kind = _CONVOLVING.get(x.device.type)
+    if kind == "native":
         return applies(x, weight, bias) and can_fuse(x)
-    if x.device.type != "cuda" or not (is_compiled() or runs_eagerly(x)):
+    if kind is None or not (is_compiled() or runs_eagerly(x)) or x.layout is not torch.strided or not x.numel():
         return False
-    dtype, is_cast = product_dtype(x), torch.is_autocast_enabled("cuda")
+    dtype, is_cast = product_dtype(x), torch.is_autocast_enabled(x.device.type)
     return (
         dtype in _HALF_AND_SINGLE
-        and x.layout is torch.strided
-        and bool(x.numel())
         and all(
             type(value) in (Tensor, nn.Parameter)
             and value.device == x.device
@@ -164,7 +167,7 @@ def fuses_depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool
             for value in (weight, bias)
             if value is not None
         )
-        and choose_backend(None, x.device, dtype, "cross").name == "triton"
+        and choose_backend(None, x.device, dtype, "cross").name == kind
     )
 
 
@@ -187,7 +190,7 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _convolutions(x: Tensor) -> Any:
     """What has `depthwise_silu` and its backward where `x` is."""
-    if x.device.type == "cpu":
+    if _CONVOLVING[x.device.type] == "native":
         return native
     from vmamba.ops.backends.triton import convolution  # imports Triton, which only GPUs need
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -188,42 +194,102 @@ def test_kernels_that_are_wrong_are_not_proven(monkeypatch, name, value, fault):
     assert proving.compare(CPU, torch.float32, "bidirectional", 2, 3) == ""
 
 
-# --- as an operator --------------------------------------------------------------------------------------------------
+# --- what the compiler makes of them ---------------------------------------------------------------------------------
+
+COMPILE = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vmamba.ops.backends.triton import convolution
+
+backend, architecture, image, tile, channels = json.loads(sys.argv[1])
+found = []
+for kernel in (convolution.convolution_kernel, convolution.gradient_kernel):
+    sizes = dict(zip(("ROWS", "COLUMNS", "BLOCK"), tile))
+    constants = {"bias": None, "CHANNELS": channels, "FLIP": False, "SILU": True, **sizes}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = {"weight": "*fp32", "parts": "*fp32"} | dict.fromkeys(("x", "y", "grad", "grad_z"), image)
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    target = GPUTarget(backend, architecture, 32 if backend == "cuda" else 64)
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=target, options={"num_warps": tile[3], "num_stages": 1})
+    found.append([compiled.asm.get("ptx", ""), compiled.metadata.shared])
+print(json.dumps(found))
+"""
 
 
-@pytest.fixture
-def _interpreted_layers(monkeypatch):
-    """The layer takes the Triton kernels on the CPU."""
-    monkeypatch.setattr(layers, "_convolutions", lambda x: convolution)
-    monkeypatch.setattr("vmamba.nn.layers.fuses_depthwise_silu", layers.applies)
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton; its packages bring ptxas")
+@pytest.mark.parametrize(
+    ("target", "image", "channels", "loads"),
+    [
+        (("cuda", 90), "*bf16", 96, "ld.global.v2.b32"),
+        (("cuda", 80), "*fp32", 192, "ld.global.v4.b32"),
+        (("hip", "gfx942"), "*bf16", 96, None),
+    ],
+)
+def test_neighbouring_channels_are_loaded_at_once(target, image, channels, loads):
+    case = json.dumps([*target, image, [7, 8, 32, 2], channels])
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    run = subprocess.run([sys.executable, "-c", COMPILE, case], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (forward, shared), (gradient, _) = json.loads(run.stdout.splitlines()[-1])
+    assert shared == 0  # nothing goes from thread to thread
+    if loads is not None:
+        for code, rows in ((forward, 3 * 9), (gradient, 3 * 9 + 7)):
+            found = re.findall(r"ld\.global\.[\w.]+", code)
+            assert found.count(loads) == rows, sorted(set(found))
+            assert not any(load.endswith("b16") for load in found)
 
 
-@interpreted
-@pytest.mark.usefixtures("_interpreted_layers")
+# --- as a layer, in the interpreter and on a GPU ---------------------------------------------------------------------
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=needs_gpu)])
+def device(request, monkeypatch):
+    """Where the layer takes the Triton kernels, on the CPU interpreted; torch multiplies in float32, not tf32."""
+    monkeypatch.setitem(layers._CONVOLVING, "cpu", "triton")
+    with use_backend("triton"), torch.backends.cudnn.flags(enabled=False):
+        yield request.param
+
+
+def layer_on(device, channels=8, kind=ConvSiLU, **options):
+    return kind(channels, channels, 3, padding=1, groups=channels, device=device, **options)
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_operator(has_bias):
-    x, weight, bias, grad = arguments((2, 3, 4, 5), has_bias)
+def test_operator(device, has_bias):
+    x, weight, bias, grad = arguments((2, 3, 4, 5), has_bias, device=device)
     assert_right(x, weight, bias, grad, function=layers.depthwise_silu)
     leaves = [None if v is None else v.requires_grad_() for v in (x, weight, bias)]
     torch.library.opcheck(torch.ops.vmamba.depthwise_silu.default, leaves)
     torch.library.opcheck(torch.ops.vmamba.depthwise_silu_backward.default, (grad, *leaves))
 
 
-@interpreted
-@pytest.mark.usefixtures("_interpreted_layers")
-def test_second_derivatives():
-    given = [v for v in arguments((1, 3, 4, 5))[:3] if v is not None]
+def test_derivatives_of_every_kind(device):
+    layer, x = layer_on(device, 5), torch.randn(1, 3, 4, 5, device=device)
+    weight, bias = layer.weight, layer.bias
     results = []
-    for function in (layers.depthwise_silu, exact):
-        leaves = [v.clone().requires_grad_() for v in given]
-        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+    for function in (layer, lambda x: exact(x, weight, bias)):
+        leaves = [x.clone().requires_grad_(), weight, bias]
+        first = torch.autograd.grad(function(leaves[0]).square().sum(), leaves, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
     assert_matches(list(results[0]), list(results[1]), 1e-5)
+    with torch.no_grad():
+        found = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+        expected = torch.func.jvp(lambda x: exact(x, weight, bias), (x,), (torch.ones_like(x),))
+        assert_matches(list(found), list(expected), 1e-5)
+        torch.testing.assert_close(torch.func.vmap(layer)(x[None])[0], expected[0])
+        twice = torch.func.functional_call(layer, {"weight": 2 * weight}, (x,))
+        torch.testing.assert_close(twice, exact(x, 2 * weight, bias))
+    frozen = x.clone().requires_grad_()
+    layer.requires_grad_(False)(frozen).sum().backward()
+    torch.testing.assert_close(frozen.grad, torch.func.grad(lambda x: exact(x, weight, bias).sum())(x))
 
 
-@interpreted
-@pytest.mark.usefixtures("_interpreted_layers")
-def test_one_node_for_all_sizes():
+def test_one_node_for_all_sizes(device):
     torch._dynamo.reset()
     graphs = []
 
@@ -231,10 +297,10 @@ def test_one_node_for_all_sizes():
         graphs.append(graph)
         return graph.forward
 
-    layer = ConvSiLU(8, 8, 3, padding=1, groups=8)
+    layer = layer_on(device)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=keep)
     for shape in ((1, 3, 4, 8), (3, 5, 7, 8), (2, 6, 3, 8)):
-        x = torch.randn(shape, requires_grad=True)
+        x = torch.randn(shape, requires_grad=True, device=device)
         torch.testing.assert_close(compiled(x), exact(x, layer.weight, layer.bias))
     compiled(x).sum().backward()
     expected = torch.autograd.grad(exact(x, layer.weight, layer.bias).sum(), [x, *layer.parameters()])
@@ -249,15 +315,89 @@ def test_one_node_for_all_sizes():
     assert "conv2d" in exported
 
 
-# --- on a GPU --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_autocast(device, dtype, is_compiled, monkeypatch):
+    torch._dynamo.reset()
+    layer, x = layer_on(device), torch.randn(1, 3, 9, 8, device=device, requires_grad=True)
+    monkeypatch.setattr(layers.native, "depthwise_silu", None)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if is_compiled else layer
+    with torch.autocast(device, dtype):
+        y = run(x)
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    given = [v.detach().double().requires_grad_() for v in (x, layer.weight, layer.bias)]
+    exact(*given).square().sum().backward()
+    assert x.grad.dtype == layer.weight.grad.dtype == torch.float32
+    tolerance = 8 * torch.finfo(dtype).eps
+    assert_matches([x.grad, layer.weight.grad, layer.bias.grad], [v.grad for v in given], tolerance)
 
-SHAPES = [(4, 56, 56, 96), (3, 28, 28, 192), (2, 14, 14, 384), (5, 7, 7, 768), (1, 57, 65, 50), (1, 384, 384, 96)]
+
+class Doubled(ConvSiLU):
+    def _conv_forward(self, x, weight, bias):
+        return 2 * super()._conv_forward(x, weight, bias)
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
 
 
 @pytest.fixture
-def _triton():
-    with use_backend("triton"):
-        yield
+def launches(monkeypatch):
+    """A list that grows with each call of the kernels' forward pass."""
+    calls, before = [], convolution.depthwise_silu
+    monkeypatch.setattr(convolution, "depthwise_silu", lambda *given: (calls.append(1), before(*given))[1])
+    return calls
+
+
+@torch.no_grad()
+def test_what_users_change(device, launches, monkeypatch):
+    close = torch.testing.assert_close
+    layer, x = layer_on(device), torch.randn(2, 4, 5, 8, device=device)
+    plain = exact(x, layer.weight, layer.bias)
+    close(layer(x), plain)
+    close(layer(x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)), plain)
+    handle = layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    close(layer(x), plain + 1)
+    handle.remove()
+    halved = copy.deepcopy(layer)
+    parametrize.register_parametrization(halved, "weight", Halved())
+    close(halved(x), exact(x, layer.weight / 2, layer.bias))
+    layer.weight.mul_(3)
+    close(layer(x), exact(x, layer.weight, layer.bias))
+    assert len(launches) == 5
+    # From here on torch's own.
+    with use_backend("eager"):
+        close(layer(x), exact(x, layer.weight, layer.bias))
+    doubled = layer_on(device, kind=Doubled, bias=False)
+    close(doubled(x), exact(x, 2 * doubled.weight, None))
+    own = copy.deepcopy(layer)
+    own._conv_forward = lambda x, weight, bias: F.conv2d(x, 3 * weight, bias, padding=1, groups=8)
+    close(own(x), exact(x, 3 * layer.weight, layer.bias))
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, weight, bias: x)
+        close(layer(x), F.silu(x))
+    for options in ({"dilation": 2, "padding": 2}, {"padding_mode": "circular", "padding": 1}, {"stride": 2}):
+        other = ConvSiLU(8, 8, 3, groups=8, device=device, **options)
+        close(other(x), F.silu(nn.Conv2d.forward(other, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)))
+    assert layer(x[:0]).shape == (0, 4, 5, 8)
+    with pytest.raises(RuntimeError, match="same"):
+        layer(x.bfloat16())
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(2, 4, 5, 7, device=device))
+    close(copy.deepcopy(layer).double()(x.double()), exact(x.double(), layer.weight.double(), layer.bias.double()))
+    if device == "cuda":
+        with pytest.raises(RuntimeError):
+            layer(x.cpu())
+        with pytest.raises(RuntimeError):
+            layer.cpu()(x)
+    assert len(launches) == 5
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+SHAPES = [(4, 56, 56, 96), (3, 28, 28, 192), (2, 14, 14, 384), (5, 7, 7, 768), (1, 57, 65, 50), (1, 384, 384, 96)]
 
 
 @needs_gpu
@@ -301,121 +441,18 @@ def launches_of(function):
 
 
 @needs_gpu
-@pytest.mark.usefixtures("_triton")
 @torch.no_grad()
 def test_gpu_layer_is_one_launch():
     layer, x = ConvSiLU(96, 96, 3, padding=1, groups=96).cuda(), torch.randn(2, 20, 20, 96, device="cuda")
-    layer(x)
-    assert launches_of(lambda: layer(x)) == ["convolution_kernel"]
+    with use_backend("triton"):
+        layer(x)
+        assert launches_of(lambda: layer(x)) == ["convolution_kernel"]
     with use_backend("eager"):
         assert "convolution_kernel" not in launches_of(lambda: layer(x))
 
 
-def uses_kernels(layer, x):
-    """Whether a layer's call reaches the Triton kernels."""
-    calls, before = [], convolution.depthwise_silu
-    convolution.depthwise_silu = lambda *given: (calls.append(1), before(*given))[1]
-    try:
-        layer(x)
-    finally:
-        convolution.depthwise_silu = before
-    return bool(calls)
-
-
-class Doubled(ConvSiLU):
-    def _conv_forward(self, x, weight, bias):
-        return 2 * super()._conv_forward(x, weight, bias)
-
-
-class Halved(nn.Module):
-    def forward(self, weight):
-        return weight / 2
-
-
 @needs_gpu
-@pytest.mark.usefixtures("_triton")
-@torch.no_grad()
-@torch.backends.cudnn.flags(enabled=False)  # no tf32
-def test_gpu_what_users_change(monkeypatch):
-    x, layer = torch.randn(2, 9, 10, 64, device="cuda"), ConvSiLU(64, 64, 3, padding=1, groups=64).cuda()
-
-    def close(a, b):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-    plain = exact(x, layer.weight, layer.bias)
-    assert uses_kernels(layer, x)
-    close(layer(x), plain)
-    close(layer(x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)), plain)
-    with use_backend("eager"):
-        assert not uses_kernels(layer, x)
-        close(layer(x), plain)
-    handle = layer.register_forward_hook(lambda module, inputs, output: output + 1)
-    close(layer(x), plain + 1)
-    handle.remove()
-    halved = copy.deepcopy(layer)
-    parametrize.register_parametrization(halved, "weight", Halved())
-    close(halved(x), exact(x, layer.weight / 2, layer.bias))
-    doubled = Doubled(64, 64, 3, padding=1, groups=64, bias=False).cuda()
-    close(doubled(x), exact(x, 2 * doubled.weight, None))
-    assert not uses_kernels(doubled, x)
-    own = copy.deepcopy(layer)
-    own._conv_forward = lambda x, weight, bias: F.conv2d(x, 3 * weight, bias, padding=1, groups=64)
-    close(own(x), exact(x, 3 * layer.weight, layer.bias))
-    with monkeypatch.context() as patch:
-        patch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, weight, bias: x)
-        close(layer(x), F.silu(x))
-    close(torch.func.vmap(layer)(x[None])[0], plain)
-    close(torch.func.functional_call(layer, {"weight": layer.weight * 2}, (x,)), exact(x, 2 * layer.weight, layer.bias))
-    assert not uses_kernels(layer.double(), x.double())
-    with pytest.raises(RuntimeError):
-        layer(x)  # weights of another dtype
-    with pytest.raises(RuntimeError):
-        layer.cpu().float()(x)
-    dense = ConvSiLU(64, 64, 3, padding=1).cuda()
-    assert not uses_kernels(dense, x)
-    assert layer.cuda()(x[:0]).shape == (0, 9, 10, 64)
-
-
-@needs_gpu
-@pytest.mark.usefixtures("_triton")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gpu_autocast(dtype):
-    layer, x = ConvSiLU(64, 64, 3, padding=1, groups=64).cuda(), torch.randn(2, 9, 10, 64, device="cuda")
-    x.requires_grad_()
-    with torch.autocast("cuda", dtype):
-        assert uses_kernels(layer, x)
-        y = layer(x)
-    assert y.dtype == dtype
-    y.float().square().sum().backward()
-    given = [v.detach().double().requires_grad_() for v in (x, layer.weight, layer.bias)]
-    exact(*given).square().sum().backward()
-    assert x.grad.dtype == layer.weight.grad.dtype == torch.float32
-    tolerance = 8 * torch.finfo(dtype).eps
-    assert_matches([x.grad, layer.weight.grad, layer.bias.grad], [v.grad for v in given], tolerance)
-
-
-@needs_gpu
-@pytest.mark.usefixtures("_triton")
-def test_gpu_derivatives_of_every_kind():
-    x, weight, bias, _ = arguments((1, 5, 6, 32), device="cuda")
-    layer = ConvSiLU(32, 32, 3, padding=1, groups=32).cuda()
-    layer.load_state_dict({"weight": weight, "bias": bias})
-    with torch.backends.cudnn.flags(enabled=False):  # no tf32
-        results = []
-        for function in (layer, lambda x: exact(x, layer.weight, layer.bias)):
-            leaves = [x.clone().requires_grad_(), *layer.parameters()]
-            first = torch.autograd.grad(function(leaves[0]).square().sum(), leaves, create_graph=True)
-            results.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
-        assert_matches(list(results[0]), list(results[1]), 1e-4)
-        tangent = torch.ones_like(x)
-        with torch.no_grad():
-            found = torch.func.jvp(layer, (x,), (tangent,))
-            expected = torch.func.jvp(lambda x: exact(x, weight, bias), (x,), (tangent,))
-        assert_matches(list(found), list(expected), 1e-5)
-
-
-@needs_gpu
-@pytest.mark.usefixtures("_triton")
+@use_backend("triton")
 def test_gpu_compiled():
     torch._dynamo.reset()
     layer = ConvSiLU(96, 96, 3, padding=1, groups=96).cuda()
@@ -451,7 +488,7 @@ def test_gpu_sizes_are_not_specialised():
 
 
 @needs_gpu
-@pytest.mark.usefixtures("_triton")
+@use_backend("triton")
 def test_gpu_graph_capture():
     layer, x = ConvSiLU(64, 64, 3, padding=1, groups=64).cuda(), torch.randn(2, 9, 10, 64, device="cuda")
     with torch.no_grad():
