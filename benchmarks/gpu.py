@@ -4,7 +4,7 @@ Everything runs under bfloat16 autocast on channels-last images, with the same s
 takes turns, one call each a round, after warming up; a figure is a ratio of two medians by the card's own clock. First
 the scans are held against the definition in float64: wrong results are not timed.
 
-    python benchmarks/gpu.py                              # everything: about twenty minutes
+    python benchmarks/gpu.py                              # everything; most of the time goes into compiling
     python benchmarks/gpu.py --sections inference,latency # a part; the other parts of the results' file stay
     python benchmarks/gpu.py --budget 540                 # leaves out what would start too late
     python benchmarks/gpu.py --quick                      # 224² only, few rounds, nothing compiled, nothing written
@@ -19,40 +19,56 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import networks
 import runner
 import torch
-from networks import CONVNEXT, DEIT, DROP_PATH, SWIN, TINY, Contender, compile_pass, prepare, random_images
+from networks import (
+    CONVNEXT,
+    DEIT,
+    DROP_PATH,
+    SWIN,
+    TINY,
+    Contender,
+    Entry,
+    SharedStand,
+    entries_of,
+    stand_of,
+)
 from page import Row
 from runner import (
     COMPILED,
     EAGER,
-    PATIENCE,
     RESULTS,
     Bench,
     Call,
     NotMeasuredError,
     Part,
     Section,
-    compile_ahead,
+    Turn,
+    capture,
     failures_in,
     release,
 )
-from scan_speed import CHAIN, MINE, RELEASED, check, compile_scans, time_scans
+from scan_speed import MINE, RELEASED, check, time_scans
 from torch import Tensor, nn
 from tuning import tuning
+from workers import Workers
 
 from vmamba.nn import SS2D, VSSBlock
 from vmamba.ops.backends import ENVIRONMENT_VARIABLE, choose_backend
 
+GB_OF_WORKER, MOST_WORKERS = 5, 28
 FULL = runner.Settings(
     device="cuda",
-    contenders=(MINE, RELEASED, CHAIN, SWIN, CONVNEXT, DEIT),
+    most=2.0,
+    contenders=(MINE, RELEASED, SWIN, CONVNEXT, DEIT),
     scans=(
         (56, 96, (1, 128)), (28, 192, (1, 128)), (14, 384, (1, 128)), (7, 768, (1, 128)), (192, 96, (1, 8)),
         (384, 96, (1, 8)),
@@ -108,28 +124,6 @@ KINDS = {
 }
 
 
-# --- CUDA graphs -----------------------------------------------------------------------------------------------------
-
-
-def capture(call: Call) -> Call:
-    """A call that always reads the same tensors as a CUDA graph, whose replay takes only the card's own time."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
-
-    def replay(keep: object = call) -> object:  # the graph reads the tensors that the call was given
-        graph.replay()
-        return output
-
-    return replay
-
-
 def captured(bench: Bench, call: Call) -> tuple[Call, str]:
     """The call as a graph where that is possible, and how it is launched."""
     if bench.settings.device == "cuda":
@@ -142,14 +136,16 @@ def captured(bench: Bench, call: Call) -> tuple[Call, str]:
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
+def scan_shapes(s: runner.Settings) -> list[tuple[int, int, int, int]]:
+    """Those of the operator."""
+    return [(batch, grid, grid, channels) for grid, channels, batches in s.scans for batch in batches]
+
+
 def operators(bench: Bench) -> Iterator[Part]:
     """The scan alone, forward and backward, at the shapes that the models meet."""
     rates = {"copy on the device, TB/s": bench.copy_rate, "bfloat16 matrix product, TFLOP/s": bench.product_rate}
     yield "rates", [{"what": what, "value": rate / 1e12} for what, rate in rates.items()]
-    shapes = [(batch, grid, channels) for grid, channels, batches in bench.settings.scans for batch in batches]
-    inputs = [((batch, grid, grid, channels), torch.bfloat16) for batch, grid, channels in shapes]
-    compile_ahead(bench, compile_scans, inputs)
-    for batch, grid, channels in shapes:
+    for batch, grid, _, channels in scan_shapes(bench.settings):
         bench.say(f"  scans, {batch} × {grid}² × {channels}")
         rows: list[Row] = [{"scan": "all", "grid": grid, "channels": channels, "batch": batch}]
         with failures_in(rows[0]):
@@ -158,31 +154,29 @@ def operators(bench: Bench) -> Iterator[Part]:
         release()
 
 
+def latency_entries(s: runner.Settings) -> list[Entry]:
+    """One image."""
+    return entries_of((MINE, SWIN, CONVNEXT), s.modes, 1, s.size)
+
+
 def latency(bench: Bench) -> Iterator[Part]:
     """One image, as it comes and as a CUDA graph, which no launching from Python slows down."""
-    size = bench.settings.size
-    image, _ = random_images(bench, 1, size)
-    rows: dict[tuple[str, str], Row] = {}
-    calls: dict[tuple[str, str], Call] = {}
-    torch._dynamo.reset()
-    entries = list(itertools.product((MINE, SWIN, CONVNEXT), bench.settings.modes))
-    compile_ahead(bench, compile_pass, [(*entry, 1, size, False) for entry in entries])
-    for label, mode in entries:
-        bench.say(f"  {label}, {mode}, 1 × {size}²")
-        plain, graph = (label, mode), (label, "graph" if mode == EAGER else f"{mode}, graph")
-        rows |= {key: {"model": label, "mode": key[1], "size": size, "batch": 1} for key in (plain, graph)}
+    rows: dict[tuple[Entry, bool], Row] = {}
+    turns: dict[tuple[Entry, bool], Turn] = {}
+    stand = stand_of(bench)
+    for entry in latency_entries(bench.settings):
+        plain, graph = (entry, False), (entry, True)
+        rows[plain] = entry.row
+        rows[graph] = entry.row | {"mode": "graph" if entry.mode == EAGER else f"{entry.mode}, graph"}
         with failures_in(rows[plain]):
-            bench.has_time_for(PATIENCE[mode])
-            call = partial(prepare(bench, label, mode, size).infer, image)
-            call()  # compiles
-            calls[plain] = call
+            stand.ready(entry)
+            turns[plain] = partial(stand.ask, "turn", *plain)
         with failures_in(rows[graph]):
-            if plain not in calls:
+            if plain not in turns:
                 raise NotMeasuredError(rows[plain]["error"])
-            if bench.settings.device != "cuda":
-                raise NotMeasuredError("there are no graphs on the CPU")
-            calls[graph] = capture(calls[plain])
-    for key, seconds in bench.interleave(calls).items():
+            stand.ask("capture", entry)
+            turns[graph] = partial(stand.ask, "turn", *graph)
+    for key, seconds in bench.take_turns(turns, rows).items():
         rows[key] |= {"seconds": seconds, "images_per_second": 1 / seconds}
     yield "latency", list(rows.values())
 
@@ -280,6 +274,8 @@ def notes(settings: runner.Settings) -> list[str]:
         f"{DROP_PATH} in all training steps",
         f"Medians of up to {settings.rounds} rounds in which all calls take turns; compiled is `torch.compile(model, "
         "dynamic=False)`, and a figure takes the better mode of each model",
+        "With other scans VMamba-T is timed in eager mode only, since mamba-ssm's extension breaks the graph of "
+        "torch.compile; the chain of torch's operators, thousands of steps long, is timed as a scan alone",
         "Peak memory is that of one model alone: parameters, gradients and activations",
         "The scan's share of the copy rate is that of the operator after its projection, as `ss2d_scan` calls it: what "
         "it must read and write once over its time",
@@ -289,18 +285,59 @@ def notes(settings: runner.Settings) -> list[str]:
 GPU = runner.Benchmark(
     "gpu", "VMamba on a GPU", LAYOUT,
     {
-        "check": Section(check, ("checks",), 0),
-        "operators": Section(operators, ("rates", "operators"), 60),
-        "inference": Section(partial(networks.large_batch, training=False), ("inference",), 60),
-        "training": Section(partial(networks.large_batch, training=True), ("training",), 60),
-        "latency": Section(latency, ("latency",), 30),
-        "profile": Section(partial(networks.profiling, kinds=KINDS, floors=least_bytes), ("profile", "kernels"), 30),
-        "resolution": Section(networks.resolution, ("resolution",), 60),
+        "check": Section(check, ("checks",), 0, lambda s: itertools.product(s.checks, (torch.float32, torch.bfloat16))),
+        "operators": Section(
+            operators, ("rates", "operators"), 30, lambda s: [(shape, torch.bfloat16) for shape in scan_shapes(s)]
+        ),
+        "inference": Section(
+            partial(networks.large_batch, training=False), ("inference",), 20,
+            partial(networks.large_batch_entries, training=False),
+        ),
+        "training": Section(
+            partial(networks.large_batch, training=True), ("training",), 40,
+            partial(networks.large_batch_entries, training=True),
+        ),
+        "latency": Section(latency, ("latency",), 10, latency_entries),
+        "profile": Section(
+            partial(networks.profiling, kinds=KINDS, floors=least_bytes), ("profile", "kernels"), 30,
+            networks.profile_entries,
+        ),
+        "resolution": Section(
+            networks.resolution, ("resolution",), 30, lambda s: itertools.chain(*networks.resolution_races(s))
+        ),
         "tune": Section(partial(tuning, prepare=capture), ("tuning",), 180),
     },
     figures, "resolution", notes,
 )  # fmt: skip
 CHOICE = [name for name in GPU.sections if name != "check"]
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def room_for_workers() -> int:
+    """Processes that this machine has room for, with GB_OF_WORKER of memory and half a core each."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(text))
+    return max(1, min(MOST_WORKERS, int(memory / 1e9 / GB_OF_WORKER), 2 * len(os.sched_getaffinity(0))))
+
+
+@contextmanager
+def ready_workers(bench: Bench, sections: Iterable[str], limit: int) -> Iterator[Workers]:
+    """Processes in which everything that the sections measure has been built, compiled and called.
+
+    Compiling takes most of the time of a run, so all of it is done side by side; what is ready then waits for its turn.
+    Time for the turns is left of the budget.
+    """
+    chosen = [GPU.sections[name] for name in sections]
+    ahead = [one for section in chosen for one in section.ahead(bench.settings)]
+    groups, reserve = networks.groups_of(bench.settings, ahead), sum(section.seconds for section in chosen)
+    with NamedTemporaryFile() as lock, Workers(SharedStand, bench.settings, lock.name, limit=limit) as workers:
+        bench.say(f"{len(groups)} groups of contenders and scans are made ready in at most {limit} processes")
+        workers.prepare(groups, lambda: bench.seconds_left - reserve, bench.say)
+        yield workers
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -309,6 +346,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--modes", default=f"{EAGER},{COMPILED}", help="eager, compiled or both")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; what would start too late is left out")
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing compiled; written only to --output")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="processes in which models stand ready; 0: models are made one after the other in this",
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny models, for tests")
     parser.add_argument("--output", type=Path, help=f"folder of the results; {RESULTS} for a full run")
     options = parser.parse_args(arguments)
@@ -320,6 +362,8 @@ def main(arguments: list[str] | None = None) -> None:
             "benchmarks/gpu.py needs a GPU, and torch finds none (--device cpu tries the program with tiny models)"
         )
 
+    if options.workers is None:
+        options.workers = room_for_workers() if options.device == "cuda" else 0
     settings = SMOKE if options.device == "cpu" else QUICK if options.quick else FULL
     settings = replace(settings, modes=tuple(mode for mode in settings.modes if mode in modes))
     is_full = settings.device == "cuda" and not options.quick
@@ -328,7 +372,9 @@ def main(arguments: list[str] | None = None) -> None:
     backend = choose_backend(None, torch.device(settings.device)).name
     results = runner.Results(GPU, settings, options.output or (RESULTS if is_full else None), backend=backend)
     bench = Bench(settings, options.budget)
-    with networks.compilers_set():
+    with networks.compilers_set(), ExitStack() as stack:
+        if options.workers:
+            bench.workers = stack.enter_context(ready_workers(bench, ["check", *sections], options.workers))
         results.run(bench, ["check"])
         if MINE not in bench.unfit and "check" not in results.data["skipped"]:
             results.run(bench, sections)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import math
+import re
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from page import Row
@@ -23,15 +28,17 @@ from runner import (
     NotMeasuredError,
     Part,
     Settings,
-    compile_ahead,
+    capture,
     failures_in,
     release,
-)  # fmt: skip
-from scan_speed import CHAIN, MINE, RELEASED, Scan, distance, replaced_scan, scan_of
+    seconds_of,
+)
+from scan_speed import CHAIN, MINE, RELEASED, Scan, compile_scans, distance, replaced_scan, scan_of
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from workers import Group, Workers
 
 import vmamba
 
@@ -61,6 +68,11 @@ LAYOUT = {
 }
 KERNELS_SHOWN = 20
 MODELS_APART = 0.1  # allowed distance of one model's results, computed in different ways in bfloat16
+KEPT = 2e9  # bytes of the card that a process may keep between its turns
+PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between attempts of a process to find memory
+LACKS_MEMORY = re.compile("out of memory|ALLOC_FAILED|NOT_INITIALIZED|unable to find an engine")
+COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", COMPILE_THREADS: "1"}  # of a process among many
 DROP_PATH = 0.2  # of every model, so that all of them train with the same recipe
 
 
@@ -134,10 +146,11 @@ def prepare(bench: Bench, label: str, mode: str, size: int, training: bool = Fal
 
 
 def random_images(bench: Bench, batch: int, size: int) -> tuple[Tensor, Tensor]:
-    """Images and classes."""
-    image = torch.randn(batch, 3, size, size, device=bench.settings.device)
+    """Images, the same ones each time, and classes."""
+    device = bench.settings.device
+    image = torch.randn(batch, 3, size, size, device=device, generator=torch.Generator(device).manual_seed(0))
     image = image.to(memory_format=torch.channels_last) if bench.settings.low else image
-    return image, torch.arange(batch, device=bench.settings.device) % 1000
+    return image, torch.arange(batch, device=device) % 1000
 
 
 @contextmanager
@@ -147,73 +160,264 @@ def compilers_set() -> Iterator[None]:
         yield
 
 
-def compile_pass(settings: Settings, label: str, mode: str, batch: int, size: int, training: bool) -> None:
-    """One pass of a contender, for what it leaves in the compilers' caches."""
-    bench = Bench(settings)
-    image, target = random_images(bench, batch, size)
-    with compilers_set():
-        prepare(bench, label, mode, size, training).a_pass(image, target, training)()
+# --- contenders that stand ready -------------------------------------------------------------------------------------
 
 
-def race(
-    bench: Bench, labels: Iterable[str], modes: Iterable[str], batch: int, size: int, training: bool = False
-) -> list[Row]:
-    """Seconds, images a second and peak memory of every contender in every mode; all of them take turns."""
-    image, target = random_images(bench, batch, size)
-    rows: dict[tuple[str, str], Row] = {}
-    calls = {}
-    expected: dict[str, Tensor] = {}  # the first result of every model, which has one set of weights
-    torch._dynamo.reset()
-    entries = [entry for entry in itertools.product(labels, modes) if entry != (CHAIN, COMPILED)]
-    compiled = [(label, mode, batch, size, training) for label, mode in entries if mode == COMPILED or label == MINE]
-    compile_ahead(bench, compile_pass, compiled)
-    for label, mode in entries:
-        row = rows[label, mode] = {"model": label, "mode": mode, "size": size, "batch": batch}
-        bench.say(f"  {label}, {mode}, {batch} × {size}²")
+@dataclass(frozen=True)
+class Entry:
+    """What takes part in a race: a model in a mode, and the images that it gets."""
+
+    label: str
+    mode: str
+    batch: int
+    size: int
+    training: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.label}, {self.mode}, {self.batch} × {self.size}²" + ", training" * self.training
+
+    @property
+    def row(self) -> Row:
+        """What the tables say of it."""
+        return {"model": self.label, "mode": self.mode, "size": self.size, "batch": self.batch}
+
+    @property
+    def seconds(self) -> float:
+        """Until it is ready, roughly."""
+        return PATIENCE[self.mode] * (1 + self.training)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a contender's first calls told: its logits, unless it trains, and its peak memory, where that is known."""
+
+    logits: np.ndarray | None
+    peak_mb: float | None
+
+
+class Stand:
+    """Contenders that are ready to be called in this process."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.contenders: dict[Entry, tuple[Contender, Call]] = {}
+        self.graphs: dict[Entry, Call] = {}
+        torch._dynamo.reset()
+
+    def prepare(self, entry: Entry) -> Ready:
+        """Build one, unless it is there, compile it and call it until it is warm."""
+        if entry not in self.contenders:
+            contender = prepare(self.bench, entry.label, entry.mode, entry.size, entry.training)
+            images = random_images(self.bench, entry.batch, entry.size)
+            self.contenders[entry] = contender, contender.a_pass(*images, entry.training)
+        contender, call = self.contenders[entry]
+        output = call()  # compiles
+        call()
+        logits = output.float().cpu().numpy() if isinstance(output, Tensor) else None
+        return Ready(logits, contender.peak_mb(call))
+
+    def ready(self, entry: Entry) -> Ready:
+        """As `prepare`; raises a NotMeasuredError where too little of the budget is left."""
+        self.bench.has_time_for(entry.seconds)
+        self.bench.say(f"  {entry}")
+        try:
+            return self.prepare(entry)
+        except Exception:
+            self.contenders.pop(entry, None)  # and its memory
+            raise
+
+    def ask(self, wanted: str, entry: Entry, *given: Any) -> Any:
+        """One of the methods below, as `Workers.ask` has it done in another process."""
+        return getattr(self, wanted)(entry, *given)
+
+    def capture(self, entry: Entry) -> None:
+        """Make a CUDA graph of it; raises a NotMeasuredError on the CPU."""
+        if self.bench.settings.device != "cuda":
+            raise NotMeasuredError("there are no graphs on the CPU")
+        self.graphs[entry] = capture(self.contenders[entry][1])
+
+    def turn(self, entry: Entry, as_graph: bool, repeats: int) -> float:
+        """Seconds of one call, the mean of so many in a row."""
+        call = self.graphs[entry] if as_graph else self.contenders[entry][1]
+        return seconds_of(call, self.bench.settings.device, repeats, self.bench.clock)
+
+    def profile(self, entry: Entry, kinds: Mapping[str, tuple[str, ...]]) -> list[Row]:
+        """As `profile_calls`."""
+        return profile_calls(self.bench, self.contenders[entry][1], kinds)
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Shapes and types of scans, to be compiled for what that leaves in the caches on the disk."""
+
+    cases: tuple[tuple[tuple[int, int, int, int], torch.dtype], ...]
+    seconds: float = 25.0
+
+    def __str__(self) -> str:
+        return f"{len(self.cases)} scans"
+
+
+class SharedStand(Stand):
+    """A stand in one of many processes, which leave the card's memory to the one that is asked.
+
+    Args:
+        settings: of the run.
+        lock: a file that a process locks while it makes ready what found too little memory beside the others.
+    """
+
+    def __init__(self, settings: Settings, lock: str) -> None:
+        super().__init__(Bench(settings))
+        self.lock = lock
+
+    def ask(self, wanted: str, entry: Any, *given: Any) -> Any:
+        """As the base class. Afterwards, also after a failure, only a little of the card's memory is kept."""
+        trouble: Row = {}
+        answer = None
+        with compilers_set(), failures_in(trouble):
+            answer = super().ask(wanted, entry, *given)
+        if trouble and wanted == "prepare":
+            self.contenders.pop(entry, None)
+        if wanted == "prepare" and (compilers := sys.modules.get("torch._inductor.async_compile")):
+            with failures_in({}):
+                compilers.shutdown_compile_workers()  # processes that would go on to hold memory
+        if trouble or wanted == "prepare":
+            release()
+        elif self.bench.settings.device == "cuda" and torch.cuda.memory_reserved() > KEPT:
+            torch.cuda.empty_cache()
+        if trouble:
+            raise NotMeasuredError(trouble["error"])
+        return answer
+
+    def prepare(self, entry: Entry | Scans) -> Ready | None:
+        """As the base class, and again where memory was too little; or compile scans."""
+        if isinstance(entry, Scans):
+            for case in entry.cases:
+                with failures_in({}):  # it will fail again where it is timed
+                    compile_scans(self.bench.settings, *case)
+            return None
+        if ready := self._prepare_if_it_fits(entry):
+            return ready
+        with open(self.lock) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for pause in PAUSES:
+                if ready := self._prepare_if_it_fits(entry):
+                    return ready
+                time.sleep(pause)
+            return super().prepare(entry)
+
+    def _prepare_if_it_fits(self, entry: Entry) -> Ready | None:
+        """None where memory was too little; what was built and compiled is kept."""
+        try:
+            return super().prepare(entry)
+        except Exception as error:
+            if not LACKS_MEMORY.search(str(error)):
+                raise
+        release()
+        return None
+
+    def turn(self, entry: Entry, as_graph: bool, repeats: int) -> float:
+        """As the base class, after a call that is not timed, since this process had no memory and was idle."""
+        super().turn(entry, as_graph, 1)
+        return super().turn(entry, as_graph, repeats)
+
+
+def groups_of(settings: Settings, ahead: Iterable[Any]) -> list[Group]:
+    """Entries and cases of scans, divided among processes.
+
+    A compiled contender has one of its own. Eager ones of a model share one, and so do scans.
+    """
+    shared: dict[Any, dict[Entry, None]] = {}
+    cases: dict[Any, None] = {}
+    for one in ahead:
+        if isinstance(one, Entry):
+            key = one if one.mode == COMPILED else (one.label, one.training, one.size == settings.size)
+            shared.setdefault(key, {})[one] = None
+        else:
+            cases[one] = None
+    groups = []
+    for entries in map(tuple, shared.values()):
+        # Compiling a step takes longest: it comes before the others, and more processes compile its kernels.
+        first, seconds = entries[0], sum(entry.seconds for entry in entries)
+        threads, nice = (1 if first.mode == EAGER else 2), (10 if first.size == settings.size else 15)
+        if first.training and first.mode == COMPILED:
+            threads, nice = 4, 0
+        groups.append(Group(entries, seconds, ENVIRONMENT | {COMPILE_THREADS: str(threads)}, nice))
+    parts = [Scans(tuple(cases)[part::4]) for part in range(min(4, len(cases)))]
+    return groups + [Group((part,), part.seconds, ENVIRONMENT, 10) for part in parts]
+
+
+def stand_of(bench: Bench) -> Stand | Workers:
+    """Where contenders are made ready, and asked for turns."""
+    return bench.workers or Stand(bench)
+
+
+def race(bench: Bench, entries: Iterable[Entry]) -> list[Row]:
+    """Seconds, images a second and peak memory of every contender; all of them take turns."""
+    rows = {entry: entry.row for entry in entries}
+    stand, turns = stand_of(bench), {}
+    expected: dict[str, Tensor] = {}  # the first logits of every model, which has one set of weights
+    for entry, row in rows.items():
         with failures_in(row):
-            bench.has_time_for(PATIENCE[mode] * (1 + training))
-            contender = prepare(bench, label, mode, size, training)
-            call = contender.a_pass(image, target, training)
-            output = call()  # compiles
-            if output is not None:
-                apart = distance(output, expected.setdefault(NAMES.get(label, label), output.double()))
+            if entry.label in bench.unfit:
+                raise NotMeasuredError(bench.unfit[entry.label])
+            ready = stand.ready(entry)
+            if ready.logits is not None:
+                logits = torch.from_numpy(ready.logits)
+                apart = distance(logits, expected.setdefault(NAMES.get(entry.label, entry.label), logits))
                 if not apart <= MODELS_APART:
                     raise NotMeasuredError(f"its result is wrong, off by {apart:.1e}")
-            call()
-            if (peak := contender.peak_mb(call)) is not None:
-                row["peak_mb"] = peak
-            calls[label, mode] = call
+            if ready.peak_mb is not None:
+                row["peak_mb"] = ready.peak_mb
+            turns[entry] = partial(stand.ask, "turn", entry, False)
         if "error" in row:
             release()
-    trouble: Row = {}
-    with failures_in(trouble):
-        for key, seconds in bench.interleave(calls).items():
-            rows[key] |= {"seconds": seconds, "images_per_second": batch / seconds}
-    return [trouble | row for row in rows.values()]
+    for entry, seconds in bench.take_turns(turns, rows).items():
+        rows[entry] |= {"seconds": seconds, "images_per_second": entry.batch / seconds}
+    return list(rows.values())
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
+def entries_of(
+    labels: Iterable[str], modes: Iterable[str], batch: int, size: int, training: bool = False
+) -> list[Entry]:
+    """Every label in every mode; the yardsticks with other scans are nothing for torch.compile."""
+    found = (Entry(label, mode, batch, size, training) for label, mode in itertools.product(labels, modes))
+    return [entry for entry in found if entry.mode == EAGER or entry.label not in (RELEASED, CHAIN)]
+
+
+def large_batch_entries(s: Settings, training: bool) -> list[Entry]:
+    """All contenders but DeiT, which is measured by the side of the image."""
+    return entries_of([label for label in s.contenders if label != DEIT], s.modes, s.batch, s.size, training)
+
+
 def large_batch(bench: Bench, training: bool) -> Iterator[Part]:
     """Forward passes of a large batch, or forward and backward passes, with peak memory."""
-    s = bench.settings
-    labels = [label for label in s.contenders if label != DEIT]
-    yield "training" if training else "inference", race(bench, labels, s.modes, s.batch, s.size, training)
+    yield "training" if training else "inference", race(bench, large_batch_entries(bench.settings, training))
+
+
+def resolution_races(s: Settings) -> list[list[Entry]]:
+    """Those of one mode and size each; the largest sizes first, since figures rest on them."""
+    labels = [label for label in FOUR if label in s.contenders]
+    eager = sorted(s.sizes, key=lambda size: (size not in s.compiled_sizes, -size))
+    order = {EAGER: eager, COMPILED: sorted(s.compiled_sizes, reverse=True)}
+    return [
+        entries_of(labels, [mode], batch_at(s, size), size)
+        for mode, sizes in order.items()
+        for size in sizes
+        if mode in s.modes
+    ]
 
 
 def resolution(bench: Bench) -> Iterator[Part]:
-    """Forward passes by the side of the image; the largest first, since figures rest on them."""
-    s = bench.settings
-    labels = [label for label in FOUR if label in s.contenders]
-    eager = sorted(s.sizes, key=lambda size: (size not in s.compiled_sizes, -size))
-    for mode, sizes in ((EAGER, eager), (COMPILED, sorted(s.compiled_sizes, reverse=True))):
-        for size in sizes:
-            rows = race(bench, labels, [m for m in s.modes if m == mode], batch_at(s, size), size)
-            if bench.memory:
-                rows = [row | {"peak_mb": bench.memory(row["model"], size)} for row in rows]
-            yield "resolution", rows
-            release()
+    """Forward passes by the side of the image."""
+    for entries in resolution_races(bench.settings):
+        rows = race(bench, entries)
+        if bench.memory:
+            rows = [row | {"peak_mb": bench.memory(row["model"], row["size"])} for row in rows]
+        yield "resolution", rows
+        release()
 
 
 def batch_at(s: Settings, size: int) -> int:
@@ -224,22 +428,26 @@ def batch_at(s: Settings, size: int) -> int:
 Floors = Callable[[Bench, Contender, Tensor, bool], Mapping[str, Row]]
 
 
+def profile_entries(s: Settings) -> list[Entry]:
+    """Our model's passes."""
+    return [
+        Entry(MINE, mode, batch, size, training)
+        for (training, batch, size), mode in itertools.product(s.profiled, s.modes)
+    ]
+
+
 def profiling(bench: Bench, kinds: Mapping[str, tuple[str, ...]], floors: Floors) -> Iterator[Part]:
     """Our model's kernels, and by kind beside the least time that they could take."""
-    for (training, batch, size), mode in itertools.product(bench.settings.profiled, bench.settings.modes):
-        row: Row = {"pass": "training" if training else "inference", "mode": mode, "size": size}
+    for entry in profile_entries(bench.settings):
+        training, size = entry.training, entry.size
+        row: Row = {"pass": "training" if training else "inference", "mode": entry.mode, "size": size}
         found, kernels = [row], []
-        bench.say(f"  {row['pass']}, {mode}, {size}²")
         with failures_in(row):
-            bench.has_time_for(PATIENCE[mode])
-            torch._dynamo.reset()
-            image, target = random_images(bench, batch, size)
-            contender = prepare(bench, MINE, mode, size, training)
-            call = contender.a_pass(image, target, training)
-            call()
-            call()
-            kernels = profile_calls(bench, call, kinds)
-            plain = replace(contender, forward=contender.model)
+            stand = stand_of(bench)
+            stand.ready(entry)
+            kernels = stand.ask("profile", entry, kinds)
+            plain = prepare(bench, MINE, EAGER, size, training)
+            image, _ = random_images(bench, entry.batch, size)
             found = by_kind(kernels, floors(bench, plain, image, training))
         yield "profile", [row | kind for kind in found]
         yield "kernels", [row | kernel for kernel in kernels[:KERNELS_SHOWN]]
@@ -254,6 +462,7 @@ def kind_of(name: str, kinds: Mapping[str, tuple[str, ...]]) -> str:
 def profile_calls(bench: Bench, call: Call, kinds: Mapping[str, tuple[str, ...]], rounds: int = 3) -> list[Row]:
     """The device's time in each kernel of a call, the longest first; on the CPU in each of torch's operators."""
     on_card = bench.settings.device == "cuda"
+    call()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * on_card)]) as recorded:
         for _ in range(rounds):
             call()

@@ -17,16 +17,16 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from page import Layout, Row, curves, page, sentence
+from workers import NotMeasuredError, Workers, brief
 
 RESULTS = Path(__file__).parent / "results"
 EAGER, COMPILED = "eager", "compiled"
@@ -35,10 +35,7 @@ PATIENCE = {EAGER: 5, COMPILED: 45}  # seconds that a model takes before it can 
 Tables = Mapping[str, list[Row]]
 Part = tuple[str, list[Row]]  # a table's name and rows for it
 Call = Callable[[], object]
-
-
-class NotMeasuredError(Exception):
-    """Why there is no number."""
+Turn = Callable[[int], float]  # so many calls in a row: seconds of one
 
 
 @dataclass(frozen=True)
@@ -83,6 +80,7 @@ class Bench:
 
     settings: Settings
     budget: float = math.inf
+    workers: Workers | None = None  # where models stand ready; None: each race makes its own in this process
     memory: Callable[[str, int], float] | None = None  # MB by contender and image size; None: the device knows
     say: Callable[[str], None] = print
     began: float = field(default_factory=time.perf_counter)
@@ -92,6 +90,10 @@ class Bench:
     def interleave(self, calls: Mapping[Any, Call]) -> dict[Any, float]:
         s = self.settings
         return interleave(calls, s.rounds, s.device, s.least, s.most, self.clock)
+
+    def take_turns(self, turns: Mapping[Any, Turn], rows: Mapping[Any, Row]) -> dict[Any, float]:
+        s = self.settings
+        return take_turns(turns, s.rounds, s.least, s.most, rows)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.settings.device, dtype=torch.bfloat16, enabled=self.settings.low)
@@ -112,10 +114,14 @@ class Bench:
         left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         return 2 * side**3 / self.interleave({"product": lambda: left @ right})["product"]
 
+    @property
+    def seconds_left(self) -> float:
+        """Of the budget."""
+        return max(0.0, self.budget - (time.perf_counter() - self.began))
+
     def has_time_for(self, seconds: float) -> None:
         """Raise a NotMeasuredError unless so much of the budget is left."""
-        left = max(0.0, self.budget - (time.perf_counter() - self.began))
-        if left < seconds:
+        if (left := self.seconds_left) < seconds:
             raise NotMeasuredError(f"{left:.0f} s were left, and it takes about {seconds:.0f} s")
 
 
@@ -140,6 +146,25 @@ def seconds_of(
     return (clock() - start) / repeats
 
 
+def capture(call: Call) -> Call:
+    """A call that always reads the same tensors as a CUDA graph, whose replay takes only the card's own time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay(keep: object = call) -> object:  # the graph reads the tensors that the call was given
+        graph.replay()
+        return output
+
+    return replay
+
+
 def interleave(
     calls: Mapping[Any, Call],
     rounds: int,
@@ -158,15 +183,33 @@ def interleave(
         most: seconds after which a call has no more turns, once it has had three.
         clock: what tells seconds on the CPU.
     """
-    times: dict[Any, list[float]] = {name: [] for name in calls}
-    repeats = {
-        name: max(1, math.ceil(least / max(seconds_of(call, device, 1, clock), 1e-7))) for name, call in calls.items()
-    }
+    turns = {name: partial(seconds_of, call, device, clock=clock) for name, call in calls.items()}
+    return take_turns(turns, rounds, least, most)
+
+
+def take_turns(
+    turns: Mapping[Any, Turn], rounds: int, least: float, most: float, rows: Mapping[Any, Row] | None = None
+) -> dict[Any, float]:
+    """As `interleave`, of what takes its turns itself.
+
+    With `rows`, what goes wrong with one is noted in its row and the others go on; without, it is raised.
+    """
+    racing, times = dict(turns), {name: list[float]() for name in turns}
+    repeats = dict.fromkeys(turns, 1)
+
+    def seconds(name: Any) -> float:
+        with nullcontext() if rows is None else failures_in(rows[name]):
+            return racing[name](repeats[name])
+        del racing[name]
+        return math.inf
+
+    for name in turns:
+        repeats[name] = max(1, math.ceil(least / max(seconds(name), 1e-7)))
     for _ in range(rounds):
-        for name, call in calls.items():
+        for name in list(racing):
             if len(times[name]) < 3 or sum(times[name]) * repeats[name] < most:
-                times[name].append(seconds_of(call, device, repeats[name], clock))
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[name].append(seconds(name))
+    return {name: statistics.median(times[name]) for name in racing}
 
 
 @contextmanager
@@ -178,32 +221,7 @@ def failures_in(row: Row) -> Iterator[None]:
         row["error"] = brief(error)
 
 
-def brief(error: Exception) -> str:
-    """An exception in one line of the results."""
-    if isinstance(error, NotMeasuredError):
-        return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
-
-
 COMPILERS = max(1, (os.cpu_count() or 1) - 2)  # processes
-
-
-def compile_ahead(bench: Bench, function: Callable[..., object], jobs: Iterable[tuple[Any, ...]]) -> None:
-    """Call function(settings, *job) for all jobs side by side, each in a process of its own, where that is a GPU's.
-
-    What they compile stays in the caches on the disk, and the calls that are timed find it there. Failures are left to
-    these calls too.
-    """
-    jobs = list(jobs)
-    if bench.settings.device != "cuda" or len(jobs) < 2:
-        return
-    bench.say(f"  compiling for {len(jobs)} calls")
-    with ProcessPoolExecutor(min(len(jobs), COMPILERS), mp_context=get_context("spawn")) as pool:
-        for future in [pool.submit(function, bench.settings, *job) for job in jobs]:
-            with failures_in({}):
-                future.result()
 
 
 def release() -> None:
@@ -264,11 +282,19 @@ class Figures:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a run: what it does, the tables it fills, and about how many seconds it takes."""
+    """A part of a run.
+
+    Attributes:
+        run: what it does.
+        tables: those it fills.
+        seconds: that it takes, roughly.
+        ahead: what of it workers make ready before anything is timed.
+    """
 
     run: Callable[[Bench], Iterator[Part]]
     tables: tuple[str, ...]
     seconds: float = 0
+    ahead: Callable[[Settings], Iterable[Any]] = lambda settings: ()
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 A runtime has a process of its own, with a fixed number of threads, so that no runtime's threads are in another's way;
 processes stay, and one of them computes at a time. A turn's time is taken in the process, so it does not contain what
 the question took. What a network gives is compared with eager PyTorch in float32 before it is timed.
-
-    python benchmarks/runtimes.py FOLDER PACKAGE OPTIONS THREADS    # such a process: questions on stdin
 """
 
 from __future__ import annotations
@@ -13,11 +11,7 @@ import hashlib
 import importlib
 import json
 import math
-import os
-import select
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,9 +20,11 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
+from workers import Worker as Process
+from workers import WorkerError
 
 EAGER, COMPILED, ORT, OPENVINO = "eager", "compiled", "ONNX Runtime", "OpenVINO"
 CAST, OPEN, AOTI = "eager, cast", "OpenVINO, any size", "AOTInductor"
@@ -40,7 +36,6 @@ PROCESSES = {
     OPEN: OPENVINO, PRODUCTS: "products",
 }  # fmt: skip
 TOLERANCES = {FLOAT32: 1e-4, BFLOAT16: 5e-2, INT8: 0.5}  # of the largest output; weights are random
-PATIENCE = 900  # seconds for one answer
 IDLE = 0.05  # the share of a core that a process which waits may use
 DROP_PATH = 0.2
 Call = Callable[[], object]
@@ -398,20 +393,15 @@ def resident_mb(what: str) -> float:
 
 
 class Server:
-    """What a process answers."""
+    """What a process of this name answers."""
 
-    def __init__(self, shelf: Shelf, threads: int) -> None:
+    def __init__(self, name: str, shelf: Shelf, threads: int) -> None:
         self.shelf, self.threads = shelf, threads
         self.calls: dict[Subject, Call] = {}
-
-    def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """One question: what is wanted, and of which subject."""
-        subject = Subject(**question["subject"])
-        if PROCESSES[subject.mode] not in (ORT, OPENVINO):
+        if name not in (ORT, OPENVINO):
             import torch
 
-            torch.set_num_threads(self.threads)
-        return getattr(self, question["wanted"])(subject, **question.get("given", {}))
+            torch.set_num_threads(threads)
 
     def export(self, subject: Subject, kind: str) -> dict[str, Any]:
         export(self.shelf, subject, kind)
@@ -447,88 +437,18 @@ class Server:
         return {"peak_mb": resident_mb("VmHWM") - before}
 
 
-def serve(folder: str, package: str, options: str, threads: str) -> None:
-    """Answer until stdin ends. What libraries print goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    server = Server(Shelf(Path(folder), json.loads(options), package), int(threads))
-    for line in sys.stdin:
-        try:
-            answer = server.answer(json.loads(line))
-        except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            answer = {"error": f"{type(error).__name__}: {first}"[:300]}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 # --- the asking side -------------------------------------------------------------------------------------------------
 
 
-class WorkerError(Exception):
-    """What a process could not do."""
-
-
-class Worker:
-    """A process of `serve`."""
+class Worker(Process):
+    """A process of a `Server`, with a fixed number of threads."""
 
     def __init__(self, name: str, shelf: Shelf, threads: int) -> None:
-        self.name = name
-        self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(shelf.folder / "inductor")
         if name == PROCESSES[PRODUCTS]:
             environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
-        command = [sys.executable, *["-S"] * sys.flags.no_site, __file__]
-        command += [str(shelf.folder), shelf.package, json.dumps(shelf.options), str(threads)]
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
-        )
-
-    def ask(self, wanted: str, subject: Subject, **given: object) -> dict[str, Any]:
-        """The answer; raises a WorkerError that says what went wrong."""
-        assert self.process.stdin
-        assert self.process.stdout
-        question = {"wanted": wanted, "subject": asdict(subject), "given": given}
-        try:
-            print(json.dumps(question), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            raise WorkerError(self._last_words()) from None
-        if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
-            self.process.kill()
-            raise WorkerError(f"no answer in {PATIENCE} s")
-        line = self.process.stdout.readline()
-        if not line:
-            raise WorkerError(self._last_words())
-        answer = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(answer["error"])
-        return answer
-
-    def _last_words(self) -> str:
-        status = self.process.wait()
-        self.errors.seek(0)
-        said = self.errors.read().strip().splitlines()[-1:]
-        return ": ".join([f"the process {self.name} ended with status {status}", *said])
-
-    def seconds_used(self) -> float:
-        """Of processors, until now."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def close(self) -> None:
-        """End it."""
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe:
-                pipe.close()
-        self.process.kill()
-        self.process.wait()
-        self.errors.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+        super().__init__(name, Server, name, shelf, threads, environment=environment)
 
 
 @contextmanager
@@ -581,7 +501,7 @@ def race(
             outcome = f"  {subject.model}, {subject.mode}, {subject.precision}, {subject.batch} × {subject.size}²: "
             try:
                 prepare_files(writer, shelf, subject)
-                if name not in workers or workers[name].process.poll() is not None:
+                if name not in workers or workers[name].has_ended:
                     workers[name] = stack.enter_context(Worker(name, shelf, threads))
                 row |= workers[name].ask("load", subject)
                 loaded.append((workers[name], subject))
@@ -590,7 +510,7 @@ def race(
                 row["error"] = str(error)
                 say(f"{outcome}{error}")
         writer.close()
-        loaded = [(worker, subject) for worker, subject in loaded if worker.process.poll() is None]
+        loaded = [(worker, subject) for worker, subject in loaded if not worker.has_ended]
         for subject, seconds in turns(loaded, rounds, least, most).items():
             rows[subject] |= {"seconds": seconds, "images_per_second": subject.batch / seconds}
     for row in rows.values():
@@ -614,7 +534,3 @@ def peak_mb(shelf: Shelf, subject: Subject, threads: int) -> float:
     """Most memory of a fresh process while it makes a network and calls it, less what it held before."""
     with Worker(PROCESSES[subject.mode], shelf, threads) as worker:
         return worker.ask("peak", subject)["peak_mb"]
-
-
-if __name__ == "__main__":
-    serve(*sys.argv[1:])

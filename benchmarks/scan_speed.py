@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from page import Row
-from runner import Bench, Call, NotMeasuredError, Part, Settings, compile_ahead, failures_in
+from runner import Bench, Call, NotMeasuredError, Part, Settings, failures_in
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -202,7 +202,6 @@ def check(bench: Bench) -> Iterator[Part]:
     """Results and gradients of the scans against the definition in float64."""
     names = ("y", "u", "x_proj", "dt_proj", "dt_bias", "A", "D")
     cases = list(itertools.product(bench.settings.checks, (torch.float32, torch.bfloat16)))
-    compile_ahead(bench, compile_scans, cases)
     for shape, dtype in cases:
         inputs = scan_inputs(*shape, bench.settings.device, dtype)
         expected = inputs.run(partial(ss2d_scan, backend="reference"), torch.float64)

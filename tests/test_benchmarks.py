@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import sys
+import textwrap
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -536,43 +538,182 @@ def test_gpu_benchmark_does_not_time_what_is_wrong(gpu_run, load, monkeypatch, t
     assert set(json.loads((tmp_path / "gpu.json").read_text())["tables"]) == {"checks"}
 
 
-def test_a_gpu_s_calls_are_compiled_ahead_side_by_side(load, monkeypatch):
-    gpu, runner, networks, scan_speed = (load(name) for name in ("gpu", "runner", "networks", "scan_speed"))
+@pytest.mark.timeout(120)  # three processes, of which each imports torch
+def test_gpu_benchmark_with_contenders_in_processes(gpu_run, capsys):
+    chosen = ["--sections", "inference,latency,profile,resolution", "--modes", "eager"]
+    results, _ = gpu_run(*chosen, "--workers", "3")
+    assert results["skipped"] == {}
+    tables = results["tables"]
+    errors = {row["error"] for rows in tables.values() for row in rows if "error" in row}
+    assert errors == {"mamba-ssm is absent", "there are no graphs on the CPU"}
+    models = ["VMamba-T", "Swin-T", "ConvNeXt-T", "DeiT-S"]
+    assert [(row["model"], row["size"]) for row in tables["resolution"] if row["seconds"] > 0] == [
+        (model, size) for size in (96, 64) for model in models
+    ]
+    assert {row["kind"] for row in tables["profile"]} > {"scan", "matrix products", "all"}
+    assert "VMamba-T, eager, 2 × 64²: ready after" in capsys.readouterr().out
+
+
+def test_the_same_images_and_weights_are_in_every_process(load, tmp_path):
+    gpu, networks, workers, runner = (load(name) for name in ("gpu", "networks", "workers", "runner"))
+    entry = networks.Entry(networks.MINE, "eager", 2, 64)
+    with workers.Workers(networks.SharedStand, gpu.SMOKE, str(tmp_path / "lock"), limit=1) as found:
+        found.prepare([workers.Group((entry,))], lambda: 60, say=lambda text: None)
+        here = networks.Stand(runner.Bench(gpu.SMOKE)).prepare(entry)
+        assert (found.ready(entry).logits == here.logits).all()
+        assert found.ask("turn", entry, False, 2) > 0
+        found.homes[entry].process.kill()
+        bench = runner.Bench(gpu.SMOKE, workers=found)
+        (row,) = networks.race(bench, [entry])
+        assert row["error"] == "the process of VMamba-T, eager, 2 × 64² ended with status -9"
+        assert "seconds" not in row
+        bench.unfit[networks.MINE] = "its scan is wrong"
+        (row,) = networks.race(bench, [entry])
+        assert row["error"] == "its scan is wrong"
+
+
+def test_models_that_disagree_with_themselves_are_not_timed(load):
+    gpu, networks, runner = load("gpu"), load("networks"), load("runner")
+    first, second = (networks.Entry(networks.MINE, mode, 2, 64) for mode in ("eager", "compiled"))
+    logits = torch.ones(2, 3).numpy()
+    answers = {first: networks.Ready(logits, 5.0), second: networks.Ready(logits * 1.2, None)}
+    stand = SimpleNamespace(ready=answers.get, ask=lambda *asked: 0.5)
+    rows = networks.race(runner.Bench(gpu.SMOKE, workers=stand), [first, second])
+    assert (rows[0]["seconds"], rows[0]["images_per_second"], rows[0]["peak_mb"]) == (0.5, 4, 5.0)
+    assert rows[1]["error"] == "its result is wrong, off by 2.0e-01"
+
+
+def test_what_lacks_memory_is_made_ready_when_others_have_gone(load, monkeypatch, tmp_path):
+    gpu, networks, runner = load("gpu"), load("networks"), load("runner")
+    stand, entry = (
+        networks.SharedStand(gpu.SMOKE, str(tmp_path / "lock")),
+        networks.Entry(networks.SWIN, "eager", 2, 64),
+    )
+    (tmp_path / "lock").touch()
+    failures, pauses, infer = [], [], networks.Contender.infer
+    monkeypatch.setattr(networks.time, "sleep", pauses.append)
+
+    def fail(contender, image):
+        if failures:
+            raise failures.pop()
+        return infer(contender, image)
+
+    monkeypatch.setattr(networks.Contender, "infer", fail)
+    failures += [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")]
+    assert stand.ask("prepare", entry).logits.shape == (2, 1000)
+    assert pauses == [1]
+    failures += [ValueError("of another kind")]
+    with pytest.raises(runner.NotMeasuredError, match="ValueError: of another kind"):
+        stand.ask("prepare", entry)
+    assert (pauses, stand.contenders) == ([1], {})
+    failures += [torch.OutOfMemoryError("CUDA out of memory. Tried") for _ in range(20)]
+    with pytest.raises(runner.NotMeasuredError, match=r"^out of memory$"):
+        stand.ask("prepare", entry)
+    assert pauses[1:] == list(networks.PAUSES)
+
+
+def test_what_compiles_has_processes_of_its_own(load):
+    gpu, networks = load("gpu"), load("networks")
+    sections = [section for name, section in gpu.GPU.sections.items() if name != "tune"]
+    ahead = [one for section in sections for one in section.ahead(gpu.FULL)]
+    groups = networks.groups_of(gpu.FULL, ahead)
+    entries = [entry for group in groups for entry in group.entries if isinstance(entry, networks.Entry)]
+    assert len(entries) == len(set(entries)) == len({one for one in ahead if isinstance(one, networks.Entry)})
+    assert all(len(group.entries) == 1 or {entry.mode for entry in group.entries} == {"eager"} for group in groups)
+    assert sum(entry.mode == "compiled" for entry in entries) == 3 * 3 + 2 * 4
+    assert not [entry for entry in entries if entry.mode == "compiled" and "," in entry.label]  # another scan
+    scans = [case for group in groups for part in group.entries for case in getattr(part, "cases", ())]
+    assert sorted(scans, key=str) == sorted({one for one in ahead if isinstance(one, tuple)}, key=str)
+    longest = [group for group in groups if not group.nice]
+    assert {str(group.entries[0]) for group in longest} == {
+        f"{model}, compiled, 128 × 224², training" for model in ("VMamba-T", "Swin-T", "ConvNeXt-T")
+    }
+
+
+@pytest.fixture
+def echoes(load, monkeypatch, tmp_path):
+    """`Workers` of a server that does what the names of its entries say, and a function that lets them prepare."""
+    source = """
+        import os, time
+        class Echo:
+            def ask(self, wanted, entry, *given):
+                if "slow" in entry:
+                    time.sleep(60)
+                if "bad" in entry:
+                    raise ValueError("no\\nwonder")
+                if "dies" in entry:
+                    print("last words", flush=True)
+                    os._exit(3)
+                return os.getpid(), os.environ.get("SIGN"), wanted, *given
+    """
+    (tmp_path / "echo.py").write_text(textwrap.dedent(source))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    workers = load("workers")
+    found = []
+
+    def prepare(*groups, limit=2, left=lambda: 50.0):
+        found.append(workers.Workers(load("echo").Echo, limit=limit))
+        said = []
+        found[-1].prepare([workers.Group(*group) for group in groups], left, said.append)
+        return found[-1], said
+
+    yield prepare
+    for each in found:
+        each.__exit__()
+    sys.modules.pop("echo", None)
+
+
+def test_processes_prepare_what_takes_longest_first_and_keep_it(echoes, load):
+    found, said = echoes((("a", "bad", "b"), 1.0), (("c",), 2.0, {"SIGN": "x"}, 5), (("d",), 0.5))
+    first, second = found.workers
+    assert first.name == "of c"
+    assert os.getpriority(os.PRIO_PROCESS, first.process.pid) == os.getpriority(os.PRIO_PROCESS, 0) + 5
+    assert found.ready("c") == (first.process.pid, "x", "prepare")
+    assert found.ready("a")[0] == found.ready("b")[0] == second.process.pid
+    assert found.ready("d")[0] in (first.process.pid, second.process.pid)  # there may be no more of them
+    assert found.ask("turn", "c", 7) == (first.process.pid, "x", "turn", 7)
+    with pytest.raises(load("workers").WorkerError, match=r"^ValueError: no$"):
+        found.ready("bad")
+    assert len(said) == 5
+    found.__exit__()
+    assert first.has_ended
+    assert second.has_ended
+
+
+def test_processes_that_die_are_noted_and_what_they_had_yet_to_do_is_done(echoes, load):
+    found, said = echoes((("a", "dies", "b"),), limit=1)
+    assert found.errors == {"dies": "the process of a ended with status 3: last words"}
+    assert found.ready("b")[0] != found.ready("a")[0]
+    assert said[1] == "  dies: the process of a ended with status 3: last words"
+    with pytest.raises(load("workers").WorkerError, match="the process of a ended with status 3: last words"):
+        found.ask("turn", "a")
+
+
+def test_processes_that_are_not_ready_in_time_are_ended(echoes):
+    start = time.monotonic()
+    found, _ = echoes((("a",), 1.0), (("slow",), 1.0), (("late",), 60.0), left=lambda: 2.5 + start - time.monotonic())
+    assert found.errors["late"] == "2 s were left, and it takes about 60 s"
+    assert found.errors["slow"].startswith("it was not ready after")
+    assert all(worker.process.wait(5) for worker in found.workers if worker not in found.homes.values())
+
+
+def test_who_fails_takes_no_more_turns_and_the_others_go_on(load):
+    runner, rows = load("runner"), {"good": {}, "bad": {}}
     asked = []
 
-    def ahead(bench, function, jobs):
-        jobs = list(jobs)
-        asked.append((function.__name__, jobs))
-        for job in jobs[:2]:
-            function(bench.settings, *job)
+    def turn(name: str, repeats: int) -> float:
+        asked.append(name)
+        if len(asked) == 4:
+            raise ValueError("lost")
+        return 0.5
 
-    for module in (gpu, networks, scan_speed):
-        monkeypatch.setattr(module, "compile_ahead", ahead)
-    bench = runner.Bench(gpu.SMOKE)
-    networks.race(bench, [networks.MINE, networks.SWIN, networks.CHAIN], bench.settings.modes, 2, 64, training=True)
-    for section in (scan_speed.check, gpu.operators):
-        for _ in section(bench):
-            pass
-    assert [(name, len(jobs)) for name, jobs in asked] == [
-        ("compile_pass", 3), ("compile_scans", 2), ("compile_scans", 2)
-    ]  # fmt: skip
-    assert asked[0][1][0] == (networks.MINE, "eager", 2, 64, True)  # other eager models have nothing to compile
-
-
-def test_what_fails_in_a_process_of_its_own_is_left_to_the_call(load, monkeypatch):
-    gpu, runner = load("gpu"), load("runner")
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
-    done = []
-
-    def compile_it(settings, number):
-        if number == 1:
-            raise torch.OutOfMemoryError("on the card")
-        done.append(number)
-
-    runner.compile_ahead(runner.Bench(gpu.FULL), compile_it, [(i,) for i in range(4)])
-    assert sorted(done) == [0, 2, 3]
-    runner.compile_ahead(runner.Bench(gpu.SMOKE), compile_it, [(4,), (5,)])  # the CPU's compiler has its own processes
-    assert len(done) == 3
+    turns = {name: partial(turn, name) for name in rows}
+    assert runner.take_turns(turns, 3, 0.0, 9.0, rows) == {"good": 0.5}
+    assert rows == {"good": {}, "bad": {"error": "ValueError: lost"}}
+    assert asked == ["good", "bad", "good", "bad", "good", "good"]
+    with pytest.raises(ValueError, match="lost"):
+        asked.clear() or runner.take_turns(turns, 3, 0.0, 9.0)
 
 
 def test_gpu_benchmark_needs_a_gpu(load, monkeypatch, capsys):
