@@ -290,11 +290,11 @@ GPU = runner.Benchmark(
             operators, ("rates", "operators"), 30, lambda s: [(shape, torch.bfloat16) for shape in scan_shapes(s)]
         ),
         "inference": Section(
-            partial(networks.large_batch, training=False), ("inference",), 20,
+            partial(networks.large_batch, training=False), ("inference",), 25,
             partial(networks.large_batch_entries, training=False),
         ),
         "training": Section(
-            partial(networks.large_batch, training=True), ("training",), 40,
+            partial(networks.large_batch, training=True), ("training",), 50,
             partial(networks.large_batch_entries, training=True),
         ),
         "latency": Section(latency, ("latency",), 10, latency_entries),

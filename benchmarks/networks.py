@@ -10,7 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -154,9 +154,14 @@ def random_images(bench: Bench, batch: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def compilers_set() -> Iterator[None]:
-    """cuDNN chooses by trial; torch.compile keeps the many versions of the code that the layers of a model share."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True), torch._dynamo.config.patch(recompile_limit=256):
+def compilers_set(alone: bool = True) -> Iterator[None]:
+    """cuDNN chooses by trial; torch.compile keeps the many versions of the code that the layers of a model share.
+
+    Beside other processes trials would tell nothing, so there are none. torch keeps what cuDNN chose, for convolutions
+    that must be deterministic apart from the others: thus it chooses again when this process is alone.
+    """
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=alone, deterministic=not alone)
+    with cudnn, torch._dynamo.config.patch(recompile_limit=256):
         yield
 
 
@@ -187,14 +192,6 @@ class Entry:
         return PATIENCE[self.mode] * (1 + self.training)
 
 
-@dataclass(frozen=True)
-class Ready:
-    """What a contender's first calls told: its logits, unless it trains, and its peak memory, where that is known."""
-
-    logits: np.ndarray | None
-    peak_mb: float | None
-
-
 class Stand:
     """Contenders that are ready to be called in this process."""
 
@@ -204,19 +201,18 @@ class Stand:
         self.graphs: dict[Entry, Call] = {}
         torch._dynamo.reset()
 
-    def prepare(self, entry: Entry) -> Ready:
-        """Build one, unless it is there, compile it and call it until it is warm."""
+    def prepare(self, entry: Entry) -> np.ndarray | None:
+        """Build one, unless it is there, compile it and call it twice; returns its logits, unless it trains."""
         if entry not in self.contenders:
             contender = prepare(self.bench, entry.label, entry.mode, entry.size, entry.training)
             images = random_images(self.bench, entry.batch, entry.size)
             self.contenders[entry] = contender, contender.a_pass(*images, entry.training)
-        contender, call = self.contenders[entry]
+        _, call = self.contenders[entry]
         output = call()  # compiles
         call()
-        logits = output.float().cpu().numpy() if isinstance(output, Tensor) else None
-        return Ready(logits, contender.peak_mb(call))
+        return output.float().cpu().numpy() if isinstance(output, Tensor) else None
 
-    def ready(self, entry: Entry) -> Ready:
+    def ready(self, entry: Entry) -> np.ndarray | None:
         """As `prepare`; raises a NotMeasuredError where too little of the budget is left."""
         self.bench.has_time_for(entry.seconds)
         self.bench.say(f"  {entry}")
@@ -229,6 +225,11 @@ class Stand:
     def ask(self, wanted: str, entry: Entry, *given: Any) -> Any:
         """One of the methods below, as `Workers.ask` has it done in another process."""
         return getattr(self, wanted)(entry, *given)
+
+    def peak_mb(self, entry: Entry) -> float | None:
+        """As `Contender.peak_mb`."""
+        contender, call = self.contenders[entry]
+        return contender.peak_mb(call)
 
     def capture(self, entry: Entry) -> None:
         """Make a CUDA graph of it; raises a NotMeasuredError on the CPU."""
@@ -273,7 +274,7 @@ class SharedStand(Stand):
         """As the base class. Afterwards, also after a failure, only a little of the card's memory is kept."""
         trouble: Row = {}
         answer = None
-        with compilers_set(), failures_in(trouble):
+        with compilers_set(alone=wanted != "prepare"), failures_in(trouble):
             answer = super().ask(wanted, entry, *given)
         if trouble and wanted == "prepare":
             self.contenders.pop(entry, None)
@@ -288,32 +289,30 @@ class SharedStand(Stand):
             raise NotMeasuredError(trouble["error"])
         return answer
 
-    def prepare(self, entry: Entry | Scans) -> Ready | None:
+    def prepare(self, entry: Entry | Scans) -> np.ndarray | None:
         """As the base class, and again where memory was too little; or compile scans."""
         if isinstance(entry, Scans):
             for case in entry.cases:
                 with failures_in({}):  # it will fail again where it is timed
                     compile_scans(self.bench.settings, *case)
             return None
-        if ready := self._prepare_if_it_fits(entry):
-            return ready
-        with open(self.lock) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for pause in PAUSES:
-                if ready := self._prepare_if_it_fits(entry):
-                    return ready
+        with ExitStack() as stack:
+            for pause in (0, *PAUSES):
                 time.sleep(pause)
+                try:
+                    return super().prepare(entry)
+                except Exception as error:
+                    if not LACKS_MEMORY.search(str(error)):
+                        raise
+                release()  # of what was built and compiled nothing is lost
+                if not pause:
+                    fcntl.flock(stack.enter_context(open(self.lock)), fcntl.LOCK_EX)
             return super().prepare(entry)
 
-    def _prepare_if_it_fits(self, entry: Entry) -> Ready | None:
-        """None where memory was too little; what was built and compiled is kept."""
-        try:
-            return super().prepare(entry)
-        except Exception as error:
-            if not LACKS_MEMORY.search(str(error)):
-                raise
-        release()
-        return None
+    def peak_mb(self, entry: Entry) -> float | None:
+        """As the base class, after a call in which cuDNN makes its trials."""
+        super().turn(entry, False, 1)
+        return super().peak_mb(entry)
 
     def turn(self, entry: Entry, as_graph: bool, repeats: int) -> float:
         """As the base class, after a call that is not timed, since this process had no memory and was idle."""
@@ -360,14 +359,13 @@ def race(bench: Bench, entries: Iterable[Entry]) -> list[Row]:
         with failures_in(row):
             if entry.label in bench.unfit:
                 raise NotMeasuredError(bench.unfit[entry.label])
-            ready = stand.ready(entry)
-            if ready.logits is not None:
-                logits = torch.from_numpy(ready.logits)
+            if (found := stand.ready(entry)) is not None:
+                logits = torch.from_numpy(found)
                 apart = distance(logits, expected.setdefault(NAMES.get(entry.label, entry.label), logits))
                 if not apart <= MODELS_APART:
                     raise NotMeasuredError(f"its result is wrong, off by {apart:.1e}")
-            if ready.peak_mb is not None:
-                row["peak_mb"] = ready.peak_mb
+            if (peak := stand.ask("peak_mb", entry)) is not None:
+                row["peak_mb"] = peak
             turns[entry] = partial(stand.ask, "turn", entry, False)
         if "error" in row:
             release()

@@ -247,8 +247,9 @@ class Workers:
             if busy and not done:
                 for worker, group in busy.values():
                     worker.process.kill()
-                    for entry in group.entries:
-                        note(entry, f"it was not ready after {time.perf_counter() - start:.0f} s")
+                    lost = [entry for entry, home in self.homes.items() if home is worker]
+                    for entry in (*lost, *group.entries):
+                        note(entry, f"its process was not ready after {time.perf_counter() - start:.0f} s")
                 busy.clear()
 
     def _start(self, group: Group) -> Worker:

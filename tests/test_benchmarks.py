@@ -560,7 +560,7 @@ def test_the_same_images_and_weights_are_in_every_process(load, tmp_path):
     with workers.Workers(networks.SharedStand, gpu.SMOKE, str(tmp_path / "lock"), limit=1) as found:
         found.prepare([workers.Group((entry,))], lambda: 60, say=lambda text: None)
         here = networks.Stand(runner.Bench(gpu.SMOKE)).prepare(entry)
-        assert (found.ready(entry).logits == here.logits).all()
+        assert (found.ready(entry) == here).all()
         assert found.ask("turn", entry, False, 2) > 0
         found.homes[entry].process.kill()
         bench = runner.Bench(gpu.SMOKE, workers=found)
@@ -576,8 +576,8 @@ def test_models_that_disagree_with_themselves_are_not_timed(load):
     gpu, networks, runner = load("gpu"), load("networks"), load("runner")
     first, second = (networks.Entry(networks.MINE, mode, 2, 64) for mode in ("eager", "compiled"))
     logits = torch.ones(2, 3).numpy()
-    answers = {first: networks.Ready(logits, 5.0), second: networks.Ready(logits * 1.2, None)}
-    stand = SimpleNamespace(ready=answers.get, ask=lambda *asked: 0.5)
+    answers = {first: logits, second: logits * 1.2}
+    stand = SimpleNamespace(ready=answers.get, ask=lambda wanted, *asked: {"peak_mb": 5.0, "turn": 0.5}[wanted])
     rows = networks.race(runner.Bench(gpu.SMOKE, workers=stand), [first, second])
     assert (rows[0]["seconds"], rows[0]["images_per_second"], rows[0]["peak_mb"]) == (0.5, 4, 5.0)
     assert rows[1]["error"] == "its result is wrong, off by 2.0e-01"
@@ -600,16 +600,18 @@ def test_what_lacks_memory_is_made_ready_when_others_have_gone(load, monkeypatch
 
     monkeypatch.setattr(networks.Contender, "infer", fail)
     failures += [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")]
-    assert stand.ask("prepare", entry).logits.shape == (2, 1000)
-    assert pauses == [1]
+    assert stand.ask("prepare", entry).shape == (2, 1000)
+    assert pauses == [0, 1, 2]
+    pauses.clear()
     failures += [ValueError("of another kind")]
     with pytest.raises(runner.NotMeasuredError, match="ValueError: of another kind"):
         stand.ask("prepare", entry)
-    assert (pauses, stand.contenders) == ([1], {})
+    assert (pauses, stand.contenders) == ([0], {})
+    pauses.clear()
     failures += [torch.OutOfMemoryError("CUDA out of memory. Tried") for _ in range(20)]
     with pytest.raises(runner.NotMeasuredError, match=r"^out of memory$"):
         stand.ask("prepare", entry)
-    assert pauses[1:] == list(networks.PAUSES)
+    assert pauses == [0, *networks.PAUSES]
 
 
 def test_what_compiles_has_processes_of_its_own(load):
@@ -628,6 +630,21 @@ def test_what_compiles_has_processes_of_its_own(load):
     assert {str(group.entries[0]) for group in longest} == {
         f"{model}, compiled, 128 × 224², training" for model in ("VMamba-T", "Swin-T", "ConvNeXt-T")
     }
+
+
+def test_what_was_compiled_beside_others_is_kept_when_alone(load):
+    networks, compilations = load("networks"), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        compilations.append(torch.backends.cudnn.deterministic)
+        return graph
+
+    layer = torch.compile(torch.nn.Conv2d(3, 4, 3), dynamic=False, backend=backend)
+    for alone in (False, True, False, True):
+        with networks.compilers_set(alone):
+            assert torch.backends.cudnn.benchmark == alone
+            layer(torch.ones(1, 3, 8, 8)).sum().backward()
+    assert compilations == [True]
 
 
 @pytest.fixture
@@ -692,10 +709,12 @@ def test_processes_that_die_are_noted_and_what_they_had_yet_to_do_is_done(echoes
 
 def test_processes_that_are_not_ready_in_time_are_ended(echoes):
     start = time.monotonic()
-    found, _ = echoes((("a",), 1.0), (("slow",), 1.0), (("late",), 60.0), left=lambda: 2.5 + start - time.monotonic())
+    groups = (("a",), 1.0), (("b", "slow"), 1.0), (("late",), 60.0)
+    found, _ = echoes(*groups, left=lambda: 2.5 + start - time.monotonic())
+    assert found.ready("a")
     assert found.errors["late"] == "2 s were left, and it takes about 60 s"
-    assert found.errors["slow"].startswith("it was not ready after")
-    assert all(worker.process.wait(5) for worker in found.workers if worker not in found.homes.values())
+    assert all(found.errors[entry].startswith("its process was not ready after") for entry in ("b", "slow"))
+    assert [worker.process.wait(5) for worker in found.workers if worker is not found.homes["a"]] == [-9]
 
 
 def test_who_fails_takes_no_more_turns_and_the_others_go_on(load):
