@@ -2,9 +2,9 @@
 
 A program takes bands of ROWS rows, COLUMNS columns and BLOCK channels of an image. It goes down the rows; of each it
 loads the pixels to the left, at and to the right of its columns, [COLUMNS, BLOCK] each and 0 outside the image, and
-adds them to the three results that they have a part in. The next row is asked for before the last result is stored,
-since the compiler moves no load past a store. Images are float16, bfloat16 or float32, parameters too, and all
-arithmetic is float32. Batch, height and width are runtime arguments and are not specialised.
+adds them to the three results that they have a part in. Two more rows are under way meanwhile; that has to be written,
+since the compiler moves no load past a store. Images are float16, bfloat16 or float32, parameters too, and all arithmetic
+is float32. Batch, height and width are runtime arguments and are not specialised.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -98,12 +98,14 @@ def convolution_kernel(
     bottom = _weights(weight, 2, channel, CHANNELS, FLIP)
     offset = _bias(bias, channel, CHANNELS) + tl.zeros([COLUMNS, BLOCK], tl.float32)
     next_row = _row(x + at - stride, first - 1, height, inside, CHANNELS)
+    later_row = _row(x + at, first, height, inside, CHANNELS)
     above = offset  # sums of the result above this row, and of the one on it
     here = offset
     for i in tl.static_range(-1, ROWS + 1):
         row = _floats(next_row)
-        if i < ROWS:
-            next_row = _row(x + at + (i + 1) * stride, first + i + 1, height, inside, CHANNELS)
+        next_row = later_row
+        if i < ROWS - 1:
+            later_row = _row(x + at + (i + 2) * stride, first + i + 2, height, inside, CHANNELS)
         if i > 0:
             z = _add(above, row, bottom)
             if SILU:
@@ -141,13 +143,20 @@ def gradient_kernel(
         here = _floats(_row(x + at, first, height, inside, CHANNELS))
         next_row = _row(x + at + stride, first + 1, height, inside, CHANNELS)
         next_grad = tl.load(grad + at, mask=inside[1], other=0.0)
+        later_row = next_row
+        later_grad = next_grad
+        if ROWS > 1:
+            later_row = _row(x + at + 2 * stride, first + 2, height, inside, CHANNELS)
+            later_grad = tl.load(grad + at + stride, mask=inside[1] & (first + 1 < height), other=0.0)
         for i in tl.static_range(ROWS):
             below = _floats(next_row)
             g = next_grad.to(tl.float32)
-            if i < ROWS - 1:
-                next_row = _row(x + at + (i + 2) * stride, first + i + 2, height, inside, CHANNELS)
-                is_row = first + i + 1 < height
-                next_grad = tl.load(grad + at + (i + 1) * stride, mask=inside[1] & is_row, other=0.0)
+            next_row = later_row
+            next_grad = later_grad
+            if i < ROWS - 2:
+                later_row = _row(x + at + (i + 3) * stride, first + i + 3, height, inside, CHANNELS)
+                is_row = first + i + 2 < height
+                later_grad = tl.load(grad + at + (i + 2) * stride, mask=inside[1] & is_row, other=0.0)
             z = _add(_add(_add(offset, above, top), here, middle), below, bottom)
             sigmoid = 1.0 / (1.0 + tl.exp2(-z * LOG2_E))
             g *= sigmoid * (1.0 + z * (1.0 - sigmoid))
@@ -200,11 +209,13 @@ class Tile:
 # timed on a card.
 TILES = (Tile(7, 8, 32, 2), Tile(2, 8, 32, 2), Tile(1, 8, 32, 2))
 _WARPS = 1024
-# Programs of the gradient, a multiprocessor: as many as run there at a time, if a thread has so many registers. Each
-# leaves a part of the parameters' gradients. Where there is no card, it has so many multiprocessors.
-_PROGRAMS, _REGISTERS, _MULTIPROCESSORS = 6, 168, 128
+# Of the parameters' gradients, by the bytes of a number: the warps of a program, how many run on a multiprocessor at a
+# time, and the registers that a thread may have for that. There are as many programs, since each leaves a part of the
+# gradients; where there is no card, as if it had so many multiprocessors.
+_GRADIENT = {2: (2, 6, 168), 4: (4, 4, 128)}
+_MULTIPROCESSORS = 128
 
-_override: tuple[Tile, Tile] | None = None
+_override: tuple[Tile, ...] | None = None
 
 
 @contextmanager
@@ -252,12 +263,13 @@ def depthwise_silu_backward(
     """
     x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
     channels, grad_z = x.shape[-1], torch.empty_like(x, memory_format=torch.contiguous_format)
-    blocks, tile, places = _cut(x, is_gradient=True)
-    share = max(triton.cdiv(places["tiles"] * blocks, _PROGRAMS * _multiprocessors(x)), 1)
+    warps, resident, registers = _GRADIENT[x.element_size()]
+    blocks, tile, places = _cut(x, warps)
+    share = max(triton.cdiv(places["tiles"] * blocks, resident * _multiprocessors(x)), 1)
     programs = triton.cdiv(places["tiles"], share)
     parts = x.new_empty((programs, 10 * channels), dtype=torch.float32)
     if programs:
-        options = {} if x.device.type != "cuda" or torch.version.hip else {"maxnreg": _REGISTERS}
+        options = {} if x.device.type != "cuda" or torch.version.hip else {"maxnreg": registers}
         with _device(x):
             gradient_kernel[(programs * blocks,)](
                 x, grad, *_parameters(weight, bias), grad_z, parts, **places, share=share, CHANNELS=channels,
@@ -270,7 +282,7 @@ def depthwise_silu_backward(
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flip: bool, silu: bool) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    blocks, tile, places = _cut(x, is_gradient=False)
+    blocks, tile, places = _cut(x)
     if count := places.pop("tiles") * blocks:
         with _device(x):
             convolution_kernel[(count,)](
@@ -284,10 +296,14 @@ def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | N
     return weight.contiguous(), None if bias is None else bias.contiguous()
 
 
-def _cut(x: Tensor, is_gradient: bool) -> tuple[int, Tile, dict[str, int]]:
-    """Blocks of channels, the tile, and how many of them there are in what place."""
+def _cut(x: Tensor, warps: int | None = None) -> tuple[int, Tile, dict[str, int]]:
+    """Blocks of channels, the tile, with so many warps if it is for gradients, and how many there are in what place."""
     batch, height, width, channels = x.shape
-    for tile in TILES if _override is None else _override[is_gradient : is_gradient + 1]:
+    if _override is not None:
+        tiles = _override[:1] if warps is None else _override[1:]
+    else:
+        tiles = TILES if warps is None else tuple(replace(tile, warps=warps) for tile in TILES)
+    for tile in tiles:
         blocks, bands, strips = (
             triton.cdiv(size, by) for size, by in ((channels, tile.block), (height, tile.rows), (width, tile.columns))
         )
