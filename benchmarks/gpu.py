@@ -20,7 +20,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,7 @@ from workers import Workers
 from vmamba.nn import SS2D, VSSBlock
 from vmamba.ops.backends import ENVIRONMENT_VARIABLE, choose_backend
 
-GB_OF_WORKER, MOST_WORKERS = 5, 28
+GB_OF_WORKER, MOST_WORKERS = 5, 24
 FULL = runner.Settings(
     device="cuda",
     most=2.0,
@@ -372,12 +372,15 @@ def main(arguments: list[str] | None = None) -> None:
     backend = choose_backend(None, torch.device(settings.device)).name
     results = runner.Results(GPU, settings, options.output or (RESULTS if is_full else None), backend=backend)
     bench = Bench(settings, options.budget)
-    with networks.compilers_set(), ExitStack() as stack:
-        if options.workers:
-            bench.workers = stack.enter_context(ready_workers(bench, ["check", *sections], options.workers))
-        results.run(bench, ["check"])
-        if MINE not in bench.unfit and "check" not in results.data["skipped"]:
-            results.run(bench, sections)
+    chosen = [name for name in sections if name != "tune"]
+    workers = ready_workers(bench, ["check", *chosen], options.workers) if options.workers else nullcontext()
+    with networks.compilers_set():
+        with workers as bench.workers:
+            results.run(bench, ["check"])
+            is_right = MINE not in bench.unfit and "check" not in results.data["skipped"]
+            results.run(bench, chosen if is_right else [])
+        bench.workers = None
+        results.run(bench, ["tune"] if is_right and "tune" in sections else [])  # which has processes of its own
     print(results.page)
     if results.folder:
         print(f"written: {results.folder / 'gpu.json'}, gpu.md and gpu.png")

@@ -335,12 +335,12 @@ def groups_of(settings: Settings, ahead: Iterable[Any]) -> list[Group]:
             cases[one] = None
     groups = []
     for entries in map(tuple, shared.values()):
-        # Compiling a step takes longest: it comes before the others, and more processes compile its kernels.
         first, seconds = entries[0], sum(entry.seconds for entry in entries)
-        threads, nice = (1 if first.mode == EAGER else 2), (10 if first.size == settings.size else 15)
+        environment, nice = ENVIRONMENT, 10 if first.size == settings.size else 15
         if first.training and first.mode == COMPILED:
-            threads, nice = 4, 0
-        groups.append(Group(entries, seconds, ENVIRONMENT | {COMPILE_THREADS: str(threads)}, nice))
+            # It takes longest, so it comes before all others, and four processes compile its kernels.
+            environment, nice = ENVIRONMENT | {COMPILE_THREADS: "4"}, 0
+        groups.append(Group(entries, seconds, environment, nice))
     parts = [Scans(tuple(cases)[part::4]) for part in range(min(4, len(cases)))]
     return groups + [Group((part,), part.seconds, ENVIRONMENT, 10) for part in parts]
 
