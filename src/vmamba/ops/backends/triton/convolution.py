@@ -3,7 +3,7 @@
 A program takes bands of ROWS rows, COLUMNS columns and BLOCK channels of an image. It goes down the rows; of each it
 loads the pixels to the left, at and to the right of its columns, [COLUMNS, BLOCK] each and 0 outside the image, and
 adds them to the three results that they have a part in. Two more rows are under way meanwhile; that has to be written,
-since the compiler moves no load past a store. Images are float16, bfloat16 or float32, parameters too, and all arithmetic
+since the compiler moves no load past a store. Images are float16, bfloat16 or float32, parameters too; all arithmetic
 is float32. Batch, height and width are runtime arguments and are not specialised.
 """
 
