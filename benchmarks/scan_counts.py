@@ -4,9 +4,9 @@ Needs no card: the kernels are compiled for one that is not there, and the machi
 issue of instructions, the special functions or the memory allow at data-sheet rates, whichever is longest, summed over
 the launches. Waiting (for memory, for other warps, for launches) is not in it, and nothing is timed.
 
-    python benchmarks/scan_counts.py                               # both plans at batch 1 and 128, stage 1 of VMamba-T
+    python benchmarks/scan_counts.py                               # batch 1 and 128, stage 1 of VMamba-T
     python benchmarks/scan_counts.py --grid 28 --channels 192 --rank 12 --dtypes bfloat16
-    python benchmarks/scan_counts.py --tile 16,4,32,4              # other tiles than the default
+    python benchmarks/scan_counts.py --tile 16,2,32,1,64           # other tiles than the default
     python benchmarks/scan_counts.py --kernels                     # every launch by itself
 """
 
@@ -32,13 +32,12 @@ from triton.compiler import ASTSource
 
 from vmamba.ops.arguments import SS2DArguments
 from vmamba.ops.backends import triton as backend
-from vmamba.ops.backends.triton import Configuration, Configurations, kernels, use_configurations, use_walks
+from vmamba.ops.backends.triton import Configuration, Configurations, kernels, launch, use_configurations
 
 # An H100 SXM by its data sheet, at the clock that it keeps under load and with the memory's rate that copies reach.
 ARCHITECTURE, MULTIPROCESSORS, CLOCK, BYTES_A_SECOND = 90, 132, 1.75e9, 3e12
 SCHEDULERS, SPECIAL_LANES = 4, 16  # of a multiprocessor
 REGISTERS, SHARED, WARPS = 65536, 228 * 1024, 64  # of a multiprocessor
-PLANS = {"tiles": False, "walk": True}
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -71,10 +70,9 @@ class Launch(NamedTuple):
     @property
     def trips(self) -> int:
         """How often a program goes through its loop over tiles."""
-        tiles = self.given["tiles"]
         if self.name == "chain":
-            return int(triton.cdiv(tiles, self.given["CHUNK"]))
-        return tiles if self.name == "states" or self.given.get("WALK") else 1
+            return int(triton.cdiv(self.given["segments"], self.given["CHUNK"]))
+        return int(self.given["length"])
 
     @property
     def bytes(self) -> int:
@@ -163,7 +161,7 @@ def recording(launches: list[Launch]) -> Iterator[None]:
 
 def record(
     batch: int, height: int, width: int, channels: int, rank: int, states: int, dtype: torch.dtype,
-    configurations: Configurations | None, walks: bool,
+    configurations: Configurations | None,
 ) -> tuple[list[Launch], list[Launch]]:  # fmt: skip
     """The launches of a forward and of a backward pass."""
     u = torch.empty(batch, height, width, channels, device="meta", dtype=dtype)
@@ -178,7 +176,7 @@ def record(
     forward: list[Launch] = []
     backward: list[Launch] = []
     with ExitStack() as stack:
-        stack.enter_context(use_walks(walks))
+        stack.enter_context(mock.patch.object(launch, "_multiprocessors", return_value=MULTIPROCESSORS))
         if configurations is not None:
             stack.enter_context(use_configurations(configurations))
         with recording(forward):
@@ -268,7 +266,7 @@ def detail(cells: list[str], launch: Launch, elements: int) -> list[str]:
     code, cost = compile_for_hopper(launch), cost_of(launch)
     resident = code.resident(launch.warps)
     names = {5: "rows", 10: "columns", 1: "rows", 2: "columns", 4: "rows", 8: "columns"}
-    tile = ", ".join(str(launch.given[n]) for n in ("RUN", "RUNS", "BLOCK") if n in launch.given)
+    tile = ", ".join(str(launch.given[n]) for n in ("RUN", "BLOCK", "length") if n in launch.given)
     return [
         *cells, f"{launch.name}, {names[launch.given['ROUTES']]}", f"{tile}, {launch.warps}" if tile else "–",
         str(launch.programs), str(code.registers), str(code.spills), str(resident),
@@ -286,9 +284,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=6)
     parser.add_argument("--states", type=int, default=1)
     parser.add_argument("--dtypes", default="bfloat16,float32")
-    parser.add_argument("--plans", default=",".join(PLANS))
     parser.add_argument("--passes", default="forward,backward")
-    parser.add_argument("--tile", help="run,runs,block,warps of all kernels instead of the default")
+    parser.add_argument("--tile", help="run,runs,block,warps,segment of all kernels instead of the default")
     parser.add_argument("--kernels", action="store_true", help="every launch by itself")
     given = parser.parse_args(arguments)
     configurations = None
@@ -299,24 +296,23 @@ def main(arguments: list[str] | None = None) -> None:
     for dtype in given.dtypes.split(","):
         for batch in map(int, given.batches.split(",")):
             elements = batch * given.grid**2 * given.channels * 4
-            for plan in given.plans.split(","):
-                passes = record(
-                    batch, given.grid, given.grid, given.channels, given.rank, given.states, getattr(torch, dtype),
-                    configurations, PLANS[plan],
-                )  # fmt: skip
-                for name, launches in zip(("forward", "backward"), passes, strict=True):
-                    if name in given.passes.split(","):
-                        cells = [dtype, str(batch), name, plan]
-                        rows.append(summary(cells, launches, elements))
-                        details += [detail(cells, launch, elements) for launch in launches]
+            passes = record(
+                batch, given.grid, given.grid, given.channels, given.rank, given.states, getattr(torch, dtype),
+                configurations,
+            )  # fmt: skip
+            for name, launches in zip(("forward", "backward"), passes, strict=True):
+                if name in given.passes.split(","):
+                    cells = [dtype, str(batch), name]
+                    rows.append(summary(cells, launches, elements))
+                    details += [detail(cells, launch, elements) for launch in launches]
     print(
         f"{given.grid}×{given.grid} positions, {given.channels} channels, R {given.rank}, N {given.states}; per element"
         " of (pixel, channel, route); floors in µs, from counts and data-sheet rates of an H100; nothing was timed\n"
     )
-    print_table("dtype;batch;pass;plan;launches;instructions;bytes;by issue;by special functions;by memory;floor", rows)
+    print_table("dtype;batch;pass;launches;instructions;bytes;by issue;by special functions;by memory;floor", rows)
     if given.kernels:
         print_table(
-            "dtype;batch;pass;plan;kernel;tile;programs;registers;spills;programs a multiprocessor;"
+            "dtype;batch;pass;kernel;tile;programs;registers;spills;programs a multiprocessor;"
             "warps a multiprocessor;instructions;special;bytes;floor", details
         )  # fmt: skip
 

@@ -15,16 +15,15 @@ from page import Row
 from runner import COMPILERS, Bench, Call, NotMeasuredError, Part, brief, failures_in, release
 from scan_speed import scan_inputs
 
-from vmamba.ops.backends.triton import Configuration, Configurations, use_configurations, use_walks
+from vmamba.ops.backends.triton import Configuration, Configurations, use_configurations
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration and one plan for one of the two passes at one shape."""
+    """One configuration for one of the two passes at one shape."""
 
     kernel: str  # a field of `Configurations`
     configuration: Configuration
-    walks: bool
     grid: int
     channels: int
 
@@ -32,12 +31,12 @@ class Trial:
     def row(self) -> Row:
         return {
             "pass": self.kernel, "grid": self.grid, "channels": self.channels,
-            "plan": "walk" if self.walks else "tiles", "configuration": repr(self.configuration),
+            "configuration": repr(self.configuration),
         }  # fmt: skip
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        with use_configurations(Configurations(self.configuration, self.configuration)), use_walks(self.walks):
+        with use_configurations(Configurations(self.configuration, self.configuration)):
             yield
 
     def call(self, batch: int) -> Call:
@@ -50,15 +49,14 @@ SECONDS_OF_TRIAL = 1.5  # with so many of them, roughly
 
 
 def trials(scans: Iterable[tuple[int, int, tuple[int, ...]]]) -> list[Trial]:
-    """Tiles in which every thread has two channels of one run."""
+    """Those in which every thread has two channels of a segment, and blocks are full."""
     found = []
     for (grid, channels, _), kernel in itertools.product(scans, ("scan", "gradient")):
-        for run, block, warps in itertools.product((4, 8, 16, 32), (16, 32, 64), (1, 2, 4, 8)):
-            runs = 64 * warps // block
-            if runs and run * runs <= 2 * grid**2 and (kernel == "scan" or run <= 16):
-                plans = (False, True) if run * runs < grid**2 else (False,)
-                configuration = Configuration(run, runs, block, warps)
-                found += [Trial(kernel, configuration, walks, grid, channels) for walks in plans]
+        for run, block, segment in itertools.product((4, 8, 16), (16, 32, 64, 128), (32, 64, 128)):
+            if channels % block == 0 and run <= grid and (kernel == "scan" or run <= 8):
+                for registers in (None,) if kernel == "scan" else (None, 168):
+                    configuration = Configuration(run, block, block // 16, segment, registers)
+                    found.append(Trial(kernel, configuration, grid, channels))
     return found
 
 

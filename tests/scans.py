@@ -87,7 +87,7 @@ if triton.INTERPRETED and triton.unavailable(torch.device("cpu")) is None:
     # The interpreter combines element by element, a hundred times slower than by row. Large tiles make few programs.
     from triton.runtime import interpreter
 
-    large = triton.Configuration(run=16, runs=4, block=128, warps=4)
+    large = triton.Configuration(run=16, block=128, warps=4)
     triton.configurations.TABLES[""] = ((float("inf"), triton.Configurations(large, large)),)
 
     interpreter.ScanOps.generic_scan = _scan

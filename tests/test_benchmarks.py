@@ -885,7 +885,7 @@ def test_tuning_tries_configurations(load, monkeypatch):
     monkeypatch.setattr(tuning, "compile_trial", lambda trial: "too large" if trial.configuration.run == 32 else None)
     monkeypatch.setattr(tuning.Trial, "call", lambda trial, batch: lambda: None)
     bench = runner.Bench(gpu.replace(gpu.FULL, scans=((7, 768, (1, 128)), (14, 384, (1, 128)))))
-    fastest = tuning.Configuration(run=8, runs=8, block=32, warps=4)
+    fastest = tuning.Configuration(run=8, block=32, warps=2)
     monkeypatch.setattr(
         runner.Bench,
         "interleave",

@@ -28,7 +28,7 @@ def _nothing_known(monkeypatch, tmp_path):
     monkeypatch.setattr(proving, "_verdicts", {})
     monkeypatch.setattr(proving, "_GRIDS", ((2, 3, 16, 2, 3),))
     monkeypatch.setattr(proving, "_processes", lambda: 1)
-    small = triton.Configuration(4, 2, 16, 1)
+    small = triton.Configuration(4, 16, 1)
     with triton.use_configurations(triton.Configurations(small, small)):
         yield
 
@@ -99,21 +99,24 @@ def test_kernels_that_are_wrong_themselves(monkeypatch, capsys, name, value, fau
 
 
 @interpreted
-def test_each_of_the_two_plans_is_compared(monkeypatch):
+@pytest.mark.parametrize("length", ["short", "long"])
+def test_segments_of_both_lengths_are_compared(monkeypatch, length):
     from vmamba.ops.backends.triton import launch
 
     monkeypatch.setattr(proving, "_GRIDS", ((5, 5, 16, 1, 2),))
-    walked, walk_back = [], launch._walk_back
+    spoilt, carry = [], launch._carry
 
     def wrong(problem, axis, *gradients):
-        walked.append(axis)
-        entering, adjoint = walk_back(problem, axis, *gradients)
-        return entering + 0.5, adjoint
+        carries = carry(problem, axis, *gradients)
+        if (axis.geometry["length"] > 1) == (length == "long"):
+            spoilt.append(axis)
+            return carries._replace(local=carries.local + 0.5)
+        return carries
 
     assert proving.compare(CPU, FLOAT, "cross") == ""
-    monkeypatch.setattr(launch, "_walk_back", wrong)
-    assert proving.compare(CPU, FLOAT, "cross").endswith("by a walk")
-    assert walked
+    monkeypatch.setattr(launch, "_carry", wrong)
+    assert proving.compare(CPU, FLOAT, "cross").endswith(f"by {length} segments")
+    assert spoilt
 
 
 def test_an_exception_is_a_verdict(monkeypatch, capsys):
@@ -198,10 +201,10 @@ def test_what_says_nothing_of_the_kernels_is_not_kept(monkeypatch, tmp_path, cod
 
 @interpreted
 def test_shares_make_the_whole(monkeypatch):
-    """Every scan and plan is compared once, whatever the number of processes."""
+    """Every scan is compared once with long and with short segments, whatever the number of processes."""
     monkeypatch.setattr(proving, "_GRIDS", ((2, 3, 16, 1, 2), (1, 4, 16, 1, 1)))
     seen = []
-    monkeypatch.setattr(triton, "use_walks", lambda walks: seen.append(walks) or nullcontext())
+    monkeypatch.setattr(triton, "use_long_segments", lambda long: seen.append(long) or nullcontext())
     for name in ("ss2d_scan", "ss2d_scan_backward"):
         monkeypatch.setattr(triton, name, getattr(eager, name))
     for shares in (1, 3, 4):

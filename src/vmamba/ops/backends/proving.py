@@ -37,7 +37,7 @@ from vmamba.ops.routes import SEQUENCE, get_routes
 _PATIENCE = 600  # seconds for one proof, most of which goes into compiling
 # Height, width, channels, states and rank: for each row of the table of configurations a grid. A thread takes two
 # channels at once where blocks are full, as they are but in the second.
-_GRIDS = ((7, 7, 64, 1, 20), (11, 13, 40, 3, 3), (17, 19, 64, 1, 6))
+_GRIDS = ((7, 7, 64, 1, 20), (11, 13, 40, 3, 3), (17, 19, 96, 1, 6))
 _CONVOLVED = (1, 8, 9, 32)  # the image of the convolution: more than one tile each way, whatever the tile
 _PROGRAM = "import sys; from vmamba.ops.backends import proving; proving.main(*sys.argv[1:])"
 _NO_GRID = "selective_scan"
@@ -158,7 +158,7 @@ def _prove(device: torch.device, about: dict[str, Any]) -> _Verdict:
 
 
 def _processes() -> int:
-    """In how many a proof is shared out: a scan and a plan each, if there are as many cores."""
+    """In how many a proof is shared out: a scan with long or short segments each, if there are as many cores."""
     return min(os.cpu_count() or 1, 2 * len(_GRIDS))
 
 
@@ -216,17 +216,17 @@ def compare(device: torch.device, dtype: torch.dtype, pattern: str, share: int =
     four units in the last place of the dtype.
     """
     rounding = 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
-    # Scans as small as these would take one of the kernels' two plans only.
+    # Scans as small as these would have short segments only.
     scans = itertools.product(_problems(device, dtype, pattern), (False, True))
-    for arguments, walks in itertools.islice(scans, share, None, shares):
+    for arguments, long in itertools.islice(scans, share, None, shares):
         name = "ss2d_scan" if isinstance(arguments, SS2DArguments) else "selective_scan"
         exact = type(arguments)._make(v.double() if isinstance(v, Tensor) else v for v in arguments)
         expected = _as_tuple(getattr(eager, name)(exact))
-        with triton.use_walks(walks):
+        with triton.use_long_segments(long):
             found = _as_tuple(getattr(triton, name)(arguments))
         grads = [torch.randn_like(value) for value in found]
         expected += getattr(eager, f"{name}_backward")(*(grad.double() for grad in grads), exact)
-        with triton.use_walks(walks):
+        with triton.use_long_segments(long):
             found += getattr(triton, f"{name}_backward")(*grads, arguments)
         values = ["y", "the last state"][: len(grads)]
         labels = [*values, *(f"the gradient of {field}" for field in arguments._fields)]
@@ -235,8 +235,8 @@ def compare(device: torch.device, dtype: torch.dtype, pattern: str, share: int =
                 continue
             apart = ((value.double() - reference).abs().max() / reference.abs().max()).item()
             if not apart <= max(1e-4 if label in values else 1e-3, rounding):  # NaN is not
-                plan = "a walk" if walks else "tiles"
-                return f"{label} is off by {apart:.1e} of its largest value, in {tuple(arguments.u.shape)} by {plan}"
+                where = f"{tuple(arguments.u.shape)}, by {'long' if long else 'short'} segments"
+                return f"{label} is off by {apart:.1e} of its largest value, in {where}"
     # Layers ask for "cross" (`vmamba.ops.layers`). The last share has the fewest scans.
     return _compare_convolution(device, dtype, rounding) if pattern == "cross" and share == shares - 1 else ""
 

@@ -1,13 +1,12 @@
 """Triton kernels for GPUs (NVIDIA from Ampere on, AMD): projection of the step, scan and merge in one pass.
 
-A scan is cut into tiles, which are all worked on at once: a first kernel finds what each tile does to the state, a
-second chains that along the route, a third computes the results from the state that enters each tile. So a single
-large image fills a card as well as a batch does; a sequence that fits into one tile needs the third kernel alone.
-Where a batch fills the card by itself, a program walks along all tiles and computes less twice.
-docs/kernels.md has the details.
+A scan is cut into segments, which are all worked on at once: a first kernel finds what each segment does to the state,
+a second chains that along the route, a third computes the results from the state that enters each segment. So a single
+large image fills a card as well as a batch does. docs/kernels.md has the details.
 
 Images are float16, bfloat16 or float32; the state, the step and all sums are float32. As soon as one argument is
-float64, and for N = 0, R = 0, empty tensors and rows beyond 2²⁵ numbers, the call goes to the eager backend. Nothing is
+float64, and for N = 0, R = 0, a single position, empty tensors and rows beyond 2²⁵ numbers, the call goes to the eager
+backend. Nothing is
 added up in an order that varies, so results repeat bit by bit. There is no synchronisation with the host: calls can be
 captured in a graph.
 
@@ -28,7 +27,12 @@ from torch import Tensor
 from vmamba.ops import checks
 from vmamba.ops.arguments import ScanArguments, SS2DArguments, as_gradients
 from vmamba.ops.backends import eager
-from vmamba.ops.backends.triton.configurations import Configuration, Configurations, use_configurations, use_walks
+from vmamba.ops.backends.triton.configurations import (
+    Configuration,
+    Configurations,
+    use_configurations,
+    use_long_segments,
+)
 from vmamba.ops.precision import state_dtype
 from vmamba.ops.routes import Route, get_routes
 
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Configuration", "Configurations", "selective_scan", "selective_scan_backward", "ss2d_scan", "ss2d_scan_backward",
-    "unavailable", "use_configurations", "use_walks",
+    "unavailable", "use_configurations", "use_long_segments",
 ]  # fmt: skip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -179,7 +183,9 @@ def _ungated(problem: launch.Problem) -> tuple[Tensor, Tensor]:
 
 def _is_for_eager(arguments: ScanArguments | SS2DArguments, *grads: Tensor) -> bool:
     tensors = [value for value in (*arguments[:-1], *grads) if value is not None]
-    return state_dtype(*tensors) == torch.float64 or not all(value.numel() for value in tensors)
+    u = arguments.u
+    positions = u.shape[1] * u.shape[2] if isinstance(arguments, SS2DArguments) else u.shape[2]
+    return positions == 1 or state_dtype(*tensors) == torch.float64 or not all(value.numel() for value in tensors)
 
 
 def _is_too_wide(arguments: SS2DArguments) -> bool:

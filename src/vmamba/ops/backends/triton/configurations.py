@@ -13,17 +13,17 @@ class Configuration:
     """How much of a scan a program takes at a time. All numbers but registers are powers of two.
 
     Attributes:
-        run: positions that a thread holds in registers.
-        runs: such runs in a tile, one after the other.
-        block: channels in a tile; the most that divides a model's is best.
-        warps: warps of a program; runs·block / 64 of them give every thread two channels of one run.
-        registers: the most that a thread may have in a walk with one state, on NVIDIA's cards; None leaves it open.
+        run: positions that a thread holds in registers, a chunk.
+        block: channels of a program; the most that divides a model's is best.
+        warps: of a program; block / 16 of them give every thread two channels of one segment.
+        segment: positions of a segment at most; fewer where a batch has too few programs for the card.
+        registers: the most that a thread may have with one state, on NVIDIA's cards; None leaves it open.
     """
 
     run: int
-    runs: int
     block: int
     warps: int
+    segment: int = 64
     registers: int | None = None
 
 
@@ -35,23 +35,17 @@ class Configurations:
     gradient: Configuration
 
 
-# The first entry whose number of positions is not exceeded holds. Small images get a tile that holds a whole sequence,
-# which then needs one pass and no carries. With 168 registers three programs fit on a multiprocessor. Chosen by what
-# the compiler makes of them (docs/kernels.md); none has been timed on a card.
+# The first entry whose number of positions is not exceeded holds.
 Table = tuple[tuple[float, Configurations], ...]
-DEFAULT: Table = (
-    (64, Configurations(scan=Configuration(8, 8, 32, 4), gradient=Configuration(4, 16, 32, 8))),
-    (256, Configurations(scan=Configuration(8, 32, 16, 8), gradient=Configuration(4, 8, 32, 4))),
-    (math.inf, Configurations(scan=Configuration(8, 8, 32, 4, registers=168), gradient=Configuration(8, 8, 32, 4))),
-)
+DEFAULT: Table = ((math.inf, Configurations(scan=Configuration(8, 64, 4), gradient=Configuration(8, 64, 4))),)
 # By compute capability ("sm_90") or AMD's name ("gfx942"), where another table than DEFAULT is known to be better.
 TABLES: dict[str, Table] = {}
 
-# A multiprocessor has four schedulers, each of which needs a second warp to turn to while one waits.
-WARPS_TO_FILL_A_MULTIPROCESSOR = 8
+# A multiprocessor has four schedulers, each of which needs other warps to turn to while one waits.
+WARPS_TO_FILL_A_MULTIPROCESSOR = 16
 
 _override: Configurations | None = None
-_always_walks: bool | None = None
+_always_long: bool | None = None
 
 
 @contextmanager
@@ -73,21 +67,26 @@ def configurations_for(architecture: str, positions: int) -> Configurations:
 
 
 @contextmanager
-def use_walks(walks: bool) -> Iterator[None]:
-    """Let a program take all tiles of an axis, or one, in the `with` block and in all threads, for tuning and tests."""
-    global _always_walks
-    before, _always_walks = _always_walks, walks
+def use_long_segments(long: bool) -> Iterator[None]:
+    """Let segments be as long as their configuration allows, or a single chunk, in the `with` block and in all threads,
+    whatever the batch, for tests."""
+    global _always_long
+    before, _always_long = _always_long, long
     try:
         yield
     finally:
-        _always_walks = before
+        _always_long = before
 
 
-def walks_for(multiprocessors: float, warps: int) -> bool:
-    """Whether programs take all tiles of an axis, one after the other: where that leaves enough warps for the card.
+def segments_limited(longest: int, warps: float, multiprocessors: int) -> int:
+    """Chunks of a segment: as many as they may be, unless that leaves too few warps for the card.
 
     Args:
-        multiprocessors: of the card.
-        warps: that a walk has in all.
+        longest: that the configuration allows.
+        warps: that there are if every segment is a chunk.
+        multiprocessors: of the card, 0 where there is none to fill.
     """
-    return warps >= WARPS_TO_FILL_A_MULTIPROCESSOR * multiprocessors if _always_walks is None else _always_walks
+    if _always_long is not None:
+        return longest if _always_long else 1
+    wanted = multiprocessors * WARPS_TO_FILL_A_MULTIPROCESSOR
+    return min(longest, max(1, int(warps / wanted))) if wanted else longest

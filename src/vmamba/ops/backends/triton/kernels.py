@@ -2,15 +2,16 @@
 
 Words used here, and shapes:
 
-- A *run* is RUN consecutive positions of an axis (rows or columns), all on one line of the grid.
-- A *tile* is RUNS neighbouring runs times BLOCK neighbouring channels, held as [RUN, LANES] with LANES = RUNS·BLOCK: a
-  thread owns channels of a run and has its positions in registers, so the recurrence is a chain of multiply-adds
-  without any exchange between threads. The last run of a line ends where the line does and begins within the run
-  before it. Positions that another run has, and runs and channels that do not exist, have Δ = 0, which leaves the
-  state as it is.
-- A route enters a tile with a state, and leaves it with another: its *carry*. Carries are
-  (images, tiles, K, N, channels), float32.
-- With WALK a program takes all tiles of an axis, one after the other, and hands on itself what enters the next one.
+- A *chunk* is RUN consecutive positions of an axis (rows or columns), all on one line of the grid; chunks are numbered
+  along the axis. The last chunk of a line ends where the line does and begins within the chunk before it.
+- A *segment* is `length` consecutive chunks. A program takes RUNS neighbouring segments times BLOCK neighbouring
+  channels of one image and goes through the segments chunk by chunk, in all of them at once: it holds [RUN, LANES],
+  LANES = RUNS·BLOCK. A thread owns channels of a segment and has the positions of a chunk in registers, so the
+  recurrence is a chain of multiply-adds, and no thread needs what another one has. Positions that another chunk has
+  have Δ = 0, which leaves the state as it is; so have segments that do not exist.
+- Every route has a state, and in the backward pass its adjoint, which runs the other way. One of them runs *along* the
+  axis, as the chunks are gone through, and the other *against* it: the state of a route that runs backwards, the
+  adjoint of one that runs forwards.
 - A *step* here is Δ·log₂e, so that exp(Δ·A) is exp2(step·A) and Δ·B is step·(ln 2·B).
 
 The height and width of the grid and the number of images are runtime arguments and are not specialised; that nothing
@@ -18,15 +19,18 @@ is known of what divides them also keeps the compiler from loading more than WID
 compiled for channels, N, R, the dtypes and the tile's shape.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,assignment"
+# ruff: noqa: RUF005  the compiler knows sums of tuples, and no stars
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 _SIZES = (
-    "images", "tiles", "positions", "vectors", "runs", "runs_per_line", "line_length", "step", "columns", "per_route",
+    "images", "segments", "length", "positions", "vectors", "chunks", "chunks_per_line", "line_length", "step",
+    "columns", "per_route",
 )  # fmt: skip
+RUNS = tl.constexpr(4)  # what neighbouring threads of a product have
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -69,115 +73,158 @@ def _softplus(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _place(run, axis, RUN: tl.constexpr, COLUMNS: tl.constexpr):
-    """First position of a run, and how many of its first positions do not count: all, past the last run."""
-    runs, runs_per_line, line_length, step = axis
-    real = tl.minimum(run, runs - 1)
+def _put(values, i: tl.constexpr, value):
+    """A tuple with another i-th value."""
+    return values[:i] + (value,) + values[i + 1 :]
+
+
+@triton.jit
+def _place(chunk, axis, RUN: tl.constexpr, COLUMNS: tl.constexpr):
+    """First position of a chunk, and how many of its first positions do not count: all, past the last chunk."""
+    chunks, chunks_per_line, line_length, step = axis
+    real = tl.minimum(chunk, chunks - 1)
     if COLUMNS:
-        line = real // runs_per_line
-        wanted = (real - line * runs_per_line) * RUN
+        line = real // chunks_per_line
+        wanted = (real - line * chunks_per_line) * RUN
         first = tl.minimum(wanted, line_length - RUN)
         place = line + first * step
     else:
         wanted = real * RUN
         first = tl.minimum(wanted, line_length - RUN)
         place = first
-    return place, tl.where(run < runs, wanted - first, RUN)
+    return place, tl.where(chunk < chunks, wanted - first, RUN)
 
 
 @triton.jit
 def _rows(axis, RUN: tl.constexpr, COLUMNS: tl.constexpr):
-    """Positions from the first of a run to each, [RUN, 1]."""
+    """Positions from the first of a chunk to each, [RUN, 1]."""
     i = tl.arange(0, RUN)[:, None]
     return i * axis[3] if COLUMNS else i
 
 
 @triton.jit
-def _program(tiles, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr):
-    """This program's image, block of a group's channels, and group; its first tile, and the one after its last."""
+def _program(segments, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's image, block of a group's channels, group, and first segment; and its own number but for the
+    channels."""
     blocks: tl.constexpr = tl.cdiv(CHANNELS // GROUPS, BLOCK)
+    per_image = tl.cdiv(segments, RUNS)
     block = tl.program_id(0) % blocks
     group = tl.program_id(0) // blocks % GROUPS
     item = tl.program_id(0) // blocks // GROUPS
-    if WALK:
-        return item.to(tl.int64), block, group, 0, tiles
-    return (item // tiles).to(tl.int64), block, group, item % tiles, item % tiles + 1
+    return (item // per_image).to(tl.int64), block, group, item % per_image * RUNS, item.to(tl.int64)
 
 
 @triton.jit
-def _tile(tile, block, group, axis, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
-          RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Of each lane the channel, whether it exists, and the run's first position; of each row and lane whether it
-    counts; the last two also of each run, without channels.
+def _lanes(block, group, first, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of each lane the channel, whether it exists, and the segment.
+
+    Lanes are [BLOCK / 2, RUNS, 2], neighbouring channels innermost.
     """
     size: tl.constexpr = CHANNELS // GROUPS
     lane = tl.arange(0, RUNS * BLOCK)
-    within = block * BLOCK + lane % BLOCK
+    within = block * BLOCK + lane // (2 * RUNS) * 2 + lane % 2
     is_channel = within < size
-    place, dead = _place(tile * RUNS + lane // BLOCK, axis, RUN, COLUMNS)
     if size % BLOCK != 0:
-        dead = tl.where(is_channel, dead, RUN)
         within = tl.minimum(within, size - 1)
-    i = tl.arange(0, RUN)[:, None]
-    is_real = i >= dead[None, :]
-    if size % BLOCK == 0 and BLOCK > 1:
+    return group * size + within, is_channel, first + lane // 2 % RUNS
+
+
+@triton.jit
+def _chunk(i, first, segment, is_channel, length, axis, COLUMNS: tl.constexpr, FULL: tl.constexpr, RUN: tl.constexpr,
+           BLOCK: tl.constexpr):  # fmt: skip
+    """The i-th chunk of every segment: of each lane the chunk's first position, and of each row and lane whether it
+    counts; the same of each segment, without channels.
+    """
+    place, dead = _place(segment * length + i, axis, RUN, COLUMNS)
+    if not FULL:
+        dead = tl.where(is_channel, dead, RUN)
+    row = tl.arange(0, RUN)[:, None]
+    is_real = row >= dead[None, :]
+    if FULL and BLOCK > 1:
         is_real = tl.max_constancy(is_real, [1, 2])  # so that two channels are stored at once
-    run_place, run_dead = _place(tile * RUNS + tl.arange(0, RUNS), axis, RUN, COLUMNS)
-    return group * size + within, is_channel, place, is_real, run_place, i >= run_dead[None, :]
+    run_place, run_dead = _place((first + tl.arange(0, RUNS)) * length + i, axis, RUN, COLUMNS)
+    return place, is_real, run_place, row >= run_dead[None, :]
 
 
 @triton.jit
-def _shared(pointer, rows, run_place, PIXEL: tl.constexpr):
-    """A number of each position that all channels share, [RUN, RUNS], float32."""
-    return tl.load(pointer + (run_place.to(tl.int64) * PIXEL)[None, :] + rows * PIXEL).to(tl.float32)
+def _shared(pointer, RUN: tl.constexpr, BLOCK: tl.constexpr):
+    """A number of each position that all channels share, [RUN, RUNS], as float32 [RUN, LANES]."""
+    x = tl.load(pointer).to(tl.float32)
+    return tl.reshape(tl.broadcast_to(x[:, None, :, None], [RUN, BLOCK // 2, RUNS, 2]), [RUN, RUNS * BLOCK])
 
 
 @triton.jit
-def _to_lanes(x, RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr):
-    """[RUN, RUNS] as [RUN, LANES]."""
-    return tl.reshape(tl.broadcast_to(x[:, :, None], [RUN, RUNS, BLOCK]), [RUN, RUNS * BLOCK])
+def _product_to_lanes(x, RUN: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK, RUN·RUNS], as products have it, as [RUN, LANES]."""
+    x = tl.reshape(x, [BLOCK // 16, 2, 8, RUN // 2, RUNS, 2])
+    return tl.reshape(tl.permute(x, [3, 5, 0, 2, 4, 1]), [RUN, RUNS * BLOCK])
 
 
 @triton.jit
-def _low_and_weight(parameters, dt_weight, tile, block, axis, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
-                    PIXEL: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
-    """dt_low [RUN·RUNS, RANK] and log₂e·dt_weightᵀ [RANK, BLOCK], with zeros beyond R."""
-    line = tl.arange(0, RUN * RUNS)
-    place, _dead = _place(tile * RUNS + line % RUNS, axis, RUN, COLUMNS)
-    position = place + line // RUNS * (axis[3] if COLUMNS else 1)
-    channel = tl.minimum(block * BLOCK + tl.arange(0, BLOCK), CHANNELS - 1)
-    r = tl.arange(0, RANK)
-    low = tl.load(parameters + (position.to(tl.int64) * PIXEL)[:, None] + r[None, :], mask=(r < R)[None, :], other=0.0)
-    weight = tl.load(dt_weight + channel[None, :] * R + r[:, None], mask=(r < R)[:, None], other=0.0)
-    return low.to(tl.float32), weight * LOG2_E
+def _lanes_to_product(x, RUN: tl.constexpr, BLOCK: tl.constexpr):
+    """[RUN, LANES] as [BLOCK, RUN·RUNS]."""
+    x = tl.reshape(x, [RUN // 2, 2, BLOCK // 16, 8, RUNS, 2])
+    return tl.reshape(tl.permute(x, [2, 5, 3, 0, 4, 1]), [BLOCK, RUN * RUNS])
 
 
 @triton.jit
-def _steps(
-    u_at, rows, is_real, channel, tile, block, axis, delta, parameters, dt_weight, dt_bias,
-    COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, PIXEL: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The step of a route and dΔ/draw, [RUN, LANES], both 0 where there is no position."""
-    if R == 0:
-        raw = tl.load(_at(delta + u_at, rows * CHANNELS)).to(tl.float32) * LOG2_E
-    else:
-        low, weight = _low_and_weight(
-            parameters, dt_weight, tile, block, axis, COLUMNS, CHANNELS, PIXEL, R, RANK, RUN, RUNS, BLOCK
-        )
-        raw = tl.reshape(tl.dot(low, weight, input_precision=PRECISION), [RUN, RUNS * BLOCK])
-    # The compiler would spread the layout of a matrix product over all that follows from it. Where it meets another
-    # one, that of a load later in the program has precedence: this load has as many dimensions for that reason.
-    raw += tl.load(dt_bias + channel[None, :]) * LOG2_E
+def _product_channels(block, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of each row of a product the channel, and whether it exists."""
+    row = tl.arange(0, BLOCK)
+    channel = block * BLOCK + row // 16 * 16 + row % 8 * 2 + row // 8 % 2
+    return tl.minimum(channel, CHANNELS - 1), channel < CHANNELS
+
+
+@triton.jit
+def _weight(dt_weight, dt_bias, block, CHANNELS: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
+            BLOCK: tl.constexpr):  # fmt: skip
+    """log₂e·dt_weight, [BLOCK, RANK]; then the bias in two parts, of which the first is exact in tf32; then what makes
+    a step of zero; then zeros."""
+    channel, _is_channel = _product_channels(block, CHANNELS, BLOCK)
+    r = tl.arange(0, RANK)[None, :]
+    weight = tl.load(dt_weight + channel[:, None] * R + r, mask=r < R, other=0.0) * LOG2_E
+    bias = tl.load(dt_bias + channel)[:, None] * LOG2_E
+    coarse = ((bias.to(tl.int32, bitcast=True) >> 13) << 13).to(tl.float32, bitcast=True)
+    weight = tl.where(r == R, coarse, weight)
+    weight = tl.where(r == R + 1, bias - coarse, weight)
+    return tl.where(r == R + 2, -1e30, weight)
+
+
+@triton.jit
+def _line_place(i, first, length, axis, COLUMNS: tl.constexpr, RUN: tl.constexpr):
+    """Of each of the RUN·RUNS columns of a product where the position is, and whether it counts."""
+    column = tl.arange(0, RUN * RUNS)
+    row = column // (2 * RUNS) * 2 + column % 2
+    place, dead = _place((first + column // 2 % RUNS) * length + i, axis, RUN, COLUMNS)
+    return place + row * (axis[3] if COLUMNS else 1), row >= dead
+
+
+@triton.jit
+def _lows(parameters, line_place, is_line, PIXEL: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+          RANK: tl.constexpr, K: tl.constexpr, ROUTES: tl.constexpr):  # fmt: skip
+    """Of each route dt_low, [RANK, RUN·RUNS]; then 1 twice for the bias, 1 where a position does not count, zeros."""
+    r = tl.arange(0, RANK)[:, None]
+    others = tl.where((r == R) | (r == R + 1) | ((r == R + 2) & (is_line == 0)[None, :]), 1.0, 0.0)
+    at = parameters + (line_place.to(tl.int64) * PIXEL)[None, :] + r
+    lows = ()
+    for k in tl.static_range(K):
+        low = 0.0
+        if R > 0 and (ROUTES >> k) & 1:
+            low = tl.load(at + k * (R + 2 * N), mask=r < R, other=others.to(parameters.dtype.element_ty))
+        lows = lows + (low,)
+    return lows
+
+
+@triton.jit
+def _steps(raw, SOFTPLUS: tl.constexpr, RUN: tl.constexpr, LANES: tl.constexpr, EXACT: tl.constexpr):
+    """The step of a route and dΔ/draw, [RUN, LANES]."""
     if SOFTPLUS:
         value, log, z = _softplus(raw, EXACT)
         slope = tl.where(raw < 0, z, 1.0) * tl.exp2(-log)
     else:
         value = raw
-        slope = tl.full([RUN, RUNS * BLOCK], 1.0, tl.float32)
-    return tl.where(is_real, value, 0.0), tl.where(is_real, slope, 0.0)
+        slope = tl.full([RUN, LANES], 1.0, tl.float32)
+    return value, slope
 
 
 @triton.jit
@@ -187,23 +234,8 @@ def _walk(x, BACKWARDS: tl.constexpr):
 
 
 @triton.jit
-def _last_row(x, RUN: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, RUN)[:, None] == RUN - 1, x, 0.0), axis=0)
-
-
-@triton.jit
-def _enter(a, h, start, RUNS: tl.constexpr, BLOCK: tl.constexpr, BACKWARDS: tl.constexpr):
-    """From what each run does to a state, (a, h), and the state that enters the tile: what enters each run; and the
-    composition up to and including each run. All [LANES]."""
-    if RUNS == 1:
-        return start, a, h
-    one = tl.full([RUNS, BLOCK], 1.0, tl.float32)
-    zero = tl.zeros([RUNS, BLOCK], tl.float32)
-    a, h, lag_a, lag_h = tl.associative_scan(
-        (tl.reshape(a, [RUNS, BLOCK]), tl.reshape(h, [RUNS, BLOCK]), one, zero), 0, _compose_and_lag, reverse=BACKWARDS
-    )
-    enters = tl.reshape(lag_a, [RUNS * BLOCK]) * start + tl.reshape(lag_h, [RUNS * BLOCK])
-    return enters, tl.reshape(a, [RUNS * BLOCK]), tl.reshape(h, [RUNS * BLOCK])
+def _row(x, i: tl.constexpr, RUN: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, RUN)[:, None] == i, x, 0.0), axis=0)
 
 
 @triton.jit
@@ -213,112 +245,189 @@ def _at(base, row):
 
 
 @triton.jit
-def _states(a, b, start, RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr, BACKWARDS: tl.constexpr):
-    """h after each position, from the state that enters the tile; and after each run, [LANES]."""
-    a, h = tl.associative_scan((_walk(a, BACKWARDS), _walk(b, BACKWARDS)), 0, _compose)
-    enters, all_a, all_h = _enter(_last_row(a, RUN), _last_row(h, RUN), start, RUNS, BLOCK, BACKWARDS)
-    return _walk(h + a * enters[None, :], BACKWARDS), all_h + all_a * start
+def _states(a, b, start, RUN: tl.constexpr, BACKWARDS: tl.constexpr):
+    """h after each position, from the state that enters the chunk."""
+    first: tl.constexpr = RUN - 1 if BACKWARDS else 0
+    b = tl.where(tl.arange(0, RUN)[:, None] == first, a * start[None, :] + b, b)
+    _a, h = tl.associative_scan((_walk(a, BACKWARDS), _walk(b, BACKWARDS)), 0, _compose)
+    return _walk(h, BACKWARDS)
 
 
 @triton.jit
-def _states_before(a, b, start, RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr, BACKWARDS: tl.constexpr):
-    """h before each position; and after each run, [LANES]."""
-    a, h, lag_a, lag_h = tl.associative_scan(
-        (_walk(a, BACKWARDS), _walk(b, BACKWARDS), tl.full([RUN, RUNS * BLOCK], 1.0, tl.float32),
-         tl.zeros([RUN, RUNS * BLOCK], tl.float32)), 0, _compose_and_lag,
-    )  # fmt: skip
-    enters, all_a, all_h = _enter(_last_row(a, RUN), _last_row(h, RUN), start, RUNS, BLOCK, BACKWARDS)
-    return _walk(lag_h + lag_a * enters[None, :], BACKWARDS), all_h + all_a * start
+def _states_before(a, b, start, RUN: tl.constexpr, BACKWARDS: tl.constexpr):
+    """h before each position, and after each, from the state that enters the chunk."""
+    is_first = tl.arange(0, RUN)[:, None] == (RUN - 1 if BACKWARDS else 0)
+    zero = tl.zeros_like(a)
+    h = tl.where(is_first, a * start[None, :] + b, b)
+    before = tl.where(is_first, start[None, :] + zero, -0.0)  # to which the compiler knows that adding changes nothing
+    _a, h, _lag, before = tl.associative_scan(
+        (_walk(a, BACKWARDS), _walk(h, BACKWARDS), zero + 1.0, _walk(before, BACKWARDS)), 0, _compose_and_lag
+    )
+    return _walk(before, BACKWARDS), _walk(h, BACKWARDS)
 
 
 @triton.jit
-def _sum_runs(x, RUNS: tl.constexpr, BLOCK: tl.constexpr):
-    return tl.sum(tl.reshape(x, [RUNS, BLOCK]), axis=0)
+def _after(a, b, RUN: tl.constexpr, BACKWARDS: tl.constexpr):
+    """h after a chunk, from zero, [LANES]."""
+    _a, h = tl.associative_scan((_walk(a, BACKWARDS), _walk(b, BACKWARDS)), 0, _compose)
+    return _row(h, RUN - 1, RUN)
 
 
 @triton.jit
-def _is_last(is_channel, RUNS: tl.constexpr, BLOCK: tl.constexpr, BACKWARDS: tl.constexpr):
-    """Lanes of the run that a route visits last."""
-    return is_channel & (tl.arange(0, RUNS * BLOCK) // BLOCK == (0 if BACKWARDS else RUNS - 1))
+def _sum_runs(x, BLOCK: tl.constexpr):
+    """[LANES] summed over segments, [BLOCK]."""
+    return tl.reshape(tl.sum(tl.reshape(x, [BLOCK // 2, RUNS, 2]), axis=1), [BLOCK])
 
 
 @triton.jit
-def _load_entering(carries, at, is_channel, tile, CHAINED: tl.constexpr, LANES: tl.constexpr):
-    """What enters a tile [LANES]: as an earlier kernel left it, or as this program did one tile before."""
-    if carries is None:
-        state = tl.zeros([LANES], tl.float32)
-    elif CHAINED:
-        state = tl.load(carries + at, mask=is_channel & (tile > 0), other=0.0)
-    else:
-        state = tl.load(carries + at)
-    return state
+def _sum_channels(x, RUN: tl.constexpr, BLOCK: tl.constexpr):
+    """[RUN, LANES] summed over channels, [RUN, RUNS]."""
+    return tl.sum(tl.sum(tl.reshape(x, [RUN, BLOCK // 2, RUNS, 2]), axis=3), axis=1)
 
 
 @triton.jit
-def _add_part(to, part, mask, tile, WALK: tl.constexpr):
-    """A tile's part of a sum over all positions: by itself, or added up along the walk."""
-    if WALK:
-        part += tl.load(to, mask=mask & (tile > 0), other=0.0)
+def _add_part(to, part, mask, i):
+    """A chunk's part of a sum over all positions of a program."""
+    part += tl.load(to, mask=mask & (i > 0), other=0.0)
     tl.store(to, part, mask=mask)
 
 
 @triton.jit
-def _write_carry(a, b, is_channel, to_a, to_h, RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr,
-                 BACKWARDS: tl.constexpr):  # fmt: skip
-    """What a tile does to a state."""
-    a, h = tl.associative_scan((_walk(a, BACKWARDS), _walk(b, BACKWARDS)), 0, _compose)
-    zero = tl.zeros([RUNS * BLOCK], tl.float32)
-    _enters, a, h = _enter(_last_row(a, RUN), _last_row(h, RUN), zero, RUNS, BLOCK, BACKWARDS)
-    is_last = _is_last(is_channel, RUNS, BLOCK, BACKWARDS)
-    if to_a is not None:
-        tl.store(to_a, a, mask=is_last)
-    tl.store(to_h, h, mask=is_last)
+def _zeros(K: tl.constexpr, LANES: tl.constexpr):
+    """A tuple of K vectors of zeros."""
+    zeros = ()
+    for _k in tl.static_range(K):
+        zeros = zeros + (tl.zeros([LANES], tl.float32),)
+    return zeros
+
+
+@triton.jit
+def _weights(dt_weight, dt_bias, block, CHANNELS: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr,
+             ROUTES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Of each route the weight, for as long as the program runs."""
+    weights = ()
+    for k in tl.static_range(K):
+        if R > 0 and (ROUTES >> k) & 1:
+            weight = _weight(dt_weight + k * CHANNELS * R, dt_bias + k * CHANNELS, block, CHANNELS, R, RANK, BLOCK)
+        else:
+            weight = 0.0
+        weights = weights + (weight,)
+    return weights
+
+
+@triton.jit
+def _raw(u_at, rows, is_real, low, weight, delta, bias, CHANNELS: tl.constexpr, R: tl.constexpr, SOFTPLUS: tl.constexpr,
+         RUN: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The step of a route before softplus, [RUN, LANES], of which nothing is left where there is no position."""
+    if R == 0:
+        raw = (tl.load(_at(delta + u_at, rows * CHANNELS)).to(tl.float32) + tl.load(bias)[None, :]) * LOG2_E
+        raw = tl.where(is_real, raw, -1e30 if SOFTPLUS else 0.0)
+    else:
+        raw = _product_to_lanes(tl.dot(weight, low.to(tl.float32), input_precision=PRECISION), RUN, BLOCK)
+    return raw
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def carry_kernel(
-    u, grad_y, delta, parameters, dt_weight, dt_bias, A, carry_a, carry_h, carry_adjoint,
-    tiles, positions, vectors, runs, runs_per_line, line_length, step,
+    u, grad_y, delta, parameters, dt_weight, dt_bias, A, sums, local, carry_a, carry_h, carry_adjoint,
+    segments, length, positions, vectors, chunks, chunks_per_line, line_length, step,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXEL: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, ROUTES: tl.constexpr, BACK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What each tile does to the state of a route, h → a·h + carry_h; and to its adjoint, where grad_y is given."""
-    axis = (runs, runs_per_line, line_length, step)
+    """From the last chunk of every segment to the first: what enters each against the axis, into `local` (images,
+    chunks, K, N, channels), as if nothing entered the segment, and the sum of the steps from there to where the segment
+    is entered, `sums` (images, chunks, K, channels); and where there are SEVERAL segments, what each does to the state
+    of a route, h → a·h + carry_h, and to its adjoint, where grad_y is given.
+
+    With N > 1, carry_h and carry_adjoint are given in any case: the state is kept in them from chunk to chunk.
+    """
+    LANES: tl.constexpr = RUNS * BLOCK
+    FULL: tl.constexpr = CHANNELS // GROUPS % BLOCK == 0
+    axis = (chunks, chunks_per_line, line_length, step)
     rows = _rows(axis, RUN, COLUMNS)
-    image, block, group, tile, _stop = _program(tiles, CHANNELS, GROUPS, BLOCK, False)
-    channel, is_channel, place, is_real, run_place, _is_counted = _tile(
-        tile, block, group, axis, COLUMNS, CHANNELS, GROUPS, RUN, RUNS, BLOCK
-    )
-    u_at = (image * positions + place) * vectors * WIDTH + channel
+    image, block, group, first, _item = _program(segments, CHANNELS, GROUPS, BLOCK)
+    channel, is_channel, segment = _lanes(block, group, first, CHANNELS, GROUPS, BLOCK)
+    is_segment = is_channel & (segment < segments)
     parameters += image * positions * PIXEL
-    x = tl.load(_at(u + u_at, rows * CHANNELS)).to(tl.float32)
-    if grad_y is not None:
-        g = tl.where(is_real, tl.load(_at(grad_y + u_at, rows * CHANNELS)).to(tl.float32), 0.0)
-    for k in tl.static_range(K):
-        if (ROUTES >> k) & 1:
-            of_route = parameters + k * (R + 2 * N)
-            B = of_route + R + group * (2 * N)
-            steps, _slope = _steps(
-                u_at, rows, is_real, channel, tile, block, axis, delta, of_route, dt_weight + k * CHANNELS * R,
-                dt_bias + k * CHANNELS, COLUMNS, CHANNELS, PIXEL, R, RANK, SOFTPLUS, RUN, RUNS, BLOCK, EXACT, PRECISION,
-            )  # fmt: skip
-            weighted = steps * x
-            for n in range(N):
-                to = ((image * tiles + tile) * K + k) * N * CHANNELS + n * CHANNELS + channel
-                a = tl.exp2(steps * tl.load(A + (k * CHANNELS + channel) * N + n)[None, :])
-                b = weighted * _to_lanes(_shared(B + n, rows, run_place, PIXEL) * LN_2, RUN, RUNS, BLOCK)
-                _write_carry(a, b, is_channel, carry_a + to, carry_h + to, RUN, RUNS, BLOCK, ((BACK >> k) & 1) == 1)
-                if grad_y is not None:
-                    b = a * g * _to_lanes(_shared(B + N + n, rows, run_place, PIXEL), RUN, RUNS, BLOCK)
-                    _write_carry(a, b, is_channel, None, carry_adjoint + to, RUN, RUNS, BLOCK, ((BACK >> k) & 1) == 0)
+    weights = _weights(dt_weight, dt_bias, block, CHANNELS, R, RANK, K, ROUTES, BLOCK)
+    all_steps, states, adjoints = _zeros(K, LANES), _zeros(K, LANES), _zeros(K, LANES)
+    for j in range(length):
+        i = length - 1 - j
+        place, is_real, run_place, _is_counted = _chunk(
+            i, first, segment, is_channel, length, axis, COLUMNS, FULL, RUN, BLOCK
+        )
+        u_at = (image * positions + place) * vectors * WIDTH + channel
+        line_place, is_line = _line_place(i, first, length, axis, COLUMNS, RUN)
+        shared = parameters + (run_place.to(tl.int64) * PIXEL)[None, :] + (rows * PIXEL + group * (2 * N))
+        lows = _lows(parameters, line_place, is_line, PIXEL, N, R, RANK, K, ROUTES)
+        at_chunk = (image * chunks + segment * length + i) * K * CHANNELS + channel
+        is_chunk = is_channel & (segment * length + i < chunks)
+        x = tl.load(_at(u + u_at, rows * CHANNELS)).to(tl.float32)
+        if grad_y is not None:
+            g = tl.where(is_real, tl.load(_at(grad_y + u_at, rows * CHANNELS)).to(tl.float32), 0.0)
+        for k in tl.static_range(K):
+            if (ROUTES >> k) & 1:
+                raw = _raw(
+                    u_at, rows, is_real, lows[k], weights[k], delta, dt_bias + k * CHANNELS + channel, CHANNELS, R,
+                    SOFTPLUS, RUN, BLOCK, PRECISION,
+                )  # fmt: skip
+                steps, _slope = _steps(raw, SOFTPLUS, RUN, LANES, EXACT)
+                chunk_steps, later_steps = tl.sum(steps, axis=0), all_steps[k]
+                if ((BACK >> k) & 1) == 1 or grad_y is not None:
+                    tl.store(sums + at_chunk + k * CHANNELS, later_steps, mask=is_chunk)
+                all_steps = _put(all_steps, k, later_steps + chunk_steps)
+                for n in range(N):
+                    at = ((image * segments + segment) * K + k) * N * CHANNELS + n * CHANNELS + channel
+                    to_local = local + at_chunk * N + (k * N + n) * CHANNELS - channel * (N - 1)
+                    decay = tl.load(A + (k * CHANNELS + channel) * N + n)
+                    a = tl.exp2(steps * decay[None, :])
+                    if SEVERAL or ((BACK >> k) & 1) == 1:
+                        b = steps * x * (_shared(shared + (k * (R + 2 * N) + R + n), RUN, BLOCK) * LN_2)
+                        h = _after(a, b, RUN, ((BACK >> k) & 1) == 1)
+                        state = states[k] if N == 1 else tl.load(carry_h + at, mask=is_segment & (j > 0), other=0.0)
+                        if ((BACK >> k) & 1) == 1:
+                            tl.store(to_local, state, mask=is_chunk)
+                            state = h + tl.exp2(chunk_steps * decay) * state
+                        else:
+                            state += tl.exp2(later_steps * decay) * h
+                        if N == 1:
+                            states = _put(states, k, state)
+                        else:
+                            tl.store(carry_h + at, state, mask=is_segment)
+                    if grad_y is not None and (SEVERAL or ((BACK >> k) & 1) == 0):
+                        b = a * g * _shared(shared + (k * (R + 2 * N) + R + N + n), RUN, BLOCK)
+                        h = _after(a, b, RUN, ((BACK >> k) & 1) == 0)
+                        state = (
+                            adjoints[k] if N == 1 else tl.load(carry_adjoint + at, mask=is_segment & (j > 0), other=0.0)
+                        )
+                        if ((BACK >> k) & 1) == 1:
+                            state += tl.exp2(later_steps * decay) * h
+                        else:
+                            tl.store(to_local, state, mask=is_chunk)
+                            state = h + tl.exp2(chunk_steps * decay) * state
+                        if N == 1:
+                            adjoints = _put(adjoints, k, state)
+                        else:
+                            tl.store(carry_adjoint + at, state, mask=is_segment)
+    if SEVERAL:
+        for k in tl.static_range(K):
+            if (ROUTES >> k) & 1:
+                at = ((image * segments + segment) * K + k) * N * CHANNELS + channel
+                for n in range(N):
+                    decay = tl.load(A + (k * CHANNELS + channel) * N + n)
+                    tl.store(carry_a + at + n * CHANNELS, tl.exp2(all_steps[k] * decay), mask=is_segment)
+                if N == 1:
+                    tl.store(carry_h + at, states[k], mask=is_segment)
+                    if grad_y is not None:
+                        tl.store(carry_adjoint + at, adjoints[k], mask=is_segment)
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def chain_kernel(carry_a, carry_h, initial, entering, tiles, columns, per_route, ROUTES: tl.constexpr,
+def chain_kernel(carry_a, carry_h, initial, entering, segments, columns, per_route, ROUTES: tl.constexpr,
                  BACK: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The state that enters each tile, from what the tiles do; a column is a (route, n, channel)."""
+    """The state that enters each segment, from what the segments do; a column is a (route, n, channel)."""
     blocks = tl.cdiv(columns, BLOCK)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -328,253 +437,287 @@ def chain_kernel(carry_a, carry_h, initial, entering, tiles, columns, per_route,
     state = tl.zeros([BLOCK], tl.float32)
     if initial is not None:
         state = tl.load(initial + image * columns + column, mask=is_column, other=0.0)
-    base = image * tiles * columns + column
-    for begin in range(0, tiles, CHUNK):
+    base = image * segments * columns + column
+    for begin in range(0, segments, CHUNK):
         j = (begin + tl.arange(0, CHUNK))[:, None]
-        tile = tl.where(is_backwards[None, :], tiles - 1 - j, j)
-        row = tile.to(tl.int64) * columns
-        is_tile = (j < tiles) & is_column[None, :]
-        a = tl.load(_at(carry_a + base, row), mask=is_tile, other=1.0)
-        h = tl.load(_at(carry_h + base, row), mask=is_tile, other=0.0)
+        segment = tl.where(is_backwards[None, :], segments - 1 - j, j)
+        row = segment.to(tl.int64) * columns
+        is_segment = (j < segments) & is_column[None, :]
+        a = tl.load(_at(carry_a + base, row), mask=is_segment, other=1.0)
+        h = tl.load(_at(carry_h + base, row), mask=is_segment, other=0.0)
         a, h, lag_a, lag_h = tl.associative_scan(
             (a, h, tl.full([CHUNK, BLOCK], 1.0, tl.float32), tl.zeros([CHUNK, BLOCK], tl.float32)), 0, _compose_and_lag
         )
-        tl.store(_at(entering + base, row), lag_h + lag_a * state[None, :], mask=is_tile)
-        state = _last_row(h, CHUNK) + _last_row(a, CHUNK) * state
+        tl.store(_at(entering + base, row), lag_h + lag_a * state[None, :], mask=is_segment)
+        state = _row(h, CHUNK - 1, CHUNK) + _row(a, CHUNK - 1, CHUNK) * state
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def states_kernel(
-    u, grad_y, delta, parameters, dt_weight, dt_bias, A, initial, entering, adjoint,
-    tiles, positions, vectors, runs, runs_per_line, line_length, step,
-    COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXEL: tl.constexpr,
-    N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, ROUTES: tl.constexpr, BACK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What enters each tile against the axis, in one walk: of routes that run backwards the state, of others the
-    adjoint, for which grad_y must be given, and which enters the last tile as `initial`.
-    """
-    axis = (runs, runs_per_line, line_length, step)
-    rows = _rows(axis, RUN, COLUMNS)
-    image, block, group, _first, _stop = _program(tiles, CHANNELS, GROUPS, BLOCK, True)
-    parameters += image * positions * PIXEL
-    for i in range(tiles):
-        tile = tiles - 1 - i
-        channel, is_channel, place, is_real, run_place, _is_counted = _tile(
-            tile, block, group, axis, COLUMNS, CHANNELS, GROUPS, RUN, RUNS, BLOCK
-        )
-        is_last = _is_last(is_channel, RUNS, BLOCK, True)
-        u_at = (image * positions + place) * vectors * WIDTH + channel
-        if grad_y is not None:
-            g = tl.where(is_real, tl.load(_at(grad_y + u_at, rows * CHANNELS)).to(tl.float32), 0.0)
-        if ROUTES & BACK:
-            x = tl.load(_at(u + u_at, rows * CHANNELS)).to(tl.float32)
-        for k in tl.static_range(K):
-            if (ROUTES >> k) & 1:
-                of_route = parameters + k * (R + 2 * N)
-                B = of_route + R + group * (2 * N)
-                steps, _slope = _steps(
-                    u_at, rows, is_real, channel, tile, block, axis, delta, of_route, dt_weight + k * CHANNELS * R,
-                    dt_bias + k * CHANNELS, COLUMNS, CHANNELS, PIXEL, R, RANK, SOFTPLUS, RUN, RUNS, BLOCK, EXACT,
-                    PRECISION,
-                )  # fmt: skip
-                for n in range(N):
-                    at = ((image * tiles + tile) * K + k) * N * CHANNELS + n * CHANNELS + channel
-                    a = tl.exp2(steps * tl.load(A + (k * CHANNELS + channel) * N + n)[None, :])
-                    start = tl.zeros([RUNS * BLOCK], tl.float32)
-                    if (BACK >> k) & 1:
-                        to = entering + at
-                        b = steps * x * _to_lanes(_shared(B + n, rows, run_place, PIXEL) * LN_2, RUN, RUNS, BLOCK)
-                    else:
-                        to = adjoint + at
-                        b = a * g * _to_lanes(_shared(B + N + n, rows, run_place, PIXEL), RUN, RUNS, BLOCK)
-                        if initial is not None:
-                            start = tl.load(initial + (image * K + k) * N * CHANNELS + n * CHANNELS + channel)
-                    start = tl.load(to, mask=is_channel & (i > 0), other=start)
-                    tl.store(to, start, mask=is_last & (i == 0))
-                    a, h = tl.associative_scan((_walk(a, True), _walk(b, True)), 0, _compose)
-                    _enters, a, h = _enter(_last_row(a, RUN), _last_row(h, RUN), start, RUNS, BLOCK, True)
-                    tl.store(to - K * N * CHANNELS, h + a * start, mask=is_last & (tile > 0))
-        tl.debug_barrier()  # all threads have written before the next tile reads
+@triton.jit
+def _entering(entering, carry_a, carry_h, at, segment, segments, is_segment, K: tl.constexpr, CHANNELS: tl.constexpr,
+              ROUTES: tl.constexpr, BACK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """Of each route what enters the segments, for N = 1: found by chain_kernel, or by what the segments before do."""
+    states = ()
+    for k in tl.static_range(K):
+        state = tl.zeros([LANES], tl.float32)
+        if (ROUTES >> k) & 1:
+            if entering is not None:
+                state = tl.load(entering + at + k * CHANNELS, mask=is_segment, other=0.0)
+            elif carry_a is not None:
+                for j in range(segments - 1):
+                    other = segments - 1 - j if (BACK >> k) & 1 else j
+                    is_before = is_segment & (segment < other if (BACK >> k) & 1 else segment > other)
+                    from_other = at + ((other - segment) * K + k) * CHANNELS
+                    a = tl.load(carry_a + from_other, mask=is_before, other=1.0)
+                    state = a * state + tl.load(carry_h + from_other, mask=is_before, other=0.0)
+        states = states + (state,)
+    return states
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def scan_kernel(
-    u, delta, parameters, dt_weight, dt_bias, A, skip, entering, partial, last, y,
-    tiles, positions, vectors, runs, runs_per_line, line_length, step,
+    u, delta, parameters, dt_weight, dt_bias, A, skip, sums, local, carry_a, carry_h, entering, partial, last, y,
+    segments, length, positions, vectors, chunks, chunks_per_line, line_length, step,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXEL: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, ROUTES: tl.constexpr, BACK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr, WALK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of the routes along one axis, added to `partial` and the skip where those are given; and into `last` the last
     state (images, K, N, channels) of routes that run forwards.
 
-    With WALK `entering` holds the states of routes that run backwards, and has room for the others.
+    `sums` and `local` are carry_kernel's, None where there is a single chunk. Where there are SEVERAL segments, what
+    enters them is in `entering` (images, segments, K, N, channels), or to be found from carry_a and carry_h. With N > 1
+    `entering` is given in any case, since the state is kept in it from chunk to chunk.
     """
-    axis = (runs, runs_per_line, line_length, step)
+    LANES: tl.constexpr = RUNS * BLOCK
+    FULL: tl.constexpr = CHANNELS // GROUPS % BLOCK == 0
+    axis = (chunks, chunks_per_line, line_length, step)
     rows = _rows(axis, RUN, COLUMNS)
-    image, block, group, first, stop = _program(tiles, CHANNELS, GROUPS, BLOCK, WALK)
+    image, block, group, first, _item = _program(segments, CHANNELS, GROUPS, BLOCK)
+    channel, is_channel, segment = _lanes(block, group, first, CHANNELS, GROUPS, BLOCK)
+    is_segment = is_channel & (segment < segments)
     parameters += image * positions * PIXEL
-    for tile in range(first, stop):
-        channel, is_channel, place, is_real, run_place, _is_counted = _tile(
-            tile, block, group, axis, COLUMNS, CHANNELS, GROUPS, RUN, RUNS, BLOCK
+    weights = _weights(dt_weight, dt_bias, block, CHANNELS, R, RANK, K, ROUTES, BLOCK)
+    at_segment = (image * segments + segment) * K * N * CHANNELS + channel
+    states = _entering(
+        entering if N == 1 else None, carry_a, carry_h, at_segment, segment, segments, is_segment, K, CHANNELS, ROUTES,
+        BACK, LANES,
+    )  # fmt: skip
+    for i in range(length):
+        place, is_real, run_place, _is_counted = _chunk(
+            i, first, segment, is_channel, length, axis, COLUMNS, FULL, RUN, BLOCK
         )
         u_at = (image * positions + place) * vectors * WIDTH + channel
-        is_last = _is_last(is_channel, RUNS, BLOCK, False)
+        line_place, is_line = _line_place(i, first, length, axis, COLUMNS, RUN)
+        shared = parameters + (run_place.to(tl.int64) * PIXEL)[None, :] + (rows * PIXEL + group * (2 * N))
+        lows = _lows(parameters, line_place, is_line, PIXEL, N, R, RANK, K, ROUTES)
+        at_chunk = (image * chunks + segment * length + i) * K * CHANNELS + channel
+        is_chunk = is_channel & (segment * length + i < chunks)
         x = tl.load(_at(u + u_at, rows * CHANNELS)).to(tl.float32)
-        total = tl.zeros([RUN, RUNS * BLOCK], tl.float32)
+        total = tl.zeros([RUN, LANES], tl.float32)
         if partial is not None:
             total = tl.load(_at(partial + u_at, rows * CHANNELS)).to(tl.float32)
         if skip is not None:
             total += tl.load(skip + channel)[None, :] * x
         for k in tl.static_range(K):
             if (ROUTES >> k) & 1:
-                of_route = parameters + k * (R + 2 * N)
-                B = of_route + R + group * (2 * N)
-                steps, _slope = _steps(
-                    u_at, rows, is_real, channel, tile, block, axis, delta, of_route, dt_weight + k * CHANNELS * R,
-                    dt_bias + k * CHANNELS, COLUMNS, CHANNELS, PIXEL, R, RANK, SOFTPLUS, RUN, RUNS, BLOCK, EXACT,
-                    PRECISION,
+                raw = _raw(
+                    u_at, rows, is_real, lows[k], weights[k], delta, dt_bias + k * CHANNELS + channel, CHANNELS, R,
+                    SOFTPLUS, RUN, BLOCK, PRECISION,
                 )  # fmt: skip
+                steps, _slope = _steps(raw, SOFTPLUS, RUN, LANES, EXACT)
                 weighted = steps * x
+                if ((BACK >> k) & 1) == 1 and local is not None:
+                    later_steps = tl.load(sums + at_chunk + k * CHANNELS, mask=is_chunk, other=0.0)
                 for n in range(N):
-                    at = ((image * tiles + tile) * K + k) * N * CHANNELS + n * CHANNELS + channel
-                    start = _load_entering(
-                        entering, at, is_channel, tile, WALK and ((BACK >> k) & 1) == 0, RUNS * BLOCK
-                    )
-                    a = tl.exp2(steps * tl.load(A + (k * CHANNELS + channel) * N + n)[None, :])
-                    b = weighted * _to_lanes(_shared(B + n, rows, run_place, PIXEL) * LN_2, RUN, RUNS, BLOCK)
-                    h, after = _states(a, b, start, RUN, RUNS, BLOCK, ((BACK >> k) & 1) == 1)
-                    if WALK and ((BACK >> k) & 1) == 0:
-                        tl.store(entering + at + K * N * CHANNELS, after, mask=is_last & (tile < tiles - 1))
-                    if last is not None:
-                        to = last + (image * K + k) * N * CHANNELS + n * CHANNELS + channel
-                        tl.store(to, after, mask=is_last & (tile == tiles - 1))
-                    total += h * _to_lanes(_shared(B + N + n, rows, run_place, PIXEL), RUN, RUNS, BLOCK)
+                    at = at_segment + (k * N + n) * CHANNELS
+                    decay = tl.load(A + (k * CHANNELS + channel) * N + n)
+                    has_entered = SEVERAL | (i > 0) if ((BACK >> k) & 1) == 0 else SEVERAL
+                    start = states[k] if N == 1 else tl.load(entering + at, mask=is_segment & has_entered, other=0.0)
+                    if ((BACK >> k) & 1) == 1 and local is not None:
+                        from_local = local + at_chunk * N + (k * N + n) * CHANNELS - channel * (N - 1)
+                        start *= tl.exp2(later_steps * decay)
+                        start += tl.load(from_local, mask=is_chunk, other=0.0)
+                    a = tl.exp2(steps * decay[None, :])
+                    b = weighted * (_shared(shared + (k * (R + 2 * N) + R + n), RUN, BLOCK) * LN_2)
+                    h = _states(a, b, start, RUN, ((BACK >> k) & 1) == 1)
+                    if ((BACK >> k) & 1) == 0:
+                        after = _row(h, RUN - 1, RUN)
+                        if N == 1:
+                            states = _put(states, k, after)
+                        else:
+                            tl.store(entering + at, after, mask=is_segment)
+                        if last is not None:
+                            to = last + (image * K + k) * N * CHANNELS + n * CHANNELS + channel
+                            tl.store(to, after, mask=is_channel & (segment == segments - 1) & (i == length - 1))
+                    total += h * _shared(shared + (k * (R + 2 * N) + R + N + n), RUN, BLOCK)
         tl.store(_at(y + u_at, rows * CHANNELS), total.to(y.dtype.element_ty), mask=is_real)
-        if WALK:
-            tl.debug_barrier()  # all threads have written before the next tile reads
+
+
+@triton.jit
+def _part(parts, item, k: tl.constexpr, ROUTES: tl.constexpr, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr):
+    """Where this program's part of a route's sums begins; there is room for the routes of this axis only."""
+    before: tl.constexpr = (ROUTES & 1) * (k > 0) + (ROUTES >> 1 & 1) * (k > 1) + (ROUTES >> 2 & 1) * (k > 2)
+    all: tl.constexpr = (ROUTES & 1) + (ROUTES >> 1 & 1) + (ROUTES >> 2 & 1) + (ROUTES >> 3 & 1)
+    return parts + (item * all + before) * CHANNELS * NUMBERS
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def gradient_kernel(
-    u, grad_y, delta, parameters, dt_weight, dt_bias, A, skip, entering, adjoint, partial,
-    grad_u, grad_delta, grad_parameters, grad_weight, grad_bias, grad_A, grad_skip,
-    images, tiles, positions, vectors, runs, runs_per_line, line_length, step,
+    u, grad_y, delta, parameters, dt_weight, dt_bias, A, skip, sums, local, carry_a, carry_h, carry_adjoint, entering,
+    adjoint, partial,
+    grad_u, grad_delta, grad_parameters, parts, grad_skip,
+    images, segments, length, positions, vectors, chunks, chunks_per_line, line_length, step,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXEL: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, ROUTES: tl.constexpr, BACK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr, WALK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of everything for the routes along one axis.
 
     grad_u is added to `partial` where that is given. The others are parts to be summed: grad_parameters
-    (blocks of a group, images, positions, pixel) over blocks, and over the first dimension, which is images with WALK
-    and images·tiles without, grad_weight (..., K, channels, R), grad_bias (..., K, channels),
-    grad_A (..., K, N, channels), grad_skip (..., channels).
+    (blocks of a group, images, positions, pixel) over blocks, and over the first dimension, which is images times
+    programs of an image, grad_skip (..., channels) and `parts` (..., these routes, channels, R + 1 + N), those of
+    dt_weight, dt_bias and A.
 
-    With WALK `entering` holds the states of routes that run backwards and `adjoint` that of the others; both have room
-    for the rest.
+    `sums`, `local` and what enters as in scan_kernel; `adjoint` is given also where something enters the only segment.
     """
-    axis = (runs, runs_per_line, line_length, step)
+    LANES: tl.constexpr = RUNS * BLOCK
+    FULL: tl.constexpr = CHANNELS // GROUPS % BLOCK == 0
+    size: tl.constexpr = CHANNELS // GROUPS
+    NUMBERS: tl.constexpr = R + 1 + N
+    axis = (chunks, chunks_per_line, line_length, step)
     rows = _rows(axis, RUN, COLUMNS)
-    image, block, group, first, stop = _program(tiles, CHANNELS, GROUPS, BLOCK, WALK)
+    image, block, group, first, item = _program(segments, CHANNELS, GROUPS, BLOCK)
+    channel, is_channel, segment = _lanes(block, group, first, CHANNELS, GROUPS, BLOCK)
+    is_segment = is_channel & (segment < segments)
     parameters += image * positions * PIXEL
     grad_parameters += (block * images + image) * positions * PIXEL
-    item = image if WALK else image * tiles + first
-    for tile in range(first, stop):
-        channel, is_channel, place, is_real, run_place, is_shared = _tile(
-            tile, block, group, axis, COLUMNS, CHANNELS, GROUPS, RUN, RUNS, BLOCK
+    weights = _weights(dt_weight, dt_bias, block, CHANNELS, R, RANK, K, ROUTES, BLOCK)
+    at_segment = (image * segments + segment) * K * N * CHANNELS + channel
+    states = _entering(
+        entering if N == 1 else None, carry_a, carry_h, at_segment, segment, segments, is_segment, K, CHANNELS, ROUTES,
+        BACK, LANES,
+    )  # fmt: skip
+    adjoints = _entering(
+        adjoint if N == 1 else None, carry_a, carry_adjoint, at_segment, segment, segments, is_segment, K, CHANNELS,
+        ROUTES, (1 << K) - 1 - BACK, LANES,
+    )  # fmt: skip
+    # Channels once, for gradients that are summed over positions.
+    within = block * BLOCK + tl.arange(0, BLOCK)
+    is_one, one = within < size, group * size + tl.minimum(within, size - 1)
+    decays, biases, skips = _zeros(K, LANES), _zeros(K, LANES), tl.zeros([LANES], tl.float32)
+    products = ()
+    for _k in tl.static_range(K):
+        products = products + (tl.zeros([BLOCK, RANK], tl.float32),)
+    for i in range(length):
+        place, is_real, run_place, is_shared = _chunk(
+            i, first, segment, is_channel, length, axis, COLUMNS, FULL, RUN, BLOCK
         )
         u_at = (image * positions + place) * vectors * WIDTH + channel
-        is_last = _is_last(is_channel, RUNS, BLOCK, False)
+        line_place, is_line = _line_place(i, first, length, axis, COLUMNS, RUN)
+        shared = parameters + (run_place.to(tl.int64) * PIXEL)[None, :] + (rows * PIXEL + group * (2 * N))
+        to_shared = grad_parameters + (run_place.to(tl.int64) * PIXEL)[None, :] + (rows * PIXEL + group * (2 * N))
+        lows = _lows(parameters, line_place, is_line, PIXEL, N, R, RANK, K, ROUTES)
+        at_chunk = (image * chunks + segment * length + i) * K * CHANNELS + channel
+        is_chunk = is_channel & (segment * length + i < chunks)
         x = tl.load(_at(u + u_at, rows * CHANNELS)).to(tl.float32)
         g = tl.where(is_real, tl.load(_at(grad_y + u_at, rows * CHANNELS)).to(tl.float32), 0.0)
-
-        # Channels once, for gradients that are summed over positions; positions once, for those over channels.
-        size: tl.constexpr = CHANNELS // GROUPS
-        within = block * BLOCK + tl.arange(0, BLOCK)
-        is_one, one = within < size, group * size + tl.minimum(within, size - 1)
-        shared = (run_place.to(tl.int64) * PIXEL)[None, :] + rows * PIXEL
-
-        total = tl.zeros([RUN, RUNS * BLOCK], tl.float32)
+        total = tl.zeros([RUN, LANES], tl.float32)
         if partial is not None:
             total = tl.load(_at(partial + u_at, rows * CHANNELS)).to(tl.float32)
         if skip is not None:
             total += tl.load(skip + channel)[None, :] * g
         if grad_skip is not None:
-            part = _sum_runs(tl.sum(g * x, axis=0), RUNS, BLOCK)
-            _add_part(grad_skip + item * CHANNELS + one, part, is_one, tile, WALK)
+            skips += tl.sum(g * x, axis=0)
         for k in tl.static_range(K):
             if (ROUTES >> k) & 1:
-                of_route = parameters + k * (R + 2 * N)
-                B = of_route + R + group * (2 * N)
-                to_B = grad_parameters + k * (R + 2 * N) + R + group * (2 * N)
-                steps, slope = _steps(
-                    u_at, rows, is_real, channel, tile, block, axis, delta, of_route, dt_weight + k * CHANNELS * R,
-                    dt_bias + k * CHANNELS, COLUMNS, CHANNELS, PIXEL, R, RANK, SOFTPLUS, RUN, RUNS, BLOCK, EXACT,
-                    PRECISION,
+                raw = _raw(
+                    u_at, rows, is_real, lows[k], weights[k], delta, dt_bias + k * CHANNELS + channel, CHANNELS, R,
+                    SOFTPLUS, RUN, BLOCK, PRECISION,
                 )  # fmt: skip
+                steps, slope = _steps(raw, SOFTPLUS, RUN, LANES, EXACT)
                 weighted = steps * x
-                to_weighted = tl.zeros([RUN, RUNS * BLOCK], tl.float32)
-                to_steps = tl.zeros([RUN, RUNS * BLOCK], tl.float32)
+                to_weighted = tl.zeros([RUN, LANES], tl.float32)
+                to_steps = tl.zeros([RUN, LANES], tl.float32)
+                if local is not None:
+                    later_steps = tl.load(sums + at_chunk + k * CHANNELS, mask=is_chunk, other=0.0)
                 for n in range(N):
-                    at = ((image * tiles + tile) * K + k) * N * CHANNELS + n * CHANNELS + channel
-                    start = _load_entering(
-                        entering, at, is_channel, tile, WALK and ((BACK >> k) & 1) == 0, RUNS * BLOCK
-                    )
-                    end = _load_entering(adjoint, at, is_channel, tile, WALK and ((BACK >> k) & 1) == 1, RUNS * BLOCK)
+                    at = at_segment + (k * N + n) * CHANNELS
                     decay = tl.load(A + (k * CHANNELS + channel) * N + n)
-                    a = tl.exp2(steps * decay[None, :])
-                    B_n = _to_lanes(_shared(B + n, rows, run_place, PIXEL) * LN_2, RUN, RUNS, BLOCK)
-                    b = weighted * B_n
-                    h, after = _states(a, b, start, RUN, RUNS, BLOCK, ((BACK >> k) & 1) == 1)
-                    G = g * _to_lanes(_shared(B + N + n, rows, run_place, PIXEL), RUN, RUNS, BLOCK)
-                    before, after_end = _states_before(a, a * G, end, RUN, RUNS, BLOCK, ((BACK >> k) & 1) == 0)
-                    G += before
-                    if WALK:
-                        to = at + K * N * CHANNELS
-                        if (BACK >> k) & 1:
-                            tl.store(adjoint + to, after_end, mask=is_last & (tile < tiles - 1))
+                    if N == 1:
+                        start, end = states[k], adjoints[k]
+                    else:
+                        is_along = is_segment & (SEVERAL | (i > 0))
+                        is_against = is_segment & SEVERAL
+                        is_given = is_against if ((BACK >> k) & 1) == 1 else is_along
+                        start = tl.load(entering + at, mask=is_given, other=0.0)
+                        end = tl.load(adjoint + at, mask=is_segment, other=0.0)
+                    if local is not None:
+                        from_local = local + at_chunk * N + (k * N + n) * CHANNELS - channel * (N - 1)
+                        factor = tl.exp2(later_steps * decay)
+                        summand = tl.load(from_local, mask=is_chunk, other=0.0)
+                        if ((BACK >> k) & 1) == 1:
+                            start = start * factor + summand
                         else:
-                            tl.store(entering + to, after, mask=is_last & (tile < tiles - 1))
+                            end = end * factor + summand
+                    a = tl.exp2(steps * decay[None, :])
+                    B_n = _shared(shared + (k * (R + 2 * N) + R + n), RUN, BLOCK) * LN_2
+                    b = weighted * B_n
+                    h = _states(a, b, start, RUN, ((BACK >> k) & 1) == 1)
+                    G = g * _shared(shared + (k * (R + 2 * N) + R + N + n), RUN, BLOCK)
+                    before, c = _states_before(a, a * G, end, RUN, ((BACK >> k) & 1) == 0)
+                    G += before
+                    if ((BACK >> k) & 1) == 1:
+                        after = _row(c, RUN - 1, RUN)
+                        if N == 1:
+                            adjoints = _put(adjoints, k, after)
+                        else:
+                            tl.store(adjoint + at, after, mask=is_segment)
+                    else:
+                        after = _row(h, RUN - 1, RUN)
+                        if N == 1:
+                            states = _put(states, k, after)
+                        else:
+                            tl.store(entering + at, after, mask=is_segment)
                     to_exponent = G * (h - b)
                     to_weighted += G * B_n
                     to_steps += to_exponent * (decay * LN_2)[None, :]
-                    part = _sum_runs(tl.sum(to_exponent * steps, axis=0), RUNS, BLOCK) * LN_2
-                    _add_part(grad_A + ((item * K + k) * N + n) * CHANNELS + one, part, is_one, tile, WALK)
-                    part_B = tl.sum(tl.reshape(G * weighted, [RUN, RUNS, BLOCK]), axis=2) * LN_2
-                    part_C = tl.sum(tl.reshape(g * h, [RUN, RUNS, BLOCK]), axis=2)
-                    tl.store(to_B + shared + n, part_B, mask=is_shared)
-                    tl.store(to_B + N + shared + n, part_C, mask=is_shared)
+                    part = tl.sum(to_exponent * steps, axis=0)
+                    if N == 1:
+                        decays = _put(decays, k, decays[k] + part)
+                    else:
+                        to_A = _part(parts, item, k, ROUTES, CHANNELS, NUMBERS) + one * NUMBERS + (R + 1 + n)
+                        _add_part(to_A, _sum_runs(part, BLOCK) * LN_2, is_one, i)
+                    to_B = to_shared + (k * (R + 2 * N) + R + n)
+                    tl.store(to_B, _sum_channels(G * weighted, RUN, BLOCK) * LN_2, mask=is_shared)
+                    tl.store(to_B + N, _sum_channels(g * h, RUN, BLOCK), mask=is_shared)
                 total += steps * to_weighted
                 to_raw = slope * (to_steps + x * to_weighted)
-                part = _sum_runs(tl.sum(to_raw, axis=0), RUNS, BLOCK) * LOG2_E
-                _add_part(grad_bias + (item * K + k) * CHANNELS + one, part, is_one, tile, WALK)
                 if R == 0:
-                    tl.store(_at(grad_delta + u_at, rows * CHANNELS), to_raw * LOG2_E, mask=is_real)
+                    to_raw = tl.where(is_real, to_raw, 0.0) * LOG2_E
+                    tl.store(_at(grad_delta + u_at, rows * CHANNELS), to_raw, mask=is_real)
+                    biases = _put(biases, k, biases[k] + tl.sum(to_raw, axis=0))
                 else:
-                    low, weight = _low_and_weight(
-                        of_route, dt_weight + k * CHANNELS * R, tile, block, axis, COLUMNS, CHANNELS, PIXEL, R, RANK,
-                        RUN, RUNS, BLOCK,
-                    )  # fmt: skip
-                    to_raw = tl.reshape(to_raw, [RUN * RUNS, BLOCK])
-                    r = tl.arange(0, RANK)
-                    line = tl.arange(0, RUN * RUNS)
-                    line_place, line_dead = _place(tile * RUNS + line % RUNS, axis, RUN, COLUMNS)
-                    line_place += line // RUNS * (axis[3] if COLUMNS else 1)
-                    tl.store(
-                        grad_parameters + k * (R + 2 * N) + (line_place.to(tl.int64) * PIXEL)[:, None] + r[None, :],
-                        tl.dot(to_raw, tl.trans(weight), input_precision=PRECISION),
-                        mask=(line // RUNS >= line_dead)[:, None] & (r < R)[None, :],
-                    )
-                    _add_part(
-                        grad_weight + ((item * K + k) * CHANNELS + one)[:, None] * R + r[None, :],
-                        tl.dot(tl.trans(to_raw), low, input_precision=PRECISION) * LOG2_E,
-                        is_one[:, None] & (r < R)[None, :], tile, WALK,
-                    )  # fmt: skip
+                    to_raw = _lanes_to_product(to_raw, RUN, BLOCK)
+                    r = tl.arange(0, RANK)[:, None]
+                    to_low = grad_parameters + (line_place.to(tl.int64) * PIXEL)[None, :] + (k * (R + 2 * N) + r)
+                    part_low = tl.dot(tl.trans(weights[k]), to_raw, input_precision=PRECISION)
+                    tl.store(to_low, part_low, mask=is_line[None, :] & (r < R))
+                    product = tl.dot(to_raw, tl.trans(lows[k].to(tl.float32)), products[k], input_precision=PRECISION)
+                    products = _put(products, k, product)
         tl.store(_at(grad_u + u_at, rows * CHANNELS), total.to(grad_u.dtype.element_ty), mask=is_real)
-        if WALK:
-            tl.debug_barrier()  # all threads have written before the next tile reads
+    if grad_skip is not None:
+        tl.store(grad_skip + item * CHANNELS + one, _sum_runs(skips, BLOCK), mask=is_one)
+    for k in tl.static_range(K):
+        if (ROUTES >> k) & 1:
+            to_one = _part(parts, item, k, ROUTES, CHANNELS, NUMBERS) + one * NUMBERS
+            if N == 1:
+                tl.store(to_one + R + 1, _sum_runs(decays[k], BLOCK) * LN_2, mask=is_one)
+            if R == 0:
+                tl.store(to_one, _sum_runs(biases[k], BLOCK), mask=is_one)
+            else:  # the column after the weights' is the bias's
+                row, is_row = _product_channels(block, CHANNELS, BLOCK)
+                r = tl.arange(0, RANK)[None, :]
+                to = _part(parts, item, k, ROUTES, CHANNELS, NUMBERS) + row[:, None] * NUMBERS + r
+                tl.store(to, products[k] * LOG2_E, mask=is_row[:, None] & (r <= R))

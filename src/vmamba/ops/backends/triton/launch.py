@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -17,13 +16,15 @@ from vmamba.ops.backends.triton.configurations import (
     Configuration,
     Configurations,
     configurations_for,
-    walks_for,
+    segments_limited,
 )
 from vmamba.ops.routes import Route
 
-# The chain of carries: tiles at a time, and columns of one warp.
+# The chain of carries: segments at a time, and columns of one warp.
 _CHUNK, _COLUMNS = 32, 32
+_CHAINED_AT_ONCE = 8  # segments, by each of the programs
 _LEAST_DOT = 16
+RUNS, EXTRA = kernels.RUNS.value, 3
 
 
 class Problem(NamedTuple):
@@ -56,31 +57,27 @@ class Problem(NamedTuple):
 
 
 class _Axis(NamedTuple):
-    """The routes along rows or along columns, and how their positions are cut into tiles."""
+    """The routes along rows or along columns, and how their positions are cut into segments."""
 
     routes: int  # bits
     is_columns: bool  # on which neighbours are as many positions apart as there are columns
     configuration: Configuration
+    programs: int  # for each image and block of channels
     geometry: dict[str, int]
 
 
 def run_forward(p: Problem, y: Tensor, last: Tensor | None = None) -> None:
     """Write y, shaped as `u`, and the last state (batch, K, N, channels) where that is wanted."""
     with _device(p.u):
-        config = _fit(_configurations(p.u).scan, p)
-        axes = _axes(p, config)
-        partial = None
+        axes = _axes(p, _fit(_configurations(p.u).scan, p))
         for i, axis in enumerate(axes):
-            walks = _walks(p, axis)
-            entering = (_walk_back if walks else _carry)(p, axis)[0]
-            is_final = i == len(axes) - 1
-            to = y if is_final or y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
+            carries = _carry(p, axis)
             _launch(
-                kernels.scan_kernel, p, axis, axis.routes, walks, WALK=walks,
+                kernels.scan_kernel, p, axis, axis.routes,
                 u=p.u, delta=p.delta, parameters=p.parameters, dt_weight=p.dt_weight, dt_bias=p.dt_bias, A=p.A,
-                skip=p.skip if i == 0 else None, entering=entering, partial=partial, last=last, y=to,
+                skip=p.skip if i == 0 else None, sums=carries.sums, local=carries.local, carry_a=carries.carry_a,
+                carry_h=carries.carry_h, entering=carries.entering, partial=y if i else None, last=last, y=y,
             )  # fmt: skip
-            partial = to
 
 
 class Gradients(NamedTuple):
@@ -107,97 +104,83 @@ def run_backward(p: Problem, grad_y: Tensor, grad_last: Tensor | None = None) ->
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=p.u.device)
 
-        grad_parameters = empty(triton.cdiv(channels // p.groups, config.block), *p.parameters.shape)
+        grad_u = torch.empty_like(p.u)
         grad_delta = None if p.delta is None else empty(*p.u.shape)
-        grad_weight, grad_bias, grad_A = empty(K, channels, R), empty(K, channels), empty(K, N, channels)
-        grad_skip = partial = None
+        grad_parameters = empty(triton.cdiv(channels // p.groups, config.block), *p.parameters.shape)
+        grad_skip, by_route = None, dict[int, Tensor]()
         for i, axis in enumerate(axes):
-            walks = _walks(p, axis)
-            entering, adjoint = (_walk_back if walks else _carry)(p, axis, grad_y, grad_last)
-            items = batch if walks else batch * axis.geometry["tiles"]
-            is_final = i == len(axes) - 1
-            to = torch.empty_like(p.u, dtype=p.u.dtype if is_final else torch.float32)
-            weight, bias, A = empty(items, K, channels, R), empty(items, K, channels), empty(items, K, N, channels)
-            skip = empty(items, channels) if i == 0 else None
+            carries = _carry(p, axis, grad_y, grad_last)
+            items, routes = batch * axis.programs, [k for k in range(K) if axis.routes >> k & 1]
+            parts, skip = empty(items, len(routes), channels, R + 1 + N), empty(items, channels) if i == 0 else None
             _launch(
-                kernels.gradient_kernel, p, axis, axis.routes, walks, WALK=walks,
+                kernels.gradient_kernel, p, axis, axis.routes,
                 u=p.u, grad_y=grad_y, delta=p.delta, parameters=p.parameters, dt_weight=p.dt_weight,
-                dt_bias=p.dt_bias, A=p.A, skip=p.skip if i == 0 else None, entering=entering, adjoint=adjoint,
-                partial=partial, grad_u=to, grad_delta=grad_delta, grad_parameters=grad_parameters,
-                grad_weight=weight, grad_bias=bias, grad_A=A, grad_skip=skip, images=batch,
+                dt_bias=p.dt_bias, A=p.A, skip=p.skip if i == 0 else None, **carries._asdict(),
+                partial=grad_u if i else None, grad_u=grad_u, grad_delta=grad_delta, grad_parameters=grad_parameters,
+                parts=parts, grad_skip=skip, images=batch,
             )  # fmt: skip
-            partial = to
-            for k in range(K):
-                if axis.routes >> k & 1:
-                    grad_weight[k], grad_bias[k], grad_A[k] = weight[:, k].sum(0), bias[:, k].sum(0), A[:, k].sum(0)
+            by_route |= dict(zip(routes, parts.sum(0), strict=True))
             if skip is not None:
                 grad_skip = skip.sum(0)
-    assert partial is not None
     assert grad_skip is not None
     grad_parameters = grad_parameters[0] if len(grad_parameters) == 1 else grad_parameters.sum(0)
-    return Gradients(partial, grad_delta, grad_parameters, grad_weight, grad_bias, grad_A.transpose(1, 2), grad_skip)
+    weight, bias, A = torch.stack([by_route[k] for k in range(K)]).split([R, 1, N], dim=2)
+    return Gradients(grad_u, grad_delta, grad_parameters, weight, bias.squeeze(2), A, grad_skip)
 
 
-def _walks(p: Problem, axis: _Axis) -> bool:
-    """Whether each program takes all tiles of an axis, one after the other, instead of one of them."""
-    if axis.geometry["tiles"] == 1:
-        return False
-    programs = p.u.shape[0] * _blocks(p, axis.configuration)
-    return walks_for(_multiprocessors(p.u), programs * axis.configuration.warps)
+class _Carries(NamedTuple):
+    """What chunks and segments start from, as the kernels describe it."""
+
+    sums: Tensor | None = None
+    local: Tensor | None = None
+    carry_a: Tensor | None = None
+    carry_h: Tensor | None = None
+    carry_adjoint: Tensor | None = None
+    entering: Tensor | None = None
+    adjoint: Tensor | None = None
 
 
-def _walk_back(
-    p: Problem, axis: _Axis, grad_y: Tensor | None = None, grad_last: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Where what enters each tile goes, (batch, tiles, K, N, channels), with what enters against the axis in it: the
-    state of routes that run backwards and, given grad_y, the adjoint of the others."""
-    entering = _carries(p, axis)
-    adjoint = None if grad_y is None else _carries(p, axis)
-    against = axis.routes if grad_y is not None else axis.routes & _back(p)
-    if against:
-        _launch(
-            kernels.states_kernel, p, axis, against, True,
-            u=p.u, grad_y=grad_y, delta=p.delta, parameters=p.parameters, dt_weight=p.dt_weight, dt_bias=p.dt_bias,
-            A=p.A, initial=grad_last, entering=entering, adjoint=adjoint,
-        )  # fmt: skip
-    return entering, adjoint
-
-
-def _carry(
-    p: Problem, axis: _Axis, grad_y: Tensor | None = None, grad_last: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """What enters each tile, (batch, tiles, K, N, channels): the state and, given grad_y, its adjoint.
-
-    None stands for zeros, where one tile holds the sequence.
-    """
-    tiles = axis.geometry["tiles"]
-    if tiles == 1:
-        return None, grad_last
+def _carry(p: Problem, axis: _Axis, grad_y: Tensor | None = None, grad_last: Tensor | None = None) -> _Carries:
+    """What enters every chunk and every segment: of the state and, given grad_y, of its adjoint."""
     K, channels, N = p.A.shape
-    carry_a, carry_h, carry_adjoint = (
-        _carries(p, axis), _carries(p, axis), None if grad_y is None else _carries(p, axis)
-    )  # fmt: skip
-    _launch(
-        kernels.carry_kernel, p, axis, axis.routes, False,
-        u=p.u, grad_y=grad_y, delta=p.delta, parameters=p.parameters, dt_weight=p.dt_weight, dt_bias=p.dt_bias, A=p.A,
-        carry_a=carry_a, carry_h=carry_h, carry_adjoint=carry_adjoint,
-    )  # fmt: skip
+    batch, segments, chunks = p.u.shape[0], axis.geometry["segments"], axis.geometry["chunks"]
 
-    def chain(carry: Tensor, back: int, initial: Tensor | None) -> Tensor:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty((batch, *shape), dtype=torch.float32, device=p.u.device)
+
+    # With several states they are kept in memory from chunk to chunk.
+    has_carries = segments > 1 or N > 1
+    state = empty(segments, K, N, channels) if has_carries else None
+    adjoint = empty(segments, K, N, channels) if has_carries and grad_y is not None else None
+    routes = axis.routes if segments > 1 or grad_y is not None else axis.routes & _back(p)
+    sums = local = decay = None
+    if routes and chunks > 1:
+        sums, local = empty(chunks, K, channels), empty(chunks, K, N, channels)
+        decay = empty(segments, K, N, channels) if segments > 1 else None
+        _launch(
+            kernels.carry_kernel, p, axis, routes,
+            u=p.u, grad_y=grad_y, delta=p.delta, parameters=p.parameters, dt_weight=p.dt_weight, dt_bias=p.dt_bias,
+            A=p.A, sums=sums, local=local, carry_a=decay, carry_h=state, carry_adjoint=adjoint,
+        )  # fmt: skip
+    if segments == 1:
+        if adjoint is not None:
+            adjoint = adjoint.zero_() if grad_last is None else grad_last.clone()
+        return _Carries(sums, local, entering=state, adjoint=adjoint if N > 1 else grad_last)
+    if N == 1 and grad_last is None and segments <= _CHAINED_AT_ONCE:
+        return _Carries(sums, local, decay, state, adjoint)
+
+    def chain(carry: Tensor | None, back: int, initial: Tensor | None) -> Tensor | None:
+        if carry is None:
+            return None
         entering, columns = torch.empty_like(carry), K * N * channels
-        kernels.chain_kernel[(p.u.shape[0] * triton.cdiv(columns, _COLUMNS),)](
-            carry_a, carry, initial, entering, tiles, columns, N * channels,
+        kernels.chain_kernel[(batch * triton.cdiv(columns, _COLUMNS),)](
+            decay, carry, initial, entering, segments, columns, N * channels,
             ROUTES=axis.routes, BACK=back, CHUNK=_CHUNK, BLOCK=_COLUMNS, num_warps=1,
         )  # fmt: skip
         return entering
 
-    entering = chain(carry_h, _back(p), None)
-    return entering, None if carry_adjoint is None else chain(carry_adjoint, ~_back(p) & (1 << K) - 1, grad_last)
-
-
-def _carries(p: Problem, axis: _Axis) -> Tensor:
-    K, channels, N = p.A.shape
-    return torch.empty((p.u.shape[0], axis.geometry["tiles"], K, N, channels), dtype=torch.float32, device=p.u.device)
+    entering, ending = chain(state, _back(p), None), chain(adjoint, ~_back(p) & (1 << K) - 1, grad_last)
+    return _Carries(sums, local, entering=entering, adjoint=ending)
 
 
 def _axes(p: Problem, config: Configuration) -> list[_Axis]:
@@ -210,34 +193,48 @@ def _axes(p: Problem, config: Configuration) -> list[_Axis]:
         # Rows are one line, since they follow each other in memory; columns of a grid of one row or column are as well.
         is_one_line = not columns or height == 1 or width == 1
         lines, length = (1, height * width) if is_one_line else (width, height)
-        # A run lies on one line. Where that is short, more runs of fewer positions keep the size of the tile.
+        # A chunk lies on one line.
         run = min(config.run, 1 << length.bit_length() - 1)
-        fitting = replace(config, run=run, runs=config.runs * config.run // run)
-        runs_per_line = triton.cdiv(length, run)
+        fitting = replace(config, run=run)
+        chunks_per_line = triton.cdiv(length, run)
+        chunks = lines * chunks_per_line
+        segment = _chunks_of_a_segment(p, fitting, chunks)
+        segments = triton.cdiv(chunks, segment)
         axes.append(
-            _Axis(bits, not is_one_line, fitting, {
-                "tiles": triton.cdiv(lines * runs_per_line, fitting.runs), "positions": height * width,
-                "runs": lines * runs_per_line, "runs_per_line": runs_per_line, "line_length": length, "step": lines,
+            _Axis(bits, not is_one_line, fitting, triton.cdiv(segments, RUNS), {
+                "segments": segments, "length": segment, "positions": height * width,
+                "chunks": chunks, "chunks_per_line": chunks_per_line, "line_length": length, "step": lines,
                 "vectors": channels // _width(p, fitting),
             })
         )  # fmt: skip
     return axes
 
 
-def _launch(kernel: Any, p: Problem, axis: _Axis, routes: int, walks: bool, **arguments: object) -> None:
+def _chunks_of_a_segment(p: Problem, config: Configuration, chunks: int) -> int:
+    """As many as the configuration allows, but few enough for the card to have something to do."""
+    longest = max(1, config.segment // config.run)
+    warps = p.u.shape[0] * _blocks(p, config) * config.warps / RUNS  # for each segment
+    longest = segments_limited(longest, chunks * warps, _multiprocessors(p.u))
+    if longest >= chunks:
+        return chunks
+    # Of the last program's segments some may be shorter or not there; the fewest such are best.
+    return min(range(longest, longest // 2, -1), key=lambda n: -(-chunks // (RUNS * n)) * n)
+
+
+def _launch(kernel: Any, p: Problem, axis: _Axis, routes: int, **arguments: object) -> None:
     K, channels, N = p.A.shape
     R = 0 if p.delta is not None else p.dt_weight.shape[2]
     config = axis.configuration
-    tiles = 1 if walks else axis.geometry["tiles"]
     is_exact = p.u.dtype == torch.float32
-    precision = "ieee" if is_exact or torch.version.hip else "tf32"
-    is_held = walks and N == 1 and config.registers is not None and not torch.version.hip
+    precision = "ieee" if torch.version.hip else "tf32x3" if is_exact else "tf32"
+    rank = max(_LEAST_DOT, triton.next_power_of_2(R + EXTRA))
+    is_held = N == 1 and config.registers is not None and not torch.version.hip
     options = {"maxnreg": config.registers} if is_held else {}
-    kernel[(_blocks(p, config) * tiles * p.u.shape[0],)](
+    kernel[(_blocks(p, config) * axis.programs * p.u.shape[0],)](
         **arguments, **axis.geometry, COLUMNS=axis.is_columns, CHANNELS=channels, WIDTH=_width(p, config),
-        GROUPS=p.groups, PIXEL=p.parameters.shape[3], N=N, R=R, RANK=max(_LEAST_DOT, triton.next_power_of_2(R)), K=K,
-        ROUTES=routes, BACK=_back(p), SOFTPLUS=p.softplus, RUN=config.run, RUNS=config.runs, BLOCK=config.block,
-        EXACT=is_exact, PRECISION=precision, num_warps=config.warps, num_stages=1, **options,
+        GROUPS=p.groups, PIXEL=p.parameters.shape[3], N=N, R=R, RANK=rank, K=K,
+        ROUTES=routes, BACK=_back(p), SOFTPLUS=p.softplus, SEVERAL=axis.geometry["segments"] > 1, RUN=config.run,
+        BLOCK=config.block, EXACT=is_exact, PRECISION=precision, num_warps=config.warps, num_stages=1, **options,
     )  # fmt: skip
 
 
@@ -258,16 +255,17 @@ def _back(p: Problem) -> int:
     return _bits(route.backwards for route in p.routes)
 
 
-def _multiprocessors(u: Tensor) -> float:
-    """How many the card has; without a card no walk would fill it."""
-    return torch.cuda.get_device_properties(u.device).multi_processor_count if u.device.type == "cuda" else math.inf
+def _multiprocessors(u: Tensor) -> int:
+    """How many the card has; without a card none, which nothing has to fill."""
+    return torch.cuda.get_device_properties(u.device).multi_processor_count if u.device.type == "cuda" else 0
 
 
 def _fit(config: Configuration, p: Problem) -> Configuration:
-    """Fewer channels and more runs where there are fewer channels than a block has."""
-    channels = p.u.shape[3] // p.groups
-    block = min(config.block, max(triton.next_power_of_2(channels), 1 if p.delta is not None else _LEAST_DOT))
-    return replace(config, runs=config.runs * config.block // block, block=block)
+    """Blocks that divide the channels, or the smallest; a warp has 16 channels."""
+    channels, block = p.u.shape[3] // p.groups, config.block
+    while block > _LEAST_DOT and channels % block:
+        block //= 2
+    return replace(config, block=block, warps=max(1, config.warps * block // config.block))
 
 
 def _configurations(u: Tensor) -> Configurations:
