@@ -95,7 +95,7 @@ LAYOUT = networks.LAYOUT | {
     "tuning": (
         "Configurations of the scan's kernels, fastest first; the best are for "
         "`vmamba/ops/backends/triton/configurations.py`",
-        "pass;grid;channels;plan;configuration;µs",
+        "pass;grid;channels;configuration;µs",
     ),
 }
 

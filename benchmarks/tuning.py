@@ -53,7 +53,7 @@ def trials(scans: Iterable[tuple[int, int, tuple[int, ...]]]) -> list[Trial]:
     found = []
     for (grid, channels, _), kernel in itertools.product(scans, ("scan", "gradient")):
         for run, block, segment in itertools.product((4, 8, 16), (16, 32, 64, 128), (32, 64, 128)):
-            if channels % block == 0 and run <= grid and (kernel == "scan" or run <= 8):
+            if channels % block == 0 and (kernel == "scan" or run <= 8):
                 for registers in (None,) if kernel == "scan" else (None, 168):
                     configuration = Configuration(run, block, block // 16, segment, registers)
                     found.append(Trial(kernel, configuration, grid, channels))

@@ -882,7 +882,7 @@ def test_kernels_are_known_by_their_names(load, kernel, kind):
 def test_tuning_tries_configurations(load, monkeypatch):
     tuning, runner, gpu = load("tuning"), load("runner"), load("gpu")
     monkeypatch.setattr(tuning, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(1))
-    monkeypatch.setattr(tuning, "compile_trial", lambda trial: "too large" if trial.configuration.run == 32 else None)
+    monkeypatch.setattr(tuning, "compile_trial", lambda trial: "too large" if trial.configuration.run == 16 else None)
     monkeypatch.setattr(tuning.Trial, "call", lambda trial, batch: lambda: None)
     bench = runner.Bench(gpu.replace(gpu.FULL, scans=((7, 768, (1, 128)), (14, 384, (1, 128)))))
     fastest = tuning.Configuration(run=8, block=32, warps=2)
