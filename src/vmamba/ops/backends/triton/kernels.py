@@ -140,7 +140,7 @@ def _chunk(i, first, segment, is_channel, length, axis, COLUMNS: tl.constexpr, F
         dead = tl.where(is_channel, dead, RUN)
     row = tl.arange(0, RUN)[:, None]
     is_real = row >= dead[None, :]
-    if FULL and BLOCK > 1:
+    if FULL:
         is_real = tl.max_constancy(is_real, [1, 2])  # so that two channels are stored at once
     run_place, run_dead = _place((first + tl.arange(0, RUNS)) * length + i, axis, RUN, COLUMNS)
     return place, is_real, run_place, row >= run_dead[None, :]
@@ -234,8 +234,8 @@ def _walk(x, BACKWARDS: tl.constexpr):
 
 
 @triton.jit
-def _row(x, i: tl.constexpr, RUN: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, RUN)[:, None] == i, x, 0.0), axis=0)
+def _last_row(x, RUN: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, RUN)[:, None] == RUN - 1, x, 0.0), axis=0)
 
 
 @triton.jit
@@ -270,7 +270,7 @@ def _states_before(a, b, start, RUN: tl.constexpr, BACKWARDS: tl.constexpr):
 def _after(a, b, RUN: tl.constexpr, BACKWARDS: tl.constexpr):
     """h after a chunk, from zero, [LANES]."""
     _a, h = tl.associative_scan((_walk(a, BACKWARDS), _walk(b, BACKWARDS)), 0, _compose)
-    return _row(h, RUN - 1, RUN)
+    return _last_row(h, RUN)
 
 
 @triton.jit
@@ -333,8 +333,8 @@ def carry_kernel(
     segments, length, positions, vectors, chunks, chunks_per_line, line_length, step,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXEL: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, ROUTES: tl.constexpr, BACK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk of every segment to the first: what enters each against the axis, into `local` (images,
     chunks, K, N, channels), as if nothing entered the segment, and the sum of the steps from there to where the segment
@@ -375,7 +375,7 @@ def carry_kernel(
                 )  # fmt: skip
                 steps, _slope = _steps(raw, SOFTPLUS, RUN, LANES, EXACT)
                 chunk_steps, later_steps = tl.sum(steps, axis=0), all_steps[k]
-                if ((BACK >> k) & 1) == 1 or grad_y is not None:
+                if (BACK >> k) & 1 or grad_y is not None:
                     tl.store(sums + at_chunk + k * CHANNELS, later_steps, mask=is_chunk)
                 all_steps = _put(all_steps, k, later_steps + chunk_steps)
                 for n in range(N):
@@ -383,11 +383,11 @@ def carry_kernel(
                     to_local = local + at_chunk * N + (k * N + n) * CHANNELS - channel * (N - 1)
                     decay = tl.load(A + (k * CHANNELS + channel) * N + n)
                     a = tl.exp2(steps * decay[None, :])
-                    if SEVERAL or ((BACK >> k) & 1) == 1:
+                    if SEVERAL or (BACK >> k) & 1:
                         b = steps * x * (_shared(shared + (k * (R + 2 * N) + R + n), RUN, BLOCK) * LN_2)
                         h = _after(a, b, RUN, ((BACK >> k) & 1) == 1)
                         state = states[k] if N == 1 else tl.load(carry_h + at, mask=is_segment & (j > 0), other=0.0)
-                        if ((BACK >> k) & 1) == 1:
+                        if (BACK >> k) & 1:
                             tl.store(to_local, state, mask=is_chunk)
                             state = h + tl.exp2(chunk_steps * decay) * state
                         else:
@@ -402,7 +402,7 @@ def carry_kernel(
                         state = (
                             adjoints[k] if N == 1 else tl.load(carry_adjoint + at, mask=is_segment & (j > 0), other=0.0)
                         )
-                        if ((BACK >> k) & 1) == 1:
+                        if (BACK >> k) & 1:
                             state += tl.exp2(later_steps * decay) * h
                         else:
                             tl.store(to_local, state, mask=is_chunk)
@@ -411,6 +411,8 @@ def carry_kernel(
                             adjoints = _put(adjoints, k, state)
                         else:
                             tl.store(carry_adjoint + at, state, mask=is_segment)
+        if N > 1:
+            tl.debug_barrier()  # all threads have written before the next chunk reads
     if SEVERAL:
         for k in tl.static_range(K):
             if (ROUTES >> k) & 1:
@@ -449,7 +451,7 @@ def chain_kernel(carry_a, carry_h, initial, entering, segments, columns, per_rou
             (a, h, tl.full([CHUNK, BLOCK], 1.0, tl.float32), tl.zeros([CHUNK, BLOCK], tl.float32)), 0, _compose_and_lag
         )
         tl.store(_at(entering + base, row), lag_h + lag_a * state[None, :], mask=is_segment)
-        state = _row(h, CHUNK - 1, CHUNK) + _row(a, CHUNK - 1, CHUNK) * state
+        state = _last_row(h, CHUNK) + _last_row(a, CHUNK) * state
 
 
 @triton.jit
@@ -479,8 +481,8 @@ def scan_kernel(
     segments, length, positions, vectors, chunks, chunks_per_line, line_length, step,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXEL: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, ROUTES: tl.constexpr, BACK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of the routes along one axis, added to `partial` and the skip where those are given; and into `last` the last
     state (images, K, N, channels) of routes that run forwards.
@@ -527,14 +529,17 @@ def scan_kernel(
                 )  # fmt: skip
                 steps, _slope = _steps(raw, SOFTPLUS, RUN, LANES, EXACT)
                 weighted = steps * x
-                if ((BACK >> k) & 1) == 1 and local is not None:
+                if (BACK >> k) & 1 and local is not None:
                     later_steps = tl.load(sums + at_chunk + k * CHANNELS, mask=is_chunk, other=0.0)
                 for n in range(N):
                     at = at_segment + (k * N + n) * CHANNELS
                     decay = tl.load(A + (k * CHANNELS + channel) * N + n)
-                    has_entered = SEVERAL | (i > 0) if ((BACK >> k) & 1) == 0 else SEVERAL
-                    start = states[k] if N == 1 else tl.load(entering + at, mask=is_segment & has_entered, other=0.0)
-                    if ((BACK >> k) & 1) == 1 and local is not None:
+                    if N == 1:
+                        start = states[k]
+                    else:
+                        has_entered = SEVERAL if (BACK >> k) & 1 else SEVERAL | (i > 0)
+                        start = tl.load(entering + at, mask=is_segment & has_entered, other=0.0)
+                    if (BACK >> k) & 1 and local is not None:
                         from_local = local + at_chunk * N + (k * N + n) * CHANNELS - channel * (N - 1)
                         start *= tl.exp2(later_steps * decay)
                         start += tl.load(from_local, mask=is_chunk, other=0.0)
@@ -542,7 +547,7 @@ def scan_kernel(
                     b = weighted * (_shared(shared + (k * (R + 2 * N) + R + n), RUN, BLOCK) * LN_2)
                     h = _states(a, b, start, RUN, ((BACK >> k) & 1) == 1)
                     if ((BACK >> k) & 1) == 0:
-                        after = _row(h, RUN - 1, RUN)
+                        after = _last_row(h, RUN)
                         if N == 1:
                             states = _put(states, k, after)
                         else:
@@ -552,6 +557,8 @@ def scan_kernel(
                             tl.store(to, after, mask=is_channel & (segment == segments - 1) & (i == length - 1))
                     total += h * _shared(shared + (k * (R + 2 * N) + R + N + n), RUN, BLOCK)
         tl.store(_at(y + u_at, rows * CHANNELS), total.to(y.dtype.element_ty), mask=is_real)
+        if N > 1:
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -570,8 +577,8 @@ def gradient_kernel(
     images, segments, length, positions, vectors, chunks, chunks_per_line, line_length, step,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXEL: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, ROUTES: tl.constexpr, BACK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of everything for the routes along one axis.
 
@@ -648,16 +655,14 @@ def gradient_kernel(
                     if N == 1:
                         start, end = states[k], adjoints[k]
                     else:
-                        is_along = is_segment & (SEVERAL | (i > 0))
-                        is_against = is_segment & SEVERAL
-                        is_given = is_against if ((BACK >> k) & 1) == 1 else is_along
-                        start = tl.load(entering + at, mask=is_given, other=0.0)
+                        has_entered = SEVERAL if (BACK >> k) & 1 else SEVERAL | (i > 0)
+                        start = tl.load(entering + at, mask=is_segment & has_entered, other=0.0)
                         end = tl.load(adjoint + at, mask=is_segment, other=0.0)
                     if local is not None:
                         from_local = local + at_chunk * N + (k * N + n) * CHANNELS - channel * (N - 1)
                         factor = tl.exp2(later_steps * decay)
                         summand = tl.load(from_local, mask=is_chunk, other=0.0)
-                        if ((BACK >> k) & 1) == 1:
+                        if (BACK >> k) & 1:
                             start = start * factor + summand
                         else:
                             end = end * factor + summand
@@ -668,14 +673,14 @@ def gradient_kernel(
                     G = g * _shared(shared + (k * (R + 2 * N) + R + N + n), RUN, BLOCK)
                     before, c = _states_before(a, a * G, end, RUN, ((BACK >> k) & 1) == 0)
                     G += before
-                    if ((BACK >> k) & 1) == 1:
-                        after = _row(c, RUN - 1, RUN)
+                    if (BACK >> k) & 1:
+                        after = _last_row(c, RUN)
                         if N == 1:
                             adjoints = _put(adjoints, k, after)
                         else:
                             tl.store(adjoint + at, after, mask=is_segment)
                     else:
-                        after = _row(h, RUN - 1, RUN)
+                        after = _last_row(h, RUN)
                         if N == 1:
                             states = _put(states, k, after)
                         else:
@@ -707,6 +712,8 @@ def gradient_kernel(
                     product = tl.dot(to_raw, tl.trans(lows[k].to(tl.float32)), products[k], input_precision=PRECISION)
                     products = _put(products, k, product)
         tl.store(_at(grad_u + u_at, rows * CHANNELS), total.to(grad_u.dtype.element_ty), mask=is_real)
+        if N > 1:
+            tl.debug_barrier()
     if grad_skip is not None:
         tl.store(grad_skip + item * CHANNELS + one, _sum_runs(skips, BLOCK), mask=is_one)
     for k in tl.static_range(K):
