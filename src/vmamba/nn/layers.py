@@ -1,6 +1,6 @@
 """torch's layers, each with its own fast path on the CPU (`vmamba.nn.cpu`), for grids (B, H, W, C).
 
-`ConvSiLU` has one on GPUs too.
+`LayerNorm` and `ConvSiLU` have one on GPUs too.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.nn import cpu
-from vmamba.ops.backends.native import layers as native
 from vmamba.ops.backends.native.convolution import convolution
 from vmamba.ops.layers import (
     applies,
     can_fuse,
     depthwise_silu,
     fuses_depthwise_silu,
+    fuses_layer_norm,
     gelu,
     is_compiled,
+    layer_norm,
     linear,
     product_dtype,
     records,
@@ -37,16 +38,15 @@ class Linear(nn.Linear):
 
 @cpu.known
 class LayerNorm(nn.LayerNorm):
-    """`torch.nn.LayerNorm`; in inference one pass over memory."""
+    """`torch.nn.LayerNorm`; one pass over memory on GPUs, and in inference on the CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to the same."""
-        parameters = self.weight, self.bias
-        if is_compiled() or not applies(x, *parameters) or not can_fuse(x) or records(x, *parameters):
+        if not fuses_layer_norm(x, self.weight, self.bias):
             return super().forward(x)
         if self.normalized_shape != x.shape[-1:] or not cpu.is_unpatched(LayerNorm):
             return super().forward(x)
-        return native.layer_norm(x, *parameters, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 @cpu.known

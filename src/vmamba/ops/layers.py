@@ -1,9 +1,10 @@
 """Layers as functions, as fast as the CPU computes them; where that does not apply they are torch's own.
 
 On the CPU, in float32 and bfloat16, products read the weight as it lies in memory (`backends/native/products.py`), and
-chains of layers are one pass over memory (`backends/native/layers.py`); on a GPU the depthwise convolution with SiLU is
-one too (`backends/triton/convolution.py`). All of them compute from the parameters given and keep nothing. To
-torch.compile they are operators, which it leaves alone; an exported graph has torch's own layers.
+chains of layers are one pass over memory (`backends/native/layers.py`); on a GPU LayerNorm and the depthwise
+convolution with SiLU are one too (`backends/triton/{normalisation,convolution}.py`). All of them compute from the
+parameters given and keep nothing. To torch.compile they are operators, which it leaves alone, but for LayerNorm, which
+is torch's own there and fused with what is beside it; an exported graph has torch's own layers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vmamba.ops.backends import choose_backend
 from vmamba.ops.backends.native import layers as native
 from vmamba.ops.backends.native import products
 from vmamba.ops.operators import runs_eagerly
+from vmamba.ops.precision import without_autocast
 from vmamba.ops.registration import define, is_exporting, pull_back
 
 _HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -139,24 +141,18 @@ define(
 )
 
 
-# --- depthwise convolution -------------------------------------------------------------------------------------------
+# --- whose fused kernels ---------------------------------------------------------------------------------------------
 
 
-# Whose kernels convolve on what device.
-_CONVOLVING = {"cpu": "native", "cuda": "triton"}
+# On what device.
+_FUSING = {"cpu": "native", "cuda": "triton"}
 
 
-def fuses_depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `depthwise_silu` may stand in for a layer called with `x` that has these parameters.
-
-    On the CPU the library has to be there, on a GPU the backend for `x` has to be Triton (`choose_backend`).
-    """
-    kind = _CONVOLVING.get(x.device.type)
-    if kind == "native":
-        return applies(x, weight, bias) and can_fuse(x)
-    if kind is None or not (is_compiled() or runs_eagerly(x)) or x.layout is not torch.strided or not x.numel():
+def _fuses_on_gpu(x: Tensor, dtype: torch.dtype, *parameters: Tensor | None) -> bool:
+    """Whether Triton computes, in `dtype`, layers called with `x` that have these parameters."""
+    if not (is_compiled() or runs_eagerly(x)) or x.layout is not torch.strided or not x.numel():
         return False
-    dtype, is_cast = product_dtype(x), torch.is_autocast_enabled(x.device.type)
+    is_cast = torch.is_autocast_enabled(x.device.type)
     return (
         dtype in _HALF_AND_SINGLE
         and all(
@@ -164,11 +160,25 @@ def fuses_depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool
             and value.device == x.device
             and value.layout is torch.strided
             and (value.dtype == dtype or (is_cast and value.dtype in _HALF_AND_SINGLE))
-            for value in (weight, bias)
+            for value in parameters
             if value is not None
         )
-        and choose_backend(None, x.device, dtype, "cross").name == kind
+        and choose_backend(None, x.device, dtype, "cross").name == "triton"
     )
+
+
+# --- depthwise convolution -------------------------------------------------------------------------------------------
+
+
+def fuses_depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `depthwise_silu` may stand in for a layer called with `x` that has these parameters.
+
+    On the CPU the library has to be there, on a GPU the backend for `x` has to be Triton (`choose_backend`).
+    """
+    kind = _FUSING.get(x.device.type)
+    if kind == "native":
+        return applies(x, weight, bias) and can_fuse(x)
+    return kind is not None and _fuses_on_gpu(x, product_dtype(x), weight, bias)
 
 
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -190,7 +200,7 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _convolutions(x: Tensor) -> Any:
     """What has `depthwise_silu` and its backward where `x` is."""
-    if _CONVOLVING[x.device.type] == "native":
+    if _FUSING[x.device.type] == "native":
         return native
     from vmamba.ops.backends.triton import convolution  # imports Triton, which only GPUs need
 
@@ -212,8 +222,8 @@ def _plain_depthwise_silu_backward(
     return tuple(value for value in grads if value is not None)  # type: ignore[return-value]
 
 
-def _empty(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
 
 
 define(
@@ -232,6 +242,97 @@ define(
         _empty(x), _empty(weight), (weight if bias is None else bias).new_empty(weight.shape[0])
     ),
 )  # fmt: skip
+
+
+# --- LayerNorm -------------------------------------------------------------------------------------------------------
+
+_MAX_CHANNELS = 4096  # on a GPU
+
+
+def fuses_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether `layer_norm` may stand in for a layer called with `x` that has these parameters.
+
+    Not in what torch.compile traces, which fuses torch's own with its neighbours. On the CPU the library has to be
+    there, and nothing be recorded; on a GPU the backend for `x` has to be Triton (`choose_backend`).
+    """
+    if is_compiled() or not runs_eagerly(x):
+        return False
+    kind = _FUSING.get(x.device.type)
+    if kind == "native":
+        return applies(x, weight, bias) and can_fuse(x) and not records(x, weight, bias)
+    if kind is None or weight is None or bias is None or x.dtype not in _HALF_AND_SINGLE or not x.ndim:
+        return False
+    is_usual = weight.shape == bias.shape == x.shape[-1:] and x.shape[-1] <= _MAX_CHANNELS and x.stride(-1) == 1
+    # Under autocast the verdict on the kernels is that for the layers beside it, whose dtype is the product's.
+    return is_usual and _fuses_on_gpu(x, product_dtype(x), weight, bias)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last dimension, in one pass; for callers that know that it is fused.
+
+    Args:
+        x: (..., C).
+        weight, bias: (C,); None on the CPU only.
+        eps: added to the variance.
+
+    Returns:
+        x's shape, and its dtype; on a GPU float32 under autocast. There differentiable twice.
+    """
+    if _FUSING[x.device.type] == "native":
+        return native.layer_norm(x, weight, bias, eps)
+    is_single = torch.is_autocast_enabled(x.device.type)
+    if records(x, weight, bias):
+        return torch.ops.vmamba.layer_norm(x, weight, bias, eps, is_single)
+    return _compute_layer_norm(x, weight, bias, eps, is_single)
+
+
+def _compute_layer_norm(x: Tensor, weight: Any, bias: Any, eps: float, is_single: bool) -> Tensor:
+    from vmamba.ops.backends.triton import normalisation  # imports Triton, which only GPUs need
+
+    return normalisation.layer_norm(x, weight, bias, eps, torch.float32 if is_single else x.dtype)
+
+
+def _compute_layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from vmamba.ops.backends.triton import normalisation
+
+    return normalisation.layer_norm_backward(grad, x, weight, bias, eps)
+
+
+def _plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, is_single: bool) -> Tensor:
+    with without_autocast(x.device):
+        y = F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
+    return y if is_single else y.to(x.dtype)
+
+
+def _plain_layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return _plain_layer_norm(x, weight, bias, eps, grad.dtype == torch.float32)
+
+    return tuple(pull_back(forward, (x, weight, bias), [grad]))  # type: ignore[return-value]
+
+
+define(
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, bool is_single) -> Tensor",
+    _compute_layer_norm,
+    plain=_plain_layer_norm,
+    gradient=lambda ctx, grad: torch.ops.vmamba.layer_norm_backward(grad, *ctx.saved_tensors, ctx.options[0]),
+    fake=lambda x, weight, bias, eps, is_single: _empty(x, torch.float32 if is_single else None),
+)
+define(
+    "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
+    _compute_layer_norm_backward,
+    plain=_plain_layer_norm_backward,
+    gradient=lambda ctx, *grads: pull_back(
+        lambda grad, x, weight, bias: _plain_layer_norm_backward(grad, x, weight, bias, *ctx.options),
+        ctx.saved_tensors,
+        grads,
+    ),
+    fake=lambda grad, x, weight, bias, eps: (_empty(x), _empty(weight), _empty(bias)),
+)
 
 
 # --- GELU ------------------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def test_repeats_bit_by_bit_and_shares_add_up(monkeypatch):
     many = convolution.depthwise_silu_backward(grad, x, weight, bias)
     for value, again in zip(many, convolution.depthwise_silu_backward(grad, x, weight, bias), strict=True):
         assert torch.equal(value, again)
-    monkeypatch.setattr(convolution, "_multiprocessors", lambda x: 1)  # several tiles each, fewer for the last
+    monkeypatch.setattr(convolution, "multiprocessors", lambda x: 1)  # several tiles each, fewer for the last
     assert_matches(list(convolution.depthwise_silu_backward(grad, x, weight, bias)), list(many), 1e-6)
     assert_right(x, weight, bias, grad)
 
@@ -250,7 +250,7 @@ def test_neighbouring_channels_are_loaded_at_once(target, image, channels, loads
 @pytest.fixture(params=[pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=needs_gpu)])
 def device(request, monkeypatch):
     """Where the layer takes the Triton kernels, on the CPU interpreted; torch multiplies in float32, not tf32."""
-    monkeypatch.setitem(layers._CONVOLVING, "cpu", "triton")
+    monkeypatch.setitem(layers._FUSING, "cpu", "triton")
     with use_backend("triton"), torch.backends.cudnn.flags(enabled=False):
         yield request.param
 

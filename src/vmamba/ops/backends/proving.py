@@ -1,10 +1,10 @@
 """Proof that the Triton kernels compute on a card what the eager backend computes, before they are chosen there.
 
 The first time that a dtype and a pattern meet a card, both backends compute a few small scans, forward and backward;
-and for the pattern "cross" a depthwise convolution, whose kernels are chosen with that pattern's. This happens in
-processes of their own, which a compiler that crashes or a kernel that writes where it must not takes down alone. The
-verdict stays in the user's cache directory, until the kernels, Triton, torch or the driver change; that there was no
-memory, or no process to be had, says nothing of the kernels and is not kept.
+and for the pattern "cross" a depthwise convolution and LayerNorm, whose kernels are chosen with that pattern's. This
+happens in processes of their own, which a compiler that crashes or a kernel that writes where it must not takes down
+alone. The verdict stays in the user's cache directory, until the kernels, Triton, torch or the driver change; that
+there was no memory, or no process to be had, says nothing of the kernels and is not kept.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _PATIENCE = 600  # seconds for one proof, most of which goes into compiling
 # channels at once where blocks are full, as they are but in the second.
 _GRIDS = ((7, 7, 64, 1, 20), (11, 13, 40, 3, 3), (17, 19, 96, 1, 6))
 _CONVOLVED = (1, 8, 9, 32)  # the image of the convolution: more than one tile each way, whatever the tile
+_NORMALISED, _EPS = (50, 96), 1e-5  # several blocks of rows, the last of which is not full
 _PROGRAM = "import sys; from vmamba.ops.backends import proving; proving.main(*sys.argv[1:])"
 _NO_GRID = "selective_scan"
 # SIGHUP, SIGINT, SIGKILL and SIGTERM: from a user, or the system where memory is short, and not from a kernel's fault.
@@ -238,7 +239,9 @@ def compare(device: torch.device, dtype: torch.dtype, pattern: str, share: int =
                 where = f"{tuple(arguments.u.shape)}, by {'long' if long else 'short'} segments"
                 return f"{label} is off by {apart:.1e} of its largest value, in {where}"
     # Layers ask for "cross" (`vmamba.ops.layers`). The last share has the fewest scans.
-    return _compare_convolution(device, dtype, rounding) if pattern == "cross" and share == shares - 1 else ""
+    if pattern != "cross" or share != shares - 1:
+        return ""
+    return _compare_convolution(device, dtype, rounding) or _compare_normalisation(device, dtype, rounding)
 
 
 def _compare_convolution(device: torch.device, dtype: torch.dtype, rounding: float) -> str:
@@ -264,6 +267,32 @@ def _compare_convolution(device: torch.device, dtype: torch.dtype, rounding: flo
             apart = ((value.double() - reference).abs().max() / reference.abs().max()).item()
             if not apart <= max(1e-4, rounding):  # NaN is not
                 return f"{label} of the convolution is off by {apart:.1e} of its largest value, with {tile}"
+    return ""
+
+
+def _compare_normalisation(device: torch.device, dtype: torch.dtype, rounding: float) -> str:
+    """The same of LayerNorm, from and to that dtype and float32, which meet under autocast."""
+    from vmamba.ops.backends.triton import normalisation
+
+    torch.manual_seed(0)
+    values, grads, (weight, bias) = (
+        torch.randn(*shape, device=device) for shape in (_NORMALISED, _NORMALISED, (2, 96))
+    )
+    labels = ("the result", "the gradient of x", "the gradient of the weight", "the gradient of the bias")
+    for given, wanted in dict.fromkeys(itertools.product((dtype, torch.float32), repeat=2)):
+        x, grad = values.to(given), grads.to(wanted)
+        exact = rows, scale, offset = [value.double().requires_grad_() for value in (x, weight, bias)]
+        with torch.enable_grad():
+            y = F.layer_norm(rows, scale.shape, scale, offset, _EPS)
+        expected = y.detach(), *torch.autograd.grad(y, exact, grad.double())
+        found = (
+            normalisation.layer_norm(x, weight, bias, _EPS, wanted),
+            *normalisation.layer_norm_backward(grad, x, weight, bias, _EPS),
+        )
+        for label, value, reference in zip(labels, found, expected, strict=True):
+            apart = ((value.double() - reference).abs().max() / reference.abs().max()).item()
+            if not apart <= max(1e-4, rounding):  # NaN is not
+                return f"{label} of LayerNorm is off by {apart:.1e} of its largest value, from {given} to {wanted}"
     return ""
 
 

@@ -11,13 +11,15 @@ is float32. Batch, height and width are runtime arguments and are not specialise
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from vmamba.ops.backends.triton.card import launching_at, multiprocessors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -211,9 +213,8 @@ TILES = (Tile(7, 8, 32, 2), Tile(2, 8, 32, 2), Tile(1, 8, 32, 2))
 _WARPS = 1024
 # Of the parameters' gradients, by the bytes of a number: the warps of a program, how many run on a multiprocessor at a
 # time, and the registers that a thread may have for that. There are as many programs, since each leaves a part of the
-# gradients; where there is no card, as if it had so many multiprocessors.
+# gradients.
 _GRADIENT = {2: (2, 6, 168), 4: (4, 4, 128)}
-_MULTIPROCESSORS = 128
 
 _override: tuple[Tile, ...] | None = None
 
@@ -265,12 +266,12 @@ def depthwise_silu_backward(
     channels, grad_z = x.shape[-1], torch.empty_like(x, memory_format=torch.contiguous_format)
     warps, resident, registers = _GRADIENT[x.element_size()]
     blocks, tile, places = _cut(x, warps)
-    share = max(triton.cdiv(places["tiles"] * blocks, resident * _multiprocessors(x)), 1)
+    share = max(triton.cdiv(places["tiles"] * blocks, resident * multiprocessors(x)), 1)
     programs = triton.cdiv(places["tiles"], share)
     parts = x.new_empty((programs, 10 * channels), dtype=torch.float32)
     if programs:
         options = {} if x.device.type != "cuda" or torch.version.hip else {"maxnreg": registers}
-        with _device(x):
+        with launching_at(x):
             gradient_kernel[(programs * blocks,)](
                 x, grad, *_parameters(weight, bias), grad_z, parts, **places, share=share, CHANNELS=channels,
                 ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=tile.block, num_warps=tile.warps, num_stages=1, **options,
@@ -284,7 +285,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flip: bool, silu: 
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     blocks, tile, places = _cut(x)
     if count := places.pop("tiles") * blocks:
-        with _device(x):
+        with launching_at(x):
             convolution_kernel[(count,)](
                 x, *_parameters(weight, bias), y, **places, CHANNELS=x.shape[-1], FLIP=flip, SILU=silu,
                 ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=tile.block, num_warps=tile.warps, num_stages=1,
@@ -311,12 +312,3 @@ def _cut(x: Tensor, warps: int | None = None) -> tuple[int, Tile, dict[str, int]
         if count * blocks * tile.warps >= _WARPS and tile.rows < 2 * height:
             break
     return blocks, tile, {"height": height, "width": width, "bands": bands, "strips": strips, "tiles": count}
-
-
-def _multiprocessors(x: Tensor) -> int:
-    is_on_card = x.device.type == "cuda"
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if is_on_card else _MULTIPROCESSORS
-
-
-def _device(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
