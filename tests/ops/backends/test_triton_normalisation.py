@@ -68,8 +68,20 @@ def assert_right(x, weight, bias, grad, eps=1e-5, function=None):
 
 # --- in the interpreter ----------------------------------------------------------------------------------------------
 
-# (3, 5): a part that is not full; 130 and 300: the last of several; 96 and 192: parts of 32 and 64; 1500: all warps
-SHAPES = [(1, 2), (3, 5), (17, 33), (2, 3, 4, 32), (5, 130), (33, 96), (9, 192), (3, 300), (2, 1500), (1, 4095)]
+# 5: a part that is not full; 130 and 300: the last of several; 96, 192 and 288: parts of 32 and 64; 1500: all warps
+SHAPES = [
+    (1, 2),
+    (3, 5),
+    (17, 33),
+    (2, 3, 4, 32),
+    (5, 130),
+    (33, 96),
+    (9, 192),
+    (9, 288),
+    (3, 300),
+    (2, 1500),
+    (1, 4095),
+]
 
 
 @interpreted
@@ -187,14 +199,16 @@ tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "c
 for image, result, channels in cases:
     for kernel in (normalisation.norm_kernel, normalisation.norm_gradient_kernel):
         options = normalisation._cut(torch.empty(1000, channels, device="meta"))[2]
-        warps = options.pop("num_warps")
+        chosen = {"num_warps": options["num_warps"]}
+        if kernel is normalisation.norm_gradient_kernel and backend == "cuda":
+            chosen["maxnreg"] = normalisation._residents(options)[1]
+        del options["num_warps"]
         types = {"x": image, "grad_x": image, "y": result, "grad": result, "eps": "fp32"}
         types |= dict.fromkeys(("weight", "bias", "parts"), "*fp32")
         signature = {n: "constexpr" if n in options else types.get(n, "i32") for n in kernel.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
         target = GPUTarget(backend, architecture, 32 if backend == "cuda" else 64)
-        compiled = triton.compile(ASTSource(kernel, signature, options, aligned), target=target,
-                                  options={"num_warps": warps})
+        compiled = triton.compile(ASTSource(kernel, signature, options, aligned), target=target, options=chosen)
         found = {"kernel": kernel.__name__, "channels": channels, "shared": compiled.metadata.shared,
                  "parts": options["PARTS"]}
         if backend == "cuda":
@@ -240,8 +254,7 @@ def test_nothing_spills_and_neighbouring_channels_are_loaded_at_once(target, cas
             images = [image] if is_forward else [image, image, result, result]
             expected = sorted(wide[kind] for kind in (*images, *["*fp32"] * (2 if is_forward else 1))) * parts
             assert sorted(found["loads"]) == sorted(expected), found
-    limits = {"norm_kernel": 64, "norm_gradient_kernel": 128}  # four programs of gradients on a multiprocessor
-    assert [f for f in results if f["parts"] <= 4 and f.get("registers", 0) > limits[f["kernel"]]] == []
+    assert [f for f in results if f["kernel"] == "norm_kernel" and f.get("registers", 0) > 64] == []
 
 
 # --- as a layer, in the interpreter and on a GPU ---------------------------------------------------------------------
@@ -397,9 +410,8 @@ def test_what_users_change(device, launches, monkeypatch):
     close(double(x.double()), exact(x.double(), double.weight, double.bias, 1e-3))
     with pytest.raises(RuntimeError):
         layer(x[..., :7])
+    assert not layers.fuses_layer_norm(x.bfloat16(), layer.weight, layer.bias)  # what torch makes of it
     if device == "cuda":
-        with pytest.raises(RuntimeError):
-            layer(x.bfloat16())  # outside autocast torch wants one dtype
         with pytest.raises(RuntimeError):
             layer.cpu()(x)
     assert len(launches) == 6
@@ -455,7 +467,7 @@ def test_gpu_is_as_torch_s_own_under_autocast(given):
         grads = torch.autograd.grad(y.pow(3).sum(), [leaf, *layer.parameters()])
         results.append([y.detach(), *grads])
     assert [v.dtype for v in results[0]] == [v.dtype for v in results[1]]
-    assert_matches(results[0], results[1], rounding(given) * 2)
+    assert_matches(results[0], results[1], 2e-5 if given == FLOAT else rounding(given) * 2)
 
 
 def launches_of(function):

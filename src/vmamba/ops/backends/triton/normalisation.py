@@ -177,8 +177,6 @@ def _add(of_weight, of_bias, normal, grad, w, PARTS: tl.constexpr):
 
 # --- launches --------------------------------------------------------------------------------------------------------
 
-_WARPS = 4  # of a program
-
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """LayerNorm over the last dimension.
@@ -217,13 +215,9 @@ def layer_norm_backward(
     x, grad = x.contiguous(), grad.contiguous()
     grad_x = torch.empty_like(x)
     rows, blocks, options = _cut(x)
-    # As many programs as run at a time, since each leaves a part of the parameters' gradients: four on a multiprocessor
-    # while a thread has 16 channels, which 128 registers are enough for. Chosen by what the compiler makes of it; not
-    # timed on a card.
-    is_small = options["PARTS"] <= 4
-    resident = 4 if is_small else 2
+    resident, registers = _residents(options)
     if x.device.type == "cuda" and not torch.version.hip:
-        options["maxnreg"] = 128 if is_small else 255
+        options["maxnreg"] = registers
     share = max(triton.cdiv(blocks, resident * multiprocessors(x)), 1)
     programs = triton.cdiv(blocks, share)
     parts = x.new_empty((programs, 2, x.shape[-1]), dtype=torch.float32)
@@ -234,15 +228,29 @@ def layer_norm_backward(
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
+def _residents(options: dict[str, int]) -> tuple[int, int]:
+    """How many programs of gradients a multiprocessor is given, and how many registers a thread may have for that.
+
+    They all run at a time, since each leaves a part of the parameters' gradients. Chosen by what the compiler makes of
+    it; not timed on a card.
+    """
+    warps, registers = (16, 128) if options["PARTS"] <= 4 else (8, 255)
+    return warps // options["num_warps"], registers
+
+
 def _cut(x: Tensor) -> tuple[int, int, dict[str, int]]:
     """How many rows, how many times as many as a program takes at a time, and what kernels are compiled for."""
-    channels = x.shape[-1]
-    # A row has 8 to 32 lanes of a warp, the most of which none is idle if there are so many, or all lanes of all warps.
+    channels, warps = x.shape[-1], 4
+    # A row has 8 to 32 lanes of a warp, the most of which none is idle if there are so many, or all lanes of all warps:
+    # a thread has at most six parts of it, whose gradients fit into registers.
     lanes = math.gcd(channels, 128)
     if lanes < 32:
         lanes = min(triton.next_power_of_2(channels), 128)
-    if channels > 1024:
-        lanes = 128 * _WARPS
-    together, rows = _WARPS * 128 // lanes, x.numel() // max(channels, 1)
+    while lanes < 128 and triton.cdiv(channels, lanes) > 6:
+        lanes *= 2
+    if channels > 6 * 128:
+        warps = 4 if channels <= 6 * 512 else 8
+        lanes = 128 * warps
+    together, rows = warps * 128 // lanes, x.numel() // max(channels, 1)
     options = {"CHANNELS": channels, "ROWS": together, "PARTS": triton.cdiv(channels, lanes), "LANES": lanes}
-    return rows, triton.cdiv(rows, together), options | {"num_warps": _WARPS}
+    return rows, triton.cdiv(rows, together), options | {"num_warps": warps}
