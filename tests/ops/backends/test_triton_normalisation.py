@@ -197,10 +197,10 @@ from vmamba.ops.backends.triton import normalisation
 backend, architecture, cases = json.loads(sys.argv[1])
 tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 for image, result, channels in cases:
-    for kernel in (normalisation.norm_kernel, normalisation.norm_gradient_kernel):
+    for kernel in (normalisation.norm_kernel, normalisation.norm_backward_kernel):
         options = normalisation._cut(torch.empty(1000, channels, device="meta"))[2]
         chosen = {"num_warps": options["num_warps"]}
-        if kernel is normalisation.norm_gradient_kernel and backend == "cuda":
+        if kernel is normalisation.norm_backward_kernel and backend == "cuda":
             chosen["maxnreg"] = normalisation._residents(options)[1]
         del options["num_warps"]
         types = {"x": image, "grad_x": image, "y": result, "grad": result, "eps": "fp32"}
@@ -498,7 +498,7 @@ def test_gpu_layer_is_one_launch():
 @needs_gpu
 def test_gpu_sizes_are_not_specialised():
     """A new number of rows is no reason to compile again."""
-    kernels = normalisation.norm_kernel, normalisation.norm_gradient_kernel
+    kernels = normalisation.norm_kernel, normalisation.norm_backward_kernel
 
     def count():
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

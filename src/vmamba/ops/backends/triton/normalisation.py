@@ -116,7 +116,7 @@ def norm_kernel(
 
 
 @triton.jit(do_not_specialize=("rows", "share"))
-def norm_gradient_kernel(
+def norm_backward_kernel(
     x, grad, weight, grad_x, parts, rows, share, eps,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +223,7 @@ def layer_norm_backward(
     parts = x.new_empty((programs, 2, x.shape[-1]), dtype=torch.float32)
     if programs:
         with launching_at(x):
-            norm_gradient_kernel[(programs,)](x, grad, weight.contiguous(), grad_x, parts, rows, share, eps, **options)
+            norm_backward_kernel[(programs,)](x, grad, weight.contiguous(), grad_x, parts, rows, share, eps, **options)
     grad_weight, grad_bias = parts[:, 0].sum(0), parts[:, 1].sum(0)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
