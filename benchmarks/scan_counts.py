@@ -176,7 +176,9 @@ def record(
     forward: list[Launch] = []
     backward: list[Launch] = []
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(launch, "_multiprocessors", return_value=MULTIPROCESSORS))
+        kind = launch._kind
+        of_card = mock.patch.object(launch, "_kind", lambda p: kind(p)._replace(multiprocessors=MULTIPROCESSORS))
+        stack.enter_context(of_card)
         if configurations is not None:
             stack.enter_context(use_configurations(configurations))
         with recording(forward):

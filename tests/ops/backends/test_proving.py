@@ -106,9 +106,9 @@ def test_segments_of_both_lengths_are_compared(monkeypatch, length):
     monkeypatch.setattr(proving, "_GRIDS", ((5, 5, 16, 1, 2),))
     spoilt, carry = [], launch._carry
 
-    def wrong(problem, axis, *gradients):
-        carries = carry(problem, axis, *gradients)
-        if (axis.geometry["length"] > 1) == (length == "long"):
+    def wrong(problem, kind, axis, *gradients):
+        carries = carry(problem, kind, axis, *gradients)
+        if (axis.arguments["length"] > 1) == (length == "long"):
             spoilt.append(axis)
             return carries._replace(local=carries.local + 0.5)
         return carries

@@ -162,27 +162,27 @@ def test_segments():
 
     u, _, *parameters = ss2d_arguments(1, 3, 20, 16, 1, 2)
     problem = triton._grid_problem(SS2DArguments(u, torch.randn(1, 3, 20, 4, 4), *parameters, "cross"))
-    rows, columns = launch._axes(problem, Configuration(8, 16, 1, 16))
-    assert (rows.configuration.run, columns.configuration.run) == (8, 2)
+    rows, columns = launch._axes(launch._kind(problem), Configuration(8, 16, 1, 16), None)
+    assert (rows.arguments["RUN"], columns.arguments["RUN"]) == (8, 2)
     wanted = ("chunks", "segments", "length")
-    assert [rows.geometry[name] for name in wanted] == [8, 4, 2]
-    assert [columns.geometry[name] for name in wanted] == [40, 8, 5]  # of three positions two, then two
-    (rows, _) = launch._axes(problem, Configuration(8, 16, 1, 64))
-    assert [rows.geometry[name] for name in wanted] == [8, 1, 8]
+    assert [rows.arguments[name] for name in wanted] == [8, 4, 2]
+    assert [columns.arguments[name] for name in wanted] == [40, 8, 5]  # of three positions two, then two
+    (rows, _) = launch._axes(launch._kind(problem), Configuration(8, 16, 1, 64), None)
+    assert [rows.arguments[name] for name in wanted] == [8, 1, 8]
 
 
 @interpreted
-def test_few_images_have_short_segments(monkeypatch):
+def test_few_images_have_short_segments():
     from vmamba.ops.backends.triton import launch
 
-    monkeypatch.setattr(launch, "_multiprocessors", lambda u: 132)
     lengths = []
     for batch in (1, 16, 128):
         u = torch.empty(batch, 56, 56, 96, device="meta")
         _, _, *parameters = ss2d_arguments(1, 1, 1, 96, 1, 6)
         arguments = SS2DArguments(u, torch.empty(batch, 56, 56, 4, 8, device="meta"), *parameters, "cross")
-        (rows, _) = launch._axes(triton._grid_problem(arguments), Configuration(8, 32, 2, 64))
-        lengths.append(rows.geometry["length"])
+        kind = launch._kind(triton._grid_problem(arguments))._replace(multiprocessors=132)
+        (rows, _) = launch._axes(kind, Configuration(8, 32, 2, 64), None)
+        lengths.append(rows.arguments["length"])
     assert lengths[0] == 1 < lengths[1] < lengths[2] <= 8
 
 
@@ -225,6 +225,53 @@ def test_launches(monkeypatch):
     assert launches(4, 5, "cross", segment=64) == (2 * ["carry", "scan"], 2 * ["carry", "gradient"])
     assert launches(4, 5, "unidirectional", segment=64) == (["scan"], ["carry", "gradient"])
     assert launches(1, 4, "unidirectional", segment=64) == (["scan"], ["gradient"])
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+def test_what_was_compiled_is_launched_without_another_look(monkeypatch):
+    from triton.compiler import CompiledKernel
+
+    from vmamba.ops.backends.triton import card
+
+    monkeypatch.setattr(card, "_compiled", {})
+    monkeypatch.setattr(card, "_MOST_COMPILED", 5)
+    asked, launched = [], []
+
+    class Compiled(CompiledKernel):
+        def __init__(self):
+            pass
+
+        def __getitem__(self, grid):
+            return lambda *given: launched.append((grid, *given))
+
+    class Kernel:
+        arg_names = ("x", "y", "size", "WIDE")
+
+        def __getitem__(self, grid):
+            return lambda **given: (asked.append(given), Compiled())[1]
+
+    kernel, memory = Kernel(), torch.zeros(33)
+    x, other = memory[:16], torch.zeros(16)
+
+    def launch(kernel, x, size=7, wide=True):
+        card.launch(kernel, 5, x, {"x": x, "y": None, "WIDE": wide, "size": size, "num_warps": 4})
+
+    launch(kernel, x)
+    assert [given["size"] for given in asked] == [7]
+    assert not launched
+    launch(kernel, other)
+    assert len(asked) == 1
+    assert launched == [((5, 1, 1), other, None, 7, True)]  # in the kernel's order, with this call's memory
+    launch(kernel, x, 8)
+    launch(kernel, x, 7, False)
+    launch(kernel, memory[1:17])  # not aligned
+    launch(kernel, x.double())
+    assert (len(asked), len(launched)) == (5, 1)
+    launch(Kernel(), x)  # no more are kept than that
+    assert (len(asked), len(card._compiled)) == (6, 1)
 
 
 # --- availability ----------------------------------------------------------------------------------------------------

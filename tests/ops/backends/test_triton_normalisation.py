@@ -31,6 +31,11 @@ if triton.unavailable(CPU) is None or torch.cuda.is_available():
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 
 
+@pytest.fixture(autouse=True)
+def _however_small(monkeypatch):
+    monkeypatch.setattr(layers, "_WORTHWHILE", 0)
+
+
 def exact(x, weight, bias, eps=1e-5):
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
@@ -281,6 +286,15 @@ def layer_on(device, channels=8, kind=LayerNorm, **options):
     for value in layer.parameters():
         nn.init.normal_(value)
     return layer
+
+
+def test_small_ones_are_left_to_torch(device, launches, monkeypatch):
+    layer = layer_on(device)
+    monkeypatch.setattr(layers, "_WORTHWHILE", 48)
+    for rows, count in ((5, 0), (6, 1)):
+        x = torch.randn(rows, 8, device=device)
+        assert_matches([layer(x)], [F.layer_norm(x, (8,), layer.weight, layer.bias)], 1e-5)
+        assert len(launches) == count
 
 
 @pytest.mark.parametrize(("dtype", "wanted"), [(FLOAT, FLOAT), (BFLOAT, BFLOAT), (BFLOAT, FLOAT)])

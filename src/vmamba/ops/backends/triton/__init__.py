@@ -47,8 +47,20 @@ __all__ = [
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_available: set[torch.device] = set()  # what was found to be; to ask a card takes as long as several launches
+
+
 def unavailable(device: torch.device) -> str | None:
     """Why this backend cannot run on `device`, or None when it can."""
+    if device in _available:
+        return None
+    reason = _look_for_a_reason(device)
+    if reason is None and device.type == "cuda":
+        _available.add(device)
+    return reason
+
+
+def _look_for_a_reason(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "it needs Triton, which is not installed (`pip install triton`; there are packages for Linux only)"
     if INTERPRETED:

@@ -78,15 +78,21 @@ def use_long_segments(long: bool) -> Iterator[None]:
         _always_long = before
 
 
-def segments_limited(longest: int, warps: float, multiprocessors: int) -> int:
+def segments_are_long() -> bool | None:
+    """What `use_long_segments` says; None where nothing is said."""
+    return _always_long
+
+
+def segments_limited(longest: int, warps: float, multiprocessors: int, long: bool | None = None) -> int:
     """Chunks of a segment: as many as they may be, unless that leaves too few warps for the card.
 
     Args:
         longest: that the configuration allows.
         warps: that there are if every segment is a chunk.
         multiprocessors: of the card, 0 where there is none to fill.
+        long: as many in any case, or one.
     """
-    if _always_long is not None:
-        return longest if _always_long else 1
+    if long is not None:
+        return longest if long else 1
     wanted = multiprocessors * WARPS_TO_FILL_A_MULTIPROCESSOR
     return min(longest, max(1, int(warps / wanted))) if wanted else longest

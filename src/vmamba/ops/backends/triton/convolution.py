@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmamba.ops.backends.triton.card import launching_at, multiprocessors
+from vmamba.ops.backends.triton.card import ceiling, launch, multiprocessors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -266,16 +266,15 @@ def depthwise_silu_backward(
     channels, grad_z = x.shape[-1], torch.empty_like(x, memory_format=torch.contiguous_format)
     warps, resident, registers = _GRADIENT[x.element_size()]
     blocks, tile, places = _cut(x, warps)
-    share = max(triton.cdiv(places["tiles"] * blocks, resident * multiprocessors(x)), 1)
-    programs = triton.cdiv(places["tiles"], share)
+    share = max(ceiling(places["tiles"] * blocks, resident * multiprocessors(x)), 1)
+    programs = ceiling(places["tiles"], share)
     parts = x.new_empty((programs, 10 * channels), dtype=torch.float32)
     if programs:
         options = {} if x.device.type != "cuda" or torch.version.hip else {"maxnreg": registers}
-        with launching_at(x):
-            gradient_kernel[(programs * blocks,)](
-                x, grad, *_parameters(weight, bias), grad_z, parts, **places, share=share, CHANNELS=channels,
-                ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=tile.block, num_warps=tile.warps, num_stages=1, **options,
-            )  # fmt: skip
+        launch(gradient_kernel, programs * blocks, x, {
+            "x": x, "grad": grad, **_parameters(weight, bias), "grad_z": grad_z, "parts": parts, **places,
+            "share": share, **_constants(tile, channels), **options,
+        })  # fmt: skip
     grad_weight, grad_bias = parts[:, : 9 * channels].sum(0).view(weight.shape), parts[:, 9 * channels :].sum(0)
     grad_x = _convolve(grad_z, weight, None, flip=True, silu=False)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to((weight if bias is None else bias).dtype)
@@ -285,16 +284,22 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flip: bool, silu: 
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     blocks, tile, places = _cut(x)
     if count := places.pop("tiles") * blocks:
-        with launching_at(x):
-            convolution_kernel[(count,)](
-                x, *_parameters(weight, bias), y, **places, CHANNELS=x.shape[-1], FLIP=flip, SILU=silu,
-                ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=tile.block, num_warps=tile.warps, num_stages=1,
-            )  # fmt: skip
+        launch(convolution_kernel, count, x, {
+            "x": x, **_parameters(weight, bias), "y": y, **places, "FLIP": flip, "SILU": silu,
+            **_constants(tile, x.shape[-1]),
+        })  # fmt: skip
     return y
 
 
-def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return weight.contiguous(), None if bias is None else bias.contiguous()
+def _parameters(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+    return {"weight": weight.contiguous(), "bias": None if bias is None else bias.contiguous()}
+
+
+def _constants(tile: Tile, channels: int) -> dict[str, int]:
+    return {
+        "CHANNELS": channels, "ROWS": tile.rows, "COLUMNS": tile.columns, "BLOCK": tile.block, "num_warps": tile.warps,
+        "num_stages": 1,
+    }  # fmt: skip
 
 
 def _cut(x: Tensor, warps: int | None = None) -> tuple[int, Tile, dict[str, int]]:
@@ -306,7 +311,7 @@ def _cut(x: Tensor, warps: int | None = None) -> tuple[int, Tile, dict[str, int]
         tiles = TILES if warps is None else tuple(replace(tile, warps=warps) for tile in TILES)
     for tile in tiles:
         blocks, bands, strips = (
-            triton.cdiv(size, by) for size, by in ((channels, tile.block), (height, tile.rows), (width, tile.columns))
+            ceiling(size, by) for size, by in ((channels, tile.block), (height, tile.rows), (width, tile.columns))
         )
         count = batch * bands * strips
         if count * blocks * tile.warps >= _WARPS and tile.rows < 2 * height:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from vmamba.ops.backends.triton import kernels
+from vmamba.ops.backends.triton.card import architecture, ceiling, launch, multiprocessors
 from vmamba.ops.backends.triton.configurations import (
     Configuration,
     Configurations,
     configurations_for,
+    segments_are_long,
     segments_limited,
 )
 from vmamba.ops.routes import Route
@@ -56,28 +57,59 @@ class Problem(NamedTuple):
     softplus: bool
 
 
-class _Axis(NamedTuple):
-    """The routes along rows or along columns, and how their positions are cut into segments."""
+class _Kind(NamedTuple):
+    """What decides how a problem is cut up and launched. Attributes as of `Problem`, with the sizes of its tensors."""
 
-    routes: int  # bits
-    is_columns: bool  # on which neighbours are as many positions apart as there are columns
-    configuration: Configuration
-    programs: int  # for each image and block of channels
-    geometry: dict[str, int]
+    batch: int
+    height: int
+    width: int
+    channels: int
+    N: int
+    R: int  # 0 without projection
+    pixel: int  # numbers of a position in `parameters`
+    routes: tuple[Route, ...]
+    groups: int
+    softplus: bool
+    dtype: torch.dtype
+    multiprocessors: int  # of the card; 0 without one, which nothing has to fill
+
+    @property
+    def back(self) -> int:
+        """Routes that run backwards, as bits."""
+        return _bits(route.backwards for route in self.routes)
+
+
+class _Axis(NamedTuple):
+    """The routes along rows or along columns, and how their positions are cut into segments.
+
+    Attributes:
+        routes: as bits.
+        programs: for each image and block of channels.
+        grid: of all programs.
+        segments, chunks: how many.
+        arguments: of every kernel, but for tensors and routes.
+    """
+
+    routes: int
+    programs: int
+    grid: int
+    segments: int
+    chunks: int
+    arguments: dict[str, Any]
 
 
 def run_forward(p: Problem, y: Tensor, last: Tensor | None = None) -> None:
     """Write y, shaped as `u`, and the last state (batch, K, N, channels) where that is wanted."""
-    with _device(p.u):
-        axes = _axes(p, _fit(_configurations(p.u).scan, p))
-        for i, axis in enumerate(axes):
-            carries = _carry(p, axis)
-            _launch(
-                kernels.scan_kernel, p, axis, axis.routes,
-                u=p.u, delta=p.delta, parameters=p.parameters, dt_weight=p.dt_weight, dt_bias=p.dt_bias, A=p.A,
-                skip=p.skip if i == 0 else None, sums=carries.sums, local=carries.local, carry_a=carries.carry_a,
-                carry_h=carries.carry_h, entering=carries.entering, partial=y if i else None, last=last, y=y,
-            )  # fmt: skip
+    kind = _kind(p)
+    axes = _axes(kind, _configurations(p.u).scan, segments_are_long())
+    for i, axis in enumerate(axes):
+        carries = _carry(p, kind, axis)
+        _launch(
+            kernels.scan_kernel, axis, axis.routes,
+            u=p.u, delta=p.delta, parameters=p.parameters, dt_weight=p.dt_weight, dt_bias=p.dt_bias, A=p.A,
+            skip=p.skip if i == 0 else None, sums=carries.sums, local=carries.local, carry_a=carries.carry_a,
+            carry_h=carries.carry_h, entering=carries.entering, partial=y if i else None, last=last, y=y,
+        )  # fmt: skip
 
 
 class Gradients(NamedTuple):
@@ -94,34 +126,32 @@ class Gradients(NamedTuple):
 
 def run_backward(p: Problem, grad_y: Tensor, grad_last: Tensor | None = None) -> Gradients:
     """Gradients from those of y and of the last state (batch, K, N, channels)."""
-    batch, channels = p.u.shape[0], p.u.shape[3]
-    K, _, N = p.A.shape
-    R = 0 if p.delta is not None else p.dt_weight.shape[2]
-    with _device(p.u):
-        config = _fit(_configurations(p.u).gradient, p)
-        axes = _axes(p, config)
+    kind, K = _kind(p), len(p.routes)
+    batch, channels, N, R = kind.batch, kind.channels, kind.N, kind.R
+    config = _configurations(p.u).gradient
+    axes = _axes(kind, config, segments_are_long())
 
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=p.u.device)
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=p.u.device)
 
-        grad_u = torch.empty_like(p.u)
-        grad_delta = None if p.delta is None else empty(*p.u.shape)
-        grad_parameters = empty(triton.cdiv(channels // p.groups, config.block), *p.parameters.shape)
-        grad_skip, by_route = None, dict[int, Tensor]()
-        for i, axis in enumerate(axes):
-            carries = _carry(p, axis, grad_y, grad_last)
-            items, routes = batch * axis.programs, [k for k in range(K) if axis.routes >> k & 1]
-            parts, skip = empty(items, len(routes), channels, R + 1 + N), empty(items, channels) if i == 0 else None
-            _launch(
-                kernels.gradient_kernel, p, axis, axis.routes,
-                u=p.u, grad_y=grad_y, delta=p.delta, parameters=p.parameters, dt_weight=p.dt_weight,
-                dt_bias=p.dt_bias, A=p.A, skip=p.skip if i == 0 else None, **carries._asdict(),
-                partial=grad_u if i else None, grad_u=grad_u, grad_delta=grad_delta, grad_parameters=grad_parameters,
-                parts=parts, grad_skip=skip, images=batch,
-            )  # fmt: skip
-            by_route |= dict(zip(routes, parts.sum(0), strict=True))
-            if skip is not None:
-                grad_skip = skip.sum(0)
+    grad_u = torch.empty_like(p.u)
+    grad_delta = None if p.delta is None else empty(*p.u.shape)
+    grad_parameters = empty(_blocks(kind, config) // p.groups, *p.parameters.shape)
+    grad_skip, by_route = None, dict[int, Tensor]()
+    for i, axis in enumerate(axes):
+        carries = _carry(p, kind, axis, grad_y, grad_last)
+        items, routes = batch * axis.programs, [k for k in range(K) if axis.routes >> k & 1]
+        parts, skip = empty(items, len(routes), channels, R + 1 + N), empty(items, channels) if i == 0 else None
+        _launch(
+            kernels.gradient_kernel, axis, axis.routes,
+            u=p.u, grad_y=grad_y, delta=p.delta, parameters=p.parameters, dt_weight=p.dt_weight,
+            dt_bias=p.dt_bias, A=p.A, skip=p.skip if i == 0 else None, **carries._asdict(),
+            partial=grad_u if i else None, grad_u=grad_u, grad_delta=grad_delta, grad_parameters=grad_parameters,
+            parts=parts, grad_skip=skip, images=batch,
+        )  # fmt: skip
+        by_route |= dict(zip(routes, parts.sum(0), strict=True))
+        if skip is not None:
+            grad_skip = skip.sum(0)
     assert grad_skip is not None
     grad_parameters = grad_parameters[0] if len(grad_parameters) == 1 else grad_parameters.sum(0)
     weight, bias, A = torch.stack([by_route[k] for k in range(K)]).split([R, 1, N], dim=2)
@@ -140,10 +170,12 @@ class _Carries(NamedTuple):
     adjoint: Tensor | None = None
 
 
-def _carry(p: Problem, axis: _Axis, grad_y: Tensor | None = None, grad_last: Tensor | None = None) -> _Carries:
+def _carry(
+    p: Problem, kind: _Kind, axis: _Axis, grad_y: Tensor | None = None, grad_last: Tensor | None = None
+) -> _Carries:
     """What enters every chunk and every segment: of the state and, given grad_y, of its adjoint."""
-    K, channels, N = p.A.shape
-    batch, segments, chunks = p.u.shape[0], axis.geometry["segments"], axis.geometry["chunks"]
+    K, batch, channels, N = len(p.routes), kind.batch, kind.channels, kind.N
+    segments, chunks, back = axis.segments, axis.chunks, kind.back
 
     def empty(*shape: int) -> Tensor:
         return torch.empty((batch, *shape), dtype=torch.float32, device=p.u.device)
@@ -152,13 +184,13 @@ def _carry(p: Problem, axis: _Axis, grad_y: Tensor | None = None, grad_last: Ten
     has_carries = segments > 1 or N > 1
     state = empty(segments, K, N, channels) if has_carries else None
     adjoint = empty(segments, K, N, channels) if has_carries and grad_y is not None else None
-    routes = axis.routes if segments > 1 or grad_y is not None else axis.routes & _back(p)
+    routes = axis.routes if segments > 1 or grad_y is not None else axis.routes & back
     sums = local = decay = None
     if routes and chunks > 1:
         sums, local = empty(chunks, K, channels), empty(chunks, K, N, channels)
         decay = empty(segments, K, N, channels) if segments > 1 else None
         _launch(
-            kernels.carry_kernel, p, axis, routes,
+            kernels.carry_kernel, axis, routes,
             u=p.u, grad_y=grad_y, delta=p.delta, parameters=p.parameters, dt_weight=p.dt_weight, dt_bias=p.dt_bias,
             A=p.A, sums=sums, local=local, carry_a=decay, carry_h=state, carry_adjoint=adjoint,
         )  # fmt: skip
@@ -173,109 +205,87 @@ def _carry(p: Problem, axis: _Axis, grad_y: Tensor | None = None, grad_last: Ten
         if carry is None:
             return None
         entering, columns = torch.empty_like(carry), K * N * channels
-        kernels.chain_kernel[(batch * triton.cdiv(columns, _COLUMNS),)](
-            decay, carry, initial, entering, segments, columns, N * channels,
-            ROUTES=axis.routes, BACK=back, CHUNK=_CHUNK, BLOCK=_COLUMNS, num_warps=1,
-        )  # fmt: skip
+        launch(kernels.chain_kernel, batch * ceiling(columns, _COLUMNS), p.u, {
+            "carry_a": decay, "carry_h": carry, "initial": initial, "entering": entering, "segments": segments,
+            "columns": columns, "per_route": N * channels, "ROUTES": axis.routes, "BACK": back, "CHUNK": _CHUNK,
+            "BLOCK": _COLUMNS, "num_warps": 1,
+        })  # fmt: skip
         return entering
 
-    entering, ending = chain(state, _back(p), None), chain(adjoint, ~_back(p) & (1 << K) - 1, grad_last)
+    entering, ending = chain(state, back, None), chain(adjoint, ~back & (1 << K) - 1, grad_last)
     return _Carries(sums, local, entering=entering, adjoint=ending)
 
 
-def _axes(p: Problem, config: Configuration) -> list[_Axis]:
-    _, height, width, channels = p.u.shape
-    axes = []
-    for columns in (False, True):
-        bits = _bits(route.columns == columns for route in p.routes)
-        if not bits:
-            continue
-        # Rows are one line, since they follow each other in memory; columns of a grid of one row or column are as well.
-        is_one_line = not columns or height == 1 or width == 1
-        lines, length = (1, height * width) if is_one_line else (width, height)
-        # A chunk lies on one line.
-        run = min(config.run, 1 << length.bit_length() - 1)
-        fitting = replace(config, run=run)
-        chunks_per_line = triton.cdiv(length, run)
-        chunks = lines * chunks_per_line
-        segment = _chunks_of_a_segment(p, fitting, chunks)
-        segments = triton.cdiv(chunks, segment)
-        axes.append(
-            _Axis(bits, not is_one_line, fitting, triton.cdiv(segments, RUNS), {
-                "segments": segments, "length": segment, "positions": height * width,
-                "chunks": chunks, "chunks_per_line": chunks_per_line, "line_length": length, "step": lines,
-                "vectors": channels // _width(p, fitting),
-            })
-        )  # fmt: skip
-    return axes
-
-
-def _chunks_of_a_segment(p: Problem, config: Configuration, chunks: int) -> int:
-    """As many as the configuration allows, but few enough for the card to have something to do."""
-    longest = max(1, config.segment // config.run)
-    warps = p.u.shape[0] * _blocks(p, config) * config.warps / RUNS  # for each segment
-    longest = segments_limited(longest, chunks * warps, _multiprocessors(p.u))
-    if longest >= chunks:
-        return chunks
-    # Of the last program's segments some may be shorter or not there; the fewest such are best.
-    return min(range(longest, longest // 2, -1), key=lambda n: -(-chunks // (RUNS * n)) * n)
-
-
-def _launch(kernel: Any, p: Problem, axis: _Axis, routes: int, **arguments: object) -> None:
-    K, channels, N = p.A.shape
+def _kind(p: Problem) -> _Kind:
+    batch, height, width, channels = p.u.shape
     R = 0 if p.delta is not None else p.dt_weight.shape[2]
-    config = axis.configuration
-    is_exact = p.u.dtype == torch.float32
-    precision = "ieee" if torch.version.hip else "tf32x3" if is_exact else "tf32"
-    rank = max(_LEAST_DOT, triton.next_power_of_2(R + EXTRA))
-    is_held = N == 1 and config.registers is not None and not torch.version.hip
-    options = {"maxnreg": config.registers} if is_held else {}
-    kernel[(_blocks(p, config) * axis.programs * p.u.shape[0],)](
-        **arguments, **axis.geometry, COLUMNS=axis.is_columns, CHANNELS=channels, WIDTH=_width(p, config),
-        GROUPS=p.groups, PIXEL=p.parameters.shape[3], N=N, R=R, RANK=rank, K=K,
-        ROUTES=routes, BACK=_back(p), SOFTPLUS=p.softplus, SEVERAL=axis.geometry["segments"] > 1, RUN=config.run,
-        BLOCK=config.block, EXACT=is_exact, PRECISION=precision, num_warps=config.warps, num_stages=1, **options,
+    cores = multiprocessors(p.u) if p.u.device.type == "cuda" else 0
+    return _Kind(
+        batch, height, width, channels, p.A.shape[2], R, p.parameters.shape[3], tuple(p.routes), p.groups, p.softplus,
+        p.u.dtype, cores,
     )  # fmt: skip
 
 
-def _width(p: Problem, config: Configuration) -> int:
-    """Channels that a thread may take at once: two, where blocks are full and so have neighbours in memory."""
-    return 2 if p.u.shape[3] // p.groups % config.block == 0 and config.block % 2 == 0 else 1
+@functools.lru_cache(512)
+def _axes(kind: _Kind, given: Configuration, long: bool | None) -> tuple[_Axis, ...]:
+    """Of rows and of columns, where routes run along them; `long` as `segments_limited` has it."""
+    config = _fit(given, kind)
+    blocks, K, R = _blocks(kind, config), len(kind.routes), kind.R
+    axes = []
+    for columns in (False, True):
+        bits = _bits(route.columns == columns for route in kind.routes)
+        if not bits:
+            continue
+        # Rows are one line, since they follow each other in memory; columns of a grid of one row or column are as well.
+        is_one_line = not columns or kind.height == 1 or kind.width == 1
+        lines, length = (1, kind.height * kind.width) if is_one_line else (kind.width, kind.height)
+        run = min(config.run, 1 << length.bit_length() - 1)  # a chunk lies on one line
+        chunks_per_line = ceiling(length, run)
+        chunks = lines * chunks_per_line
+        warps = chunks * kind.batch * blocks * config.warps / RUNS
+        longest = segments_limited(max(1, config.segment // run), warps, kind.multiprocessors, long)
+        # Of the last program's segments some may be shorter or not there; the fewest such are best.
+        several = min(range(longest, longest // 2, -1), key=lambda n: ceiling(chunks, RUNS * n) * n)
+        segment = chunks if longest >= chunks else several
+        segments = ceiling(chunks, segment)
+        programs = ceiling(segments, RUNS)
+        is_exact = kind.dtype == torch.float32
+        is_full = kind.channels // kind.groups % config.block == 0
+        width = 2 if is_full else 1  # channels that a thread may take at once
+        rank = max(_LEAST_DOT, 1 << (R + EXTRA - 1).bit_length())
+        is_held = kind.N == 1 and config.registers is not None and not torch.version.hip
+        arguments = {
+            "segments": segments, "length": segment, "positions": kind.height * kind.width, "chunks": chunks,
+            "chunks_per_line": chunks_per_line, "line_length": length, "step": lines, "vectors": kind.channels // width,
+            "COLUMNS": not is_one_line, "CHANNELS": kind.channels, "WIDTH": width, "GROUPS": kind.groups,
+            "PIXEL": kind.pixel, "N": kind.N, "R": R, "RANK": rank, "K": K,
+            "BACK": kind.back, "SOFTPLUS": kind.softplus, "SEVERAL": segments > 1, "RUN": run, "BLOCK": config.block,
+            "EXACT": is_exact, "PRECISION": "ieee" if torch.version.hip else "tf32x3" if is_exact else "tf32",
+            "num_warps": config.warps, "num_stages": 1, **({"maxnreg": config.registers} if is_held else {}),
+        }  # fmt: skip
+        axes.append(_Axis(bits, programs, blocks * programs * kind.batch, segments, chunks, arguments))
+    return tuple(axes)
 
 
-def _blocks(p: Problem, config: Configuration) -> int:
-    return p.groups * triton.cdiv(p.u.shape[3] // p.groups, config.block)
+def _launch(kernel: Any, axis: _Axis, routes: int, u: Tensor, **others: Any) -> None:
+    launch(kernel, axis.grid, u, {"u": u, **others, **axis.arguments, "ROUTES": routes})
 
 
-def _bits(flags: Any) -> int:
+def _blocks(kind: _Kind, config: Configuration) -> int:
+    return kind.groups * ceiling(kind.channels // kind.groups, _fit(config, kind).block)
+
+
+def _bits(flags: Iterable[bool]) -> int:
     return sum(1 << k for k, flag in enumerate(flags) if flag)
 
 
-def _back(p: Problem) -> int:
-    return _bits(route.backwards for route in p.routes)
-
-
-def _multiprocessors(u: Tensor) -> int:
-    """How many the card has; without a card none, which nothing has to fill."""
-    return torch.cuda.get_device_properties(u.device).multi_processor_count if u.device.type == "cuda" else 0
-
-
-def _fit(config: Configuration, p: Problem) -> Configuration:
+def _fit(config: Configuration, kind: _Kind) -> Configuration:
     """Blocks that divide the channels, or the smallest; a warp has 16 channels."""
-    channels, block = p.u.shape[3] // p.groups, config.block
+    channels, block = kind.channels // kind.groups, config.block
     while block > _LEAST_DOT and channels % block:
         block //= 2
     return replace(config, block=block, warps=max(1, config.warps * block // config.block))
 
 
 def _configurations(u: Tensor) -> Configurations:
-    architecture = ""
-    if u.device.type == "cuda" and torch.version.hip:
-        architecture = torch.cuda.get_device_properties(u.device).gcnArchName.split(":")[0]
-    elif u.device.type == "cuda":
-        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(u.device))
-    return configurations_for(architecture, u.shape[1] * u.shape[2])
-
-
-def _device(u: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(u.device) if u.device.type == "cuda" else nullcontext()
+    return configurations_for(architecture(u.device), u.shape[1] * u.shape[2])

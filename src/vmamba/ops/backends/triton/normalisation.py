@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmamba.ops.backends.triton.card import launching_at, multiprocessors
+from vmamba.ops.backends.triton.card import ceiling, launch, multiprocessors
 
 # --- device code -----------------------------------------------------------------------------------------------------
 
@@ -194,8 +194,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows, blocks, options = _cut(x)
     if blocks:
-        with launching_at(x):
-            norm_kernel[(blocks,)](x, weight.contiguous(), bias.contiguous(), y, rows, eps, **options)
+        launch(norm_kernel, blocks, x, {
+            "x": x, "weight": weight.contiguous(), "bias": bias.contiguous(), "y": y, "rows": rows, "eps": eps,
+            **options,
+        })  # fmt: skip
     return y
 
 
@@ -218,12 +220,14 @@ def layer_norm_backward(
     resident, registers = _residents(options)
     if x.device.type == "cuda" and not torch.version.hip:
         options["maxnreg"] = registers
-    share = max(triton.cdiv(blocks, resident * multiprocessors(x)), 1)
-    programs = triton.cdiv(blocks, share)
+    share = max(ceiling(blocks, resident * multiprocessors(x)), 1)
+    programs = ceiling(blocks, share)
     parts = x.new_empty((programs, 2, x.shape[-1]), dtype=torch.float32)
     if programs:
-        with launching_at(x):
-            norm_backward_kernel[(programs,)](x, grad, weight.contiguous(), grad_x, parts, rows, share, eps, **options)
+        launch(norm_backward_kernel, programs, x, {
+            "x": x, "grad": grad, "weight": weight.contiguous(), "grad_x": grad_x, "parts": parts, "rows": rows,
+            "share": share, "eps": eps, **options,
+        })  # fmt: skip
     grad_weight, grad_bias = parts[:, 0].sum(0), parts[:, 1].sum(0)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
@@ -245,12 +249,12 @@ def _cut(x: Tensor) -> tuple[int, int, dict[str, int]]:
     # a thread has at most six parts of it, whose gradients fit into registers.
     lanes = math.gcd(channels, 128)
     if lanes < 32:
-        lanes = min(triton.next_power_of_2(channels), 128)
-    while lanes < 128 and triton.cdiv(channels, lanes) > 6:
+        lanes = min(1 << (channels - 1).bit_length(), 128)
+    while lanes < 128 and ceiling(channels, lanes) > 6:
         lanes *= 2
     if channels > 6 * 128:
         warps = 4 if channels <= 6 * 512 else 8
         lanes = 128 * warps
     together, rows = warps * 128 // lanes, x.numel() // max(channels, 1)
-    options = {"CHANNELS": channels, "ROWS": together, "PARTS": triton.cdiv(channels, lanes), "LANES": lanes}
-    return rows, triton.cdiv(rows, together), options | {"num_warps": warps}
+    options = {"CHANNELS": channels, "ROWS": together, "PARTS": ceiling(channels, lanes), "LANES": lanes}
+    return rows, ceiling(rows, together), options | {"num_warps": warps}
