@@ -244,6 +244,9 @@ def test_what_was_compiled_is_launched_without_another_look(monkeypatch):
         def __init__(self):
             pass
 
+        def __del__(self):
+            pass
+
         def __getitem__(self, grid):
             return lambda *given: launched.append((grid, *given))
 
