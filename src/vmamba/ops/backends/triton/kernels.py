@@ -79,6 +79,14 @@ def _put(values, i: tl.constexpr, value):
 
 
 @triton.jit
+def _routes_before(k: tl.constexpr, ROUTES: tl.constexpr):
+    """How many of the routes of an axis have a smaller number."""
+    return (
+        (ROUTES & 1) * (k > 0) + (ROUTES >> 1 & 1) * (k > 1) + (ROUTES >> 2 & 1) * (k > 2) + (ROUTES >> 3 & 1) * (k > 3)
+    )
+
+
+@triton.jit
 def _place(chunk, axis, RUN: tl.constexpr, COLUMNS: tl.constexpr):
     """First position of a chunk, and how many of its first positions do not count: all, past the last chunk."""
     chunks, chunks_per_line, line_length, step = axis
@@ -332,14 +340,14 @@ def carry_kernel(
     u, grad_y, delta, parameters, dt_weight, dt_bias, A, sums, local, carry_a, carry_h, carry_adjoint,
     segments, length, positions, vectors, chunks, chunks_per_line, line_length, step,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXEL: tl.constexpr,
-    N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, ROUTES: tl.constexpr, BACK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, AXIS: tl.constexpr, ROUTES: tl.constexpr,
+    BACK: tl.constexpr, SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk of every segment to the first: what enters each against the axis, into `local` (images,
-    chunks, K, N, channels), as if nothing entered the segment, and the sum of the steps from there to where the segment
-    is entered, `sums` (images, chunks, K, channels); and where there are SEVERAL segments, what each does to the state
-    of a route, h → a·h + carry_h, and to its adjoint, where grad_y is given.
+    chunks, routes of the axis, N, channels), as if nothing entered the segment, and the sum of the steps from there to
+    where the segment is entered, `sums` (images, chunks, routes of the axis, channels); and where there are SEVERAL
+    segments, what each does to the state of a route, h → a·h + carry_h, and to its adjoint, where grad_y is given.
 
     With N > 1, carry_h and carry_adjoint are given in any case: the state is kept in them from chunk to chunk.
     """
@@ -362,7 +370,7 @@ def carry_kernel(
         line_place, is_line = _line_place(i, first, length, axis, COLUMNS, RUN)
         shared = parameters + (run_place.to(tl.int64) * PIXEL)[None, :] + (rows * PIXEL + group * (2 * N))
         lows = _lows(parameters, line_place, is_line, PIXEL, N, R, RANK, K, ROUTES)
-        at_chunk = (image * chunks + segment * length + i) * K * CHANNELS + channel
+        at_chunk = (image * chunks + segment * length + i) * _routes_before(4, AXIS) * CHANNELS + channel
         is_chunk = is_channel & (segment * length + i < chunks)
         x = tl.load(_at(u + u_at, rows * CHANNELS)).to(tl.float32)
         if grad_y is not None:
@@ -376,11 +384,11 @@ def carry_kernel(
                 steps, _slope = _steps(raw, SOFTPLUS, RUN, LANES, EXACT)
                 chunk_steps, later_steps = tl.sum(steps, axis=0), all_steps[k]
                 if (BACK >> k) & 1 or grad_y is not None:
-                    tl.store(sums + at_chunk + k * CHANNELS, later_steps, mask=is_chunk)
+                    tl.store(sums + at_chunk + _routes_before(k, AXIS) * CHANNELS, later_steps, mask=is_chunk)
                 all_steps = _put(all_steps, k, later_steps + chunk_steps)
                 for n in range(N):
                     at = ((image * segments + segment) * K + k) * N * CHANNELS + n * CHANNELS + channel
-                    to_local = local + at_chunk * N + (k * N + n) * CHANNELS - channel * (N - 1)
+                    to_local = local + at_chunk * N + (_routes_before(k, AXIS) * N + n) * CHANNELS - channel * (N - 1)
                     decay = tl.load(A + (k * CHANNELS + channel) * N + n)
                     a = tl.exp2(steps * decay[None, :])
                     if SEVERAL or (BACK >> k) & 1:
@@ -480,9 +488,9 @@ def scan_kernel(
     u, delta, parameters, dt_weight, dt_bias, A, skip, sums, local, carry_a, carry_h, entering, partial, last, y,
     segments, length, positions, vectors, chunks, chunks_per_line, line_length, step,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXEL: tl.constexpr,
-    N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, ROUTES: tl.constexpr, BACK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, AXIS: tl.constexpr, ROUTES: tl.constexpr,
+    BACK: tl.constexpr, SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of the routes along one axis, added to `partial` and the skip where those are given; and into `last` the last
     state (images, K, N, channels) of routes that run forwards.
@@ -513,7 +521,7 @@ def scan_kernel(
         line_place, is_line = _line_place(i, first, length, axis, COLUMNS, RUN)
         shared = parameters + (run_place.to(tl.int64) * PIXEL)[None, :] + (rows * PIXEL + group * (2 * N))
         lows = _lows(parameters, line_place, is_line, PIXEL, N, R, RANK, K, ROUTES)
-        at_chunk = (image * chunks + segment * length + i) * K * CHANNELS + channel
+        at_chunk = (image * chunks + segment * length + i) * _routes_before(4, AXIS) * CHANNELS + channel
         is_chunk = is_channel & (segment * length + i < chunks)
         x = tl.load(_at(u + u_at, rows * CHANNELS)).to(tl.float32)
         total = tl.zeros([RUN, LANES], tl.float32)
@@ -530,7 +538,9 @@ def scan_kernel(
                 steps, _slope = _steps(raw, SOFTPLUS, RUN, LANES, EXACT)
                 weighted = steps * x
                 if (BACK >> k) & 1 and local is not None:
-                    later_steps = tl.load(sums + at_chunk + k * CHANNELS, mask=is_chunk, other=0.0)
+                    later_steps = tl.load(
+                        sums + at_chunk + _routes_before(k, AXIS) * CHANNELS, mask=is_chunk, other=0.0
+                    )
                 for n in range(N):
                     at = at_segment + (k * N + n) * CHANNELS
                     decay = tl.load(A + (k * CHANNELS + channel) * N + n)
@@ -540,7 +550,9 @@ def scan_kernel(
                         has_entered = SEVERAL if (BACK >> k) & 1 else SEVERAL | (i > 0)
                         start = tl.load(entering + at, mask=is_segment & has_entered, other=0.0)
                     if (BACK >> k) & 1 and local is not None:
-                        from_local = local + at_chunk * N + (k * N + n) * CHANNELS - channel * (N - 1)
+                        from_local = (
+                            local + at_chunk * N + (_routes_before(k, AXIS) * N + n) * CHANNELS - channel * (N - 1)
+                        )
                         start *= tl.exp2(later_steps * decay)
                         start += tl.load(from_local, mask=is_chunk, other=0.0)
                     a = tl.exp2(steps * decay[None, :])
@@ -564,9 +576,7 @@ def scan_kernel(
 @triton.jit
 def _part(parts, item, k: tl.constexpr, ROUTES: tl.constexpr, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr):
     """Where this program's part of a route's sums begins; there is room for the routes of this axis only."""
-    before: tl.constexpr = (ROUTES & 1) * (k > 0) + (ROUTES >> 1 & 1) * (k > 1) + (ROUTES >> 2 & 1) * (k > 2)
-    all: tl.constexpr = (ROUTES & 1) + (ROUTES >> 1 & 1) + (ROUTES >> 2 & 1) + (ROUTES >> 3 & 1)
-    return parts + (item * all + before) * CHANNELS * NUMBERS
+    return parts + (item * _routes_before(4, ROUTES) + _routes_before(k, ROUTES)) * CHANNELS * NUMBERS
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -576,9 +586,9 @@ def gradient_kernel(
     grad_u, grad_delta, grad_parameters, parts, grad_skip,
     images, segments, length, positions, vectors, chunks, chunks_per_line, line_length, step,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXEL: tl.constexpr,
-    N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, ROUTES: tl.constexpr, BACK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, AXIS: tl.constexpr, ROUTES: tl.constexpr,
+    BACK: tl.constexpr, SOFTPLUS: tl.constexpr, SEVERAL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of everything for the routes along one axis.
 
@@ -626,7 +636,7 @@ def gradient_kernel(
         shared = parameters + (run_place.to(tl.int64) * PIXEL)[None, :] + (rows * PIXEL + group * (2 * N))
         to_shared = grad_parameters + (run_place.to(tl.int64) * PIXEL)[None, :] + (rows * PIXEL + group * (2 * N))
         lows = _lows(parameters, line_place, is_line, PIXEL, N, R, RANK, K, ROUTES)
-        at_chunk = (image * chunks + segment * length + i) * K * CHANNELS + channel
+        at_chunk = (image * chunks + segment * length + i) * _routes_before(4, AXIS) * CHANNELS + channel
         is_chunk = is_channel & (segment * length + i < chunks)
         x = tl.load(_at(u + u_at, rows * CHANNELS)).to(tl.float32)
         g = tl.where(is_real, tl.load(_at(grad_y + u_at, rows * CHANNELS)).to(tl.float32), 0.0)
@@ -648,7 +658,9 @@ def gradient_kernel(
                 to_weighted = tl.zeros([RUN, LANES], tl.float32)
                 to_steps = tl.zeros([RUN, LANES], tl.float32)
                 if local is not None:
-                    later_steps = tl.load(sums + at_chunk + k * CHANNELS, mask=is_chunk, other=0.0)
+                    later_steps = tl.load(
+                        sums + at_chunk + _routes_before(k, AXIS) * CHANNELS, mask=is_chunk, other=0.0
+                    )
                 for n in range(N):
                     at = at_segment + (k * N + n) * CHANNELS
                     decay = tl.load(A + (k * CHANNELS + channel) * N + n)
@@ -659,7 +671,9 @@ def gradient_kernel(
                         start = tl.load(entering + at, mask=is_segment & has_entered, other=0.0)
                         end = tl.load(adjoint + at, mask=is_segment, other=0.0)
                     if local is not None:
-                        from_local = local + at_chunk * N + (k * N + n) * CHANNELS - channel * (N - 1)
+                        from_local = (
+                            local + at_chunk * N + (_routes_before(k, AXIS) * N + n) * CHANNELS - channel * (N - 1)
+                        )
                         factor = tl.exp2(later_steps * decay)
                         summand = tl.load(from_local, mask=is_chunk, other=0.0)
                         if (BACK >> k) & 1:

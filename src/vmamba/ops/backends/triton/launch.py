@@ -187,7 +187,8 @@ def _carry(
     routes = axis.routes if segments > 1 or grad_y is not None else axis.routes & back
     sums = local = decay = None
     if routes and chunks > 1:
-        sums, local = empty(chunks, K, channels), empty(chunks, K, N, channels)
+        count = axis.routes.bit_count()
+        sums, local = empty(chunks, count, channels), empty(chunks, count, N, channels)
         decay = empty(segments, K, N, channels) if segments > 1 else None
         _launch(
             kernels.carry_kernel, axis, routes,
@@ -258,8 +259,8 @@ def _axes(kind: _Kind, given: Configuration, long: bool | None) -> tuple[_Axis, 
             "segments": segments, "length": segment, "positions": kind.height * kind.width, "chunks": chunks,
             "chunks_per_line": chunks_per_line, "line_length": length, "step": lines, "vectors": kind.channels // width,
             "COLUMNS": not is_one_line, "CHANNELS": kind.channels, "WIDTH": width, "GROUPS": kind.groups,
-            "PIXEL": kind.pixel, "N": kind.N, "R": R, "RANK": rank, "K": K,
-            "BACK": kind.back, "SOFTPLUS": kind.softplus, "SEVERAL": segments > 1, "RUN": run, "BLOCK": config.block,
+            "PIXEL": kind.pixel, "N": kind.N, "R": R, "RANK": rank, "K": K, "AXIS": bits, "BACK": kind.back,
+            "SOFTPLUS": kind.softplus, "SEVERAL": segments > 1, "RUN": run, "BLOCK": config.block,
             "EXACT": is_exact, "PRECISION": "ieee" if torch.version.hip else "tf32x3" if is_exact else "tf32",
             "num_warps": config.warps, "num_stages": 1, **({"maxnreg": config.registers} if is_held else {}),
         }  # fmt: skip
