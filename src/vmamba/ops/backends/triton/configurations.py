@@ -1,4 +1,4 @@
-"""Shapes of the tiles that the kernels work on, by architecture, and how programs share them."""
+"""How much of a scan a program of the kernels takes, by architecture."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Configurations:
     gradient: Configuration
 
 
-# The first entry whose number of positions is not exceeded holds.
+# The first entry whose number of positions is not exceeded holds. On an H100 this one is the best of those tried on the
+# grids of 224² images, or within 4 % of it.
 Table = tuple[tuple[float, Configurations], ...]
 DEFAULT: Table = ((math.inf, Configurations(scan=Configuration(8, 64, 4), gradient=Configuration(8, 64, 4))),)
 # By compute capability ("sm_90") or AMD's name ("gfx942"), where another table than DEFAULT is known to be better.
