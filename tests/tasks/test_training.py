@@ -171,9 +171,9 @@ def test_a_command_whose_processes_are_told_to_end_does_so_in_order(images, tmp_
             process.send_signal(signal.SIGTERM)  # to the first process alone, which passes it on
         _, error = process.communicate(timeout=300)
     assert process.returncode == 143
-    assert error.splitlines()[-1] == (
-        f"{tmp_path / 'run'}: stopped by SIGTERM; go on from its last epoch with --resume true"
-    )
+    # torch's loader may complain of its processes' end after that.
+    said = f"{tmp_path / 'run'}: stopped by SIGTERM; go on from its last epoch with --resume true"
+    assert said in error.splitlines()
     assert "Traceback" not in error
     assert not list((tmp_path / "run").glob("**/.*.partial"))
 

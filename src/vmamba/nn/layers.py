@@ -23,6 +23,7 @@ from vmamba.ops.layers import (
     product_dtype,
     records,
 )
+from vmamba.ops.operators import runs_eagerly
 
 
 @cpu.known
@@ -102,7 +103,7 @@ class ConvSiLU(GridConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """SiLU of the convolution of (B, H, W, C)."""
         weight, bias = self.weight, self.bias
-        is_usual = x.ndim == 4 and _convolves_as(self, ConvSiLU) and cpu.is_depthwise_silu(self, x.shape[-1])
-        if is_usual and fuses_depthwise_silu(x, weight, bias):
+        is_usual = (is_compiled() or runs_eagerly(x)) and x.ndim == 4 and _convolves_as(self, ConvSiLU)
+        if is_usual and cpu.is_depthwise_silu(self, x.shape[-1]) and fuses_depthwise_silu(x, weight, bias):
             return depthwise_silu(x, weight, bias)
         return F.silu(super().forward(x))
