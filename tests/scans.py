@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -58,6 +59,19 @@ def assert_matches(actual: list[Tensor], expected: list[Tensor], tolerance: floa
         error = (value.double() - reference.double()).abs().max() if value.numel() else torch.tensor(0.0)
         scale = reference.abs().max().clamp(min=1e-3) if value.numel() else torch.tensor(1.0)
         assert error <= tolerance * scale, f"tensor {i}: {error:.2e} of {scale:.2e}"
+
+
+def launches_of(function: Callable[[], object]) -> list[str]:
+    """Names of the kernels that a function launches on a GPU."""
+    one = torch.ones(1, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        one.add_(1)
+        function()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    if not names:
+        pytest.skip("the profiler sees no launches here")
+    return names[1:]
 
 
 def _combine_by_row(operation: Any, given: list[Any]) -> list[np.ndarray]:

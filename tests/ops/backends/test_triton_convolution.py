@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from scans import assert_matches
+from scans import assert_matches, launches_of
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -425,19 +425,6 @@ def test_gpu_large_batch_repeats_bit_by_bit():
     for value, again in zip(first, convolution.depthwise_silu_backward(grad, x, weight, bias), strict=True):
         assert torch.equal(value, again)
     assert_right(x, weight, bias, grad, 0.01, 0.02)
-
-
-def launches_of(function):
-    """Names of the kernels that a function launches."""
-    one = torch.ones(1, device="cuda")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        one.add_(1)
-        function()
-        torch.cuda.synchronize()
-    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    if not names:
-        pytest.skip("the profiler sees no launches here")
-    return names[1:]
 
 
 @needs_gpu

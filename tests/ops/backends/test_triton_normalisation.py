@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from scans import assert_matches
+from scans import assert_matches, launches_of
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -482,19 +482,6 @@ def test_gpu_is_as_torch_s_own_under_autocast(given):
         results.append([y.detach(), *grads])
     assert [v.dtype for v in results[0]] == [v.dtype for v in results[1]]
     assert_matches(results[0], results[1], 2e-5 if given == FLOAT else rounding(given) * 2)
-
-
-def launches_of(function):
-    """Names of the kernels that a function launches."""
-    one = torch.ones(1, device="cuda")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        one.add_(1)
-        function()
-        torch.cuda.synchronize()
-    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    if not names:
-        pytest.skip("the profiler sees no launches here")
-    return names[1:]
 
 
 @needs_gpu

@@ -35,8 +35,8 @@ from vmamba.ops.backends import eager, triton
 from vmamba.ops.routes import SEQUENCE, get_routes
 
 _PATIENCE = 600  # seconds for one proof, most of which goes into compiling
-# Height, width, channels, states and rank: for each row of the table of configurations a grid. A thread takes two
-# channels at once where blocks are full, as they are but in the second.
+# Height, width, channels, states and rank. Blocks of 64 and of 32 channels, and in the second some that are not full,
+# where a thread takes one channel at a time.
 _GRIDS = ((7, 7, 64, 1, 20), (11, 13, 40, 3, 3), (17, 19, 96, 1, 6))
 _CONVOLVED = (1, 8, 9, 32)  # the image of the convolution: more than one tile each way, whatever the tile
 _NORMALISED, _EPS = (50, 96), 1e-5  # several blocks of rows, the last of which is not full
@@ -234,7 +234,7 @@ def compare(device: torch.device, dtype: torch.dtype, pattern: str, share: int =
         for label, value, reference in zip(labels, found, expected, strict=False):
             if not reference.numel():
                 continue
-            apart = ((value.double() - reference).abs().max() / reference.abs().max()).item()
+            apart = _distance(value, reference)
             if not apart <= max(1e-4 if label in values else 1e-3, rounding):  # NaN is not
                 where = f"{tuple(arguments.u.shape)}, by {'long' if long else 'short'} segments"
                 return f"{label} is off by {apart:.1e} of its largest value, in {where}"
@@ -256,17 +256,14 @@ def _compare_convolution(device: torch.device, dtype: torch.dtype, rounding: flo
         z = F.conv2d(image.permute(0, 3, 1, 2), filters, offset, padding=1, groups=len(filters))
         y = F.silu(z.permute(0, 2, 3, 1))
     expected = y.detach(), *torch.autograd.grad(y, exact, grad.double())
-    labels = ("the result", "the gradient of x", "the gradient of the weight", "the gradient of the bias")
     for tile in (convolution.TILES[0], convolution.TILES[-1]):
         with convolution.use_tiles(tile):
             found = (
                 convolution.depthwise_silu(x, weight, bias),
                 *convolution.depthwise_silu_backward(grad, x, weight, bias),
             )
-        for label, value, reference in zip(labels, found, expected, strict=True):
-            apart = ((value.double() - reference).abs().max() / reference.abs().max()).item()
-            if not apart <= max(1e-4, rounding):  # NaN is not
-                return f"{label} of the convolution is off by {apart:.1e} of its largest value, with {tile}"
+        if fault := _fault_of_layer("the convolution", found, expected, rounding):
+            return f"{fault}, with {tile}"
     return ""
 
 
@@ -278,7 +275,6 @@ def _compare_normalisation(device: torch.device, dtype: torch.dtype, rounding: f
     values, grads, (weight, bias) = (
         torch.randn(*shape, device=device) for shape in (_NORMALISED, _NORMALISED, (2, 96))
     )
-    labels = ("the result", "the gradient of x", "the gradient of the weight", "the gradient of the bias")
     for given, wanted in dict.fromkeys(itertools.product((dtype, torch.float32), repeat=2)):
         x, grad = values.to(given), grads.to(wanted)
         exact = rows, scale, offset = [value.double().requires_grad_() for value in (x, weight, bias)]
@@ -289,11 +285,24 @@ def _compare_normalisation(device: torch.device, dtype: torch.dtype, rounding: f
             normalisation.layer_norm(x, weight, bias, _EPS, wanted),
             *normalisation.layer_norm_backward(grad, x, weight, bias, _EPS),
         )
-        for label, value, reference in zip(labels, found, expected, strict=True):
-            apart = ((value.double() - reference).abs().max() / reference.abs().max()).item()
-            if not apart <= max(1e-4, rounding):  # NaN is not
-                return f"{label} of LayerNorm is off by {apart:.1e} of its largest value, from {given} to {wanted}"
+        if fault := _fault_of_layer("LayerNorm", found, expected, rounding):
+            return f"{fault}, from {given} to {wanted}"
     return ""
+
+
+def _fault_of_layer(layer: str, found: Sequence[Tensor], expected: Sequence[Tensor], rounding: float) -> str:
+    """What is off of a layer's result and its gradients for x, weight and bias; "" if nothing is."""
+    labels = ("the result", "the gradient of x", "the gradient of the weight", "the gradient of the bias")
+    for label, value, reference in zip(labels, found, expected, strict=True):
+        apart = _distance(value, reference)
+        if not apart <= max(1e-4, rounding):  # NaN is not
+            return f"{label} of {layer} is off by {apart:.1e} of its largest value"
+    return ""
+
+
+def _distance(value: Tensor, reference: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return ((value.double() - reference).abs().max() / reference.abs().max()).item()
 
 
 def _as_tuple(value: Any) -> tuple[Tensor, ...]:

@@ -6,9 +6,8 @@ large image fills a card as well as a batch does. docs/kernels.md has the detail
 
 Images are float16, bfloat16 or float32; the state, the step and all sums are float32. As soon as one argument is
 float64, and for N = 0, R = 0, a single position, empty tensors and rows beyond 2²⁵ numbers, the call goes to the eager
-backend. Nothing is
-added up in an order that varies, so results repeat bit by bit. There is no synchronisation with the host: calls can be
-captured in a graph.
+backend. Nothing is added up in an order that varies, so results repeat bit by bit. There is no synchronisation with
+the host: calls can be captured in a graph.
 
 Triton itself is imported with the first call. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU,
 very slowly, for tests.

@@ -128,15 +128,14 @@ def run_backward(p: Problem, grad_y: Tensor, grad_last: Tensor | None = None) ->
     """Gradients from those of y and of the last state (batch, K, N, channels)."""
     kind, K = _kind(p), len(p.routes)
     batch, channels, N, R = kind.batch, kind.channels, kind.N, kind.R
-    config = _configurations(p.u).gradient
-    axes = _axes(kind, config, segments_are_long())
+    axes = _axes(kind, _configurations(p.u).gradient, segments_are_long())
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=p.u.device)
 
     grad_u = torch.empty_like(p.u)
     grad_delta = None if p.delta is None else empty(*p.u.shape)
-    grad_parameters = empty(_blocks(kind, config) // p.groups, *p.parameters.shape)
+    grad_parameters = empty(ceiling(channels // p.groups, axes[0].arguments["BLOCK"]), *p.parameters.shape)
     grad_skip, by_route = None, dict[int, Tensor]()
     for i, axis in enumerate(axes):
         carries = _carry(p, kind, axis, grad_y, grad_last)
@@ -231,7 +230,7 @@ def _kind(p: Problem) -> _Kind:
 def _axes(kind: _Kind, given: Configuration, long: bool | None) -> tuple[_Axis, ...]:
     """Of rows and of columns, where routes run along them; `long` as `segments_limited` has it."""
     config = _fit(given, kind)
-    blocks, K, R = _blocks(kind, config), len(kind.routes), kind.R
+    blocks, K, R = kind.groups * ceiling(kind.channels // kind.groups, config.block), len(kind.routes), kind.R
     axes = []
     for columns in (False, True):
         bits = _bits(route.columns == columns for route in kind.routes)
@@ -270,10 +269,6 @@ def _axes(kind: _Kind, given: Configuration, long: bool | None) -> tuple[_Axis, 
 
 def _launch(kernel: Any, axis: _Axis, routes: int, u: Tensor, **others: Any) -> None:
     launch(kernel, axis.grid, u, {"u": u, **others, **axis.arguments, "ROUTES": routes})
-
-
-def _blocks(kind: _Kind, config: Configuration) -> int:
-    return kind.groups * ceiling(kind.channels // kind.groups, _fit(config, kind).block)
 
 
 def _bits(flags: Iterable[bool]) -> int:
