@@ -12,9 +12,10 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Of glibc's malloc.h, and what they are by default.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_TRIM_THRESHOLD, _MMAP_MAX = 128 * 1024, 65536
+# Of glibc's malloc.h, and what they are in a process that has used large pieces: glibc raises its thresholds up to
+# these, by itself and until somebody sets one.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = 64 << 20, 32 << 20, 65536
 
 
 @contextmanager
@@ -30,5 +31,6 @@ def memory_kept() -> Iterator[None]:
         yield
     finally:
         library.mallopt(_M_MMAP_MAX, _MMAP_MAX)
+        library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
         library.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
         library.malloc_trim(0)

@@ -225,6 +225,8 @@ class _Stop(BaseException):
         if self.by is not None:  # once is enough
             return
         self.by = signal.Signals(number)
+        if hasattr(signal, "SIGCHLD"):  # where torch's handler would raise, at any later time, that a worker has ended
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if self.launcher is not None:
             self.launcher.kill(signal.SIGTERM)
         raise self
