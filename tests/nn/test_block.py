@@ -92,13 +92,20 @@ def test_large_images_are_worked_on_in_stretches(monkeypatch):
 @torch.no_grad()
 @pytest.mark.skipif(native.reason_unavailable() is not None, reason="needs the CPU kernel")
 @pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
-def test_a_block_as_built_is_one_call(options, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_as_built_is_one_call(options, dtype, monkeypatch):
     calls = []
     call = native._call_block
     monkeypatch.setattr(native, "_call_block", lambda block: calls.append(block) or call(block))
+    monkeypatch.setattr(native, "wins", lambda *sizes: True)
     block, x = VSSBlock(8, **options).eval(), torch.randn(1, 5, 7, 8)
-    block(x)
+    exact = block(x)
+    calls.clear()
+    block, x = block.to(dtype), x.to(dtype)
+    y = block(x)
     assert len(calls) == 1
+    assert y.dtype is dtype
+    torch.testing.assert_close(y.float(), exact, atol=0.1, rtol=0.05)
     with use_backend("eager"):
         block(x)
     with watch_scans(lambda arguments, y: None):

@@ -12,6 +12,12 @@
 #include "stem.h"
 #include "threads.h"
 
+#if defined(__linux__) && defined(VMAMBA_X86)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #define DECLARE(isa)                             \
     namespace isa {                              \
     extern const ScanKernels scan;               \
@@ -24,6 +30,7 @@
     }
 
 #if defined(VMAMBA_X86)
+namespace amx_bf16 { extern const ProductKernels products; }
 namespace avx512_bf16 { extern const ProductKernels products; }
 DECLARE(avx512)
 DECLARE(avx2)
@@ -46,10 +53,15 @@ struct InstructionSet {
 #define ENTRY(isa) \
     {#isa, &isa::scan, &isa::layers, &isa::products, &isa::roi_align, &isa::enlarging, &isa::suppression, &isa::winograd}
 
+// AVX-512 but for products.
+#define WITH_PRODUCTS_OF(isa)                                                                    \
+    {#isa, &avx512::scan, &avx512::layers, &isa::products, &avx512::roi_align, &avx512::enlarging, \
+     &avx512::suppression, &avx512::winograd}
+
 constexpr InstructionSet ALL[] = {  // the first that a processor has is the fastest
 #if defined(VMAMBA_X86)
-    {"avx512_bf16", &avx512::scan, &avx512::layers, &avx512_bf16::products, &avx512::roi_align,
-     &avx512::enlarging, &avx512::suppression, &avx512::winograd},
+    WITH_PRODUCTS_OF(amx_bf16),
+    WITH_PRODUCTS_OF(avx512_bf16),
     ENTRY(avx512),
     ENTRY(avx2),
 #endif
@@ -63,6 +75,19 @@ bool equal(const char* a, const char* b) {
     return *a == *b;
 }
 
+// Whether the processor has a matrix unit for bfloat16, and the system lets this process use it: Linux has to be asked.
+bool has_tiles() {
+#if defined(__linux__) && defined(VMAMBA_X86)
+    constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+    constexpr int ASK_FOR_STATE = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (AMX_BF16 | AMX_TILE)) return false;
+    return !syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_DATA);
+#else
+    return false;
+#endif
+}
+
 bool runs_here(const char* name) {
 #if defined(VMAMBA_X86)
     __builtin_cpu_init();
@@ -71,7 +96,9 @@ bool runs_here(const char* name) {
     bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     if (equal(name, "avx512")) return has_avx512;
-    if (equal(name, "avx512_bf16")) return has_avx512 && __builtin_cpu_supports("avx512bf16");
+    bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+    if (equal(name, "avx512_bf16")) return has_bf16;
+    if (equal(name, "amx_bf16")) return has_bf16 && has_tiles();
 #endif
     return equal(name, "baseline");
 }

@@ -73,7 +73,10 @@ class VSSBlock(nn.Module):
         layers = [self.norm1, ss2d.in_proj, ss2d.conv, ss2d.norm, ss2d.out_proj]
         layers += [] if mlp is None else [self.norm2, mlp.fc1, mlp.fc2]
         affine = [Affine.of(layer) for layer in layers]
-        if scan is None or not applies(x, *scan[:-1], *(value for layer in affine for value in layer[:2])):
+        if scan is None or type(scan.A) is not Tensor:  # A is in float32 whatever the parameters are in
+            return None
+        scanned = scan.x_proj_weight, scan.dt_proj_weight, scan.dt_proj_bias, scan.D
+        if not applies(x, *scanned, *(value for layer in affine for value in layer[:2])):
             return None
         norm1, in_proj, conv, norm, out_proj, *rest = affine
         return vss_block(x, norm1, in_proj, conv, scan, norm, out_proj, rest, ss2d.gated, product_dtype(x))

@@ -21,7 +21,7 @@ INF, NAN = float("inf"), float("nan")
 
 def _usable_kernels():
     chosen = native.kernels()
-    names = ("avx512_bf16", "avx512", "avx2", "baseline")
+    names = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline")
     usable = [name for name in names if native.choose_kernels(name)]
     native.choose_kernels(chosen or "")
     return usable
@@ -178,7 +178,7 @@ def test_where_it_wins(kernels):
     assert products.wins(196, 384, 1536, FLOAT) == is_fast
     assert not products.wins(196, 384, 1536, torch.float64)
     assert not products.wins(0, 384, 1536, FLOAT)
-    low = is_fast and not torch.cpu._is_amx_tile_supported()
+    low = is_fast and (kernels == "amx_bf16" or not torch.cpu._is_amx_tile_supported())
     assert products.wins(196, 384, 1536, LOW) == low
     assert not products.wins(12544, 27, 48, LOW)
 

@@ -85,7 +85,7 @@ def _tiles_win(x: Tensor, outputs: int, stride: int) -> bool:
     """Whether it is fastest by tiles: it takes enough of them to make up for transforming the weight."""
     batch, height, width, channels = x.shape
     tiles = batch * math.ceil(height / 4) * math.ceil(width / 4)
-    is_known = stride == 1 and x.dtype is torch.float32 and kernels() in ("avx2", "avx512", "avx512_bf16")
+    is_known = stride == 1 and x.dtype is torch.float32 and kernels() not in (None, "baseline")
     return is_known and tiles >= _LEAST_TILES and min(channels, outputs) >= _LEAST_CHANNELS
 
 

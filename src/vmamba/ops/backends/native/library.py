@@ -113,7 +113,10 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def kernels() -> str | None:
-    """The instruction set in use ("avx512_bf16", "avx512", "avx2" or "baseline"); None where the library is missing."""
+    """The instruction set in use; None where the library is missing.
+
+    One of "amx_bf16", "avx512_bf16", "avx512", "avx2" and "baseline".
+    """
     return None if _LIBRARY is None else _kernels
 
 

@@ -97,13 +97,16 @@ def wins(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> 
         dtype: of x.
 
     Returns:
-        False where the library is missing or has only its slowest kernels, for products in bfloat16 on a processor with
-        a matrix unit (AMX), and where nothing could be read as it lies: many rows of an odd number of bfloat16.
+        False where the library is missing or has only its slowest kernels, for products in bfloat16 where only oneDNN
+        uses the processor's matrix unit (AMX), and where nothing could be read as it lies: many rows of an odd number
+        of bfloat16.
     """
-    if not rows * in_features * out_features or kernels() in (None, "baseline"):
+    known = kernels()
+    if not rows * in_features * out_features or known in (None, "baseline"):
         return False
     if dtype is torch.bfloat16:
-        return not torch.cpu._is_amx_tile_supported() and (in_features % 2 == 0 or rows < out_features)
+        is_best = known == "amx_bf16" or not torch.cpu._is_amx_tile_supported()
+        return is_best and (in_features % 2 == 0 or rows < out_features)
     return dtype is torch.float32
 
 
