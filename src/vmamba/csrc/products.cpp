@@ -42,14 +42,16 @@ inline Floats load_part(const Rounded* p, int64_t valid) {
     return load(rounded);
 }
 
-// How a strip of rows of the one factor is multiplied with a panel of the other, which has words of one kind or the other.
+// How a strip of ROWS of the one factor is multiplied with a panel of VECTORS of the other. Of the `next` strip, BYTES are 16
+// words of each row, of which the panel is to fetch `bytes` if all panels together are to fetch them once.
 template <class Kind>
 struct ByVectors : Kind {
     static constexpr int ROWS = STRIP, VECTORS = WIDE;
     static constexpr bool TILES = false;
     template <int BYTES>
     static void multiply(
-        const float* const* strip, const float* panel, int64_t words, int64_t width, const char* next, Floats* sums
+        const float* const* strip, const float* panel, int64_t words, int64_t width, const char* next, int64_t,
+        Floats* sums
     ) {
         Sums& all = *reinterpret_cast<Sums*>(sums);
         if (width > 2 * LANES) multiply_panel<Kind, 3, BYTES>(strip, panel, words, next, all);
@@ -94,19 +96,24 @@ struct Tiles : Pair {
 
     template <int BYTES>
     static void multiply(
-        const float* const* strip, const float* panel, int64_t words, int64_t width, const char*, Floats* sums
+        const float* const* strip, const float* panel, int64_t words, int64_t width, const char* next, int64_t bytes,
+        Floats* sums
     ) {
-        int64_t stride = (strip[1] - strip[0]) * sizeof(float);
-        width > LANES ? multiply<true>(*strip, stride, panel, words, sums)
-                      : multiply<false>(*strip, stride, panel, words, sums);
+        width > LANES ? multiply<true>(strip, panel, words, next, bytes, sums)
+                      : multiply<false>(strip, panel, words, next, bytes, sums);
     }
 
     template <bool BOTH>
-    static void multiply(const float* rows, int64_t stride, const float* panel, int64_t words, Floats* sums) {
+    static void multiply(
+        const float* const* strip, const float* panel, int64_t words, const char* next, int64_t bytes, Floats* sums
+    ) {
+        const float* rows = strip[0];
+        int64_t stride = (strip[1] - strip[0]) * sizeof *rows;
         constexpr int WIDTH = VECTORS * sizeof(Floats);
         _tile_zero(0);
         if (BOTH) _tile_zero(1);
         for (int64_t i = 0; i < words; i += LANES, panel += LANES * VECTORS * LANES) {
+            fetch(next, bytes), next += bytes;
             _tile_loadd(2, rows + i, stride);
             _tile_loadd(3, panel, WIDTH);
             _tile_dpbf16ps(0, 2, 3);
@@ -343,10 +350,12 @@ void multiply_block(
             for (int64_t j = 0; j < words; j += LANES) store(converted + r * split.padded + j, other.words(source, j));
         }
         const char* next = reinterpret_cast<const char*>(other.row(row + ROWS));
+        int64_t share = Kind::TILES ? divide_up(BYTES, 64 * divide_up(end - begin, PANEL)) * 64 : 0;
         for (int64_t i = begin; i < end; i += PANEL) {
             int64_t width = smaller(PANEL, end - i);
             const float* panel = scratch + (i - begin) * words;
-            Kind::template multiply<BYTES>(strip, panel, words, width, next, sums);
+            Kind::template multiply<BYTES>(strip, panel, words, width, next, share, sums);
+            if (Kind::TILES) next += share * (words / LANES);
             store_sums(i, row, width, valid);
         }
         if (begin >= end) fetch(next, ROWS * other.values * sizeof(R));

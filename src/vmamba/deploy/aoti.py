@@ -46,7 +46,7 @@ _FLAGS = [
     "-ffp-contract=fast",
 ]
 _AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
-_INSTRUCTIONS = {"avx512_bf16": _AVX512, "avx512": _AVX512, "avx2": ["-mavx2", "-mfma"]}
+_INSTRUCTIONS = dict.fromkeys(("amx_bf16", "avx512_bf16", "avx512"), _AVX512) | {"avx2": ["-mavx2", "-mfma"]}
 
 _T = "AtenTensorHandle"
 _DECLARATIONS = {
