@@ -26,7 +26,6 @@ namespace {
 
 constexpr int64_t BLOCK_BYTES = 512 * 1024;  // half of a second-level cache
 constexpr int64_t PARTS_PER_THREAD = 4;      // one that is held up does fewer
-constexpr int64_t MANY_PIXELS = 256;         // from here on the weight is packed
 
 // --- words -----------------------------------------------------------------------------------------------------------
 
@@ -42,11 +41,12 @@ inline Floats load_part(const Rounded* p, int64_t valid) {
     return load(rounded);
 }
 
-// How a strip of ROWS of the one factor is multiplied with a panel of VECTORS of the other. Of the `next` strip, BYTES are 16
+// How a strip of ROWS of the one factor is multiplied with a panel of VECTORS of the other, which is the weight's from
+// MANY_PIXELS on. Of the `next` strip, BYTES are 16
 // words of each row, of which the panel is to fetch `bytes` if all panels together are to fetch them once.
 template <class Kind>
 struct ByVectors : Kind {
-    static constexpr int ROWS = STRIP, VECTORS = WIDE;
+    static constexpr int ROWS = STRIP, VECTORS = WIDE, MANY_PIXELS = 256;
     static constexpr bool TILES = false;
     template <int BYTES>
     static void multiply(
@@ -91,7 +91,7 @@ using Pair = Single;
 // do are named: two threads of a core share those that stand behind the names, and wait for each other where all eight are
 // in use. (On a Xeon of the fifth generation a product of tiles takes 13 ns by four names, 35 ns by eight.)
 struct Tiles : Pair {
-    static constexpr int ROWS = LANES, VECTORS = 2;
+    static constexpr int ROWS = LANES, VECTORS = 2, MANY_PIXELS = 128;
     static constexpr bool TILES = true;
 
     template <int BYTES>
@@ -176,7 +176,7 @@ struct Split {
     int64_t words, padded, panels, strips, blocks, parts;
 
     explicit Split(const Product& p) {
-        packs_pixels = p.rows < MANY_PIXELS;
+        packs_pixels = p.rows < Kind::MANY_PIXELS;
         words = divide_up(p.inputs, Kind::VALUES);
         padded = divide_up(words, LANES) * LANES;
         if (Kind::TILES) words = padded;

@@ -164,6 +164,16 @@ inline Floats log1p_unit(Floats z) {
     return p * z;
 }
 
+// 1/x for x from 1 to 2^100; 2 ulp, in a fourth of the time of a division.
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+inline Floats reciprocal(Floats x) {
+    Floats r = (Floats)_mm512_rcp14_ps((__m512)x);
+    return r * (2.0f - x * r);
+}
+#else
+inline Floats reciprocal(Floats x) { return 1.0f / x; }
+#endif
+
 // The normal distribution's density at x, and the part of it that lies below x to within 1e-7.
 struct Normal {
     Floats density, below;
@@ -173,7 +183,7 @@ struct Normal {
 // 2e-8, and to a few millionths of what is left down to x = -5. It is 1/2 plus something small near 0, hence exact there.
 inline Normal normal(Floats x) {
     Floats m = at_least(negative_magnitude(x), LOWEST_NORMAL), z = exp2_within(m * m * (-0.5f * LOG2_E));
-    Floats a = m * -0.274f, u = a / (1.0f + a);
+    Floats a = m * -0.274f, u = a * reciprocal(1.0f + a);
     Floats p = splat(-0.126521751f);
     p = p * u + 0.246344104f;
     p = p * u + 0.219009578f;
