@@ -295,8 +295,8 @@ def measure(settings: Settings, bench: Bench, chosen: list[str] | None, output: 
     for results in found:
         print(results.page)
         if results.folder:
-            name = results.benchmark.name
-            print(f"written: {results.folder / name}.json, {name}.md and {name}.png")
+            names = sorted(path.name for path in results.folder.glob(f"{results.benchmark.name}.*"))
+            print(f"{results.folder} now has {', '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ inline Floats load_part(const Rounded* p, int64_t valid) {
 }
 
 // How a strip of ROWS of the one factor is multiplied with a panel of VECTORS of the other, which is the weight's from
-// MANY_PIXELS on. Of the `next` strip, BYTES are 16
-// words of each row, of which the panel is to fetch `bytes` if all panels together are to fetch them once.
+// MANY_PIXELS on. Of the `next` strip, BYTES are 16 words of each row, of which this panel is to fetch `bytes` if all panels
+// are to fetch them once.
 template <class Kind>
 struct ByVectors : Kind {
     static constexpr int ROWS = STRIP, VECTORS = WIDE, MANY_PIXELS = 256;
@@ -88,8 +88,8 @@ using Pair = Single;
 
 #if defined(__AMX_BF16__)
 // Words of pairs by the processor's matrix unit (AMX), which multiplies tiles of 16 rows of 16 words. As few tiles as will
-// do are named: two threads of a core share those that stand behind the names, and wait for each other where all eight are
-// in use. (On a Xeon of the fifth generation a product of tiles takes 13 ns by four names, 35 ns by eight.)
+// do are named: where a core's threads share what stands behind the names, each waits for the other in a loop that names all
+// eight (docs/kernels.md).
 struct Tiles : Pair {
     static constexpr int ROWS = LANES, VECTORS = 2, MANY_PIXELS = 128;
     static constexpr bool TILES = true;
