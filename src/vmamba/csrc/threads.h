@@ -51,7 +51,7 @@ void worker(void* argument) {
         work.out_of_memory = true;
         return;
     }
-    if (scratch) *static_cast<int64_t*>(scratch) = -1;
+    if (work.scratch >= sizeof(int64_t)) *static_cast<int64_t*>(scratch) = -1;  // no task has left anything in it
     int64_t own = openmp && omp_get_thread_num ? omp_get_thread_num() : work.arrived.fetch_add(1);
     for (int64_t i = 0; i < work.threads; i++) {
         Stretch& stretch = work.stretches[(own + i) % work.threads];
