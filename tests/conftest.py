@@ -14,9 +14,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Processes that test side by side share the cores.
+# Processes that test side by side share the cores, and so do those that they start.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    torch.set_num_threads(max(len(os.sched_getaffinity(0)) // workers, 1))
+    threads = max(len(os.sched_getaffinity(0)) // workers, 1)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 # torch.export writes its trace to this logger, at length, and pytest would keep it all.
 logging.getLogger("torch.__trace").propagate = False

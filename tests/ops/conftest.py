@@ -8,22 +8,26 @@ import torch
 from vmamba.ops.backends import native
 
 
-def _usable_kernels() -> list[str]:
+def _usable(*names: str) -> list[str]:
     chosen = native.kernels()
     if chosen is None:
         return []
-    usable = [name for name in ("avx512", "avx2", "baseline") if native.choose_kernels(name)]
+    usable = [name for name in names if native.choose_kernels(name)]
     native.choose_kernels(chosen)
     return usable
 
 
-@pytest.fixture(params=_usable_kernels())
-def kernels(request):
-    """Runs a test once with each instruction set."""
-    chosen = native.kernels()
+def _chosen(request):
+    """Runs a test once with each instruction set that this machine has."""
+    before = native.kernels()
     native.choose_kernels(request.param)
     yield request.param
-    native.choose_kernels(chosen)
+    native.choose_kernels(before)
+
+
+kernels = pytest.fixture(_chosen, params=_usable("avx512", "avx2", "baseline"))
+# Products have two more.
+product_kernels = pytest.fixture(_chosen, params=_usable("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline"))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad, functional
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from vmamba.ops import PATTERNS, available_backends, cross_merge, cross_scan, selective_scan, ss2d_scan
+from vmamba.ops.backends import eager
 
 fast_backends = pytest.mark.parametrize("backend", [b for b in FAST_BACKENDS if available_backends()[b] is None])
 
@@ -176,6 +177,12 @@ def _leaves(values, is_recorded):
     return [v if v is None else v.detach().requires_grad_(is_recorded) for v in values]
 
 
+def _opcheck(operator, arguments, backend):
+    """To the compiler every backend is the same call. It takes most of the time, so only one goes through it."""
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    torch.library.opcheck(operator, arguments, test_utils=checks + ["test_aot_dispatch_dynamic"] * (backend == "eager"))
+
+
 # (batch, D, L, N, G)
 @fast_backends
 @pytest.mark.parametrize("is_recorded", [True, False])
@@ -186,9 +193,9 @@ def test_opcheck_of_a_sequence(backend, shape, is_recorded):
     grads = torch.randn(batch, channels, length).double(), torch.randn(batch, channels, states).double()
     given = [values.get(name) for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
     for tensors in (given, [*given[:5], None, None, None]):
-        torch.library.opcheck(torch.ops.vmamba.selective_scan, (*_leaves(tensors, is_recorded), True, backend))
+        _opcheck(torch.ops.vmamba.selective_scan, (*_leaves(tensors, is_recorded), True, backend), backend)
         arguments = (*_leaves((*grads, *tensors), is_recorded), True, backend)
-        torch.library.opcheck(torch.ops.vmamba.selective_scan_backward, arguments)
+        _opcheck(torch.ops.vmamba.selective_scan_backward, arguments, backend)
 
 
 # (batch, H, W, D, N, R)
@@ -205,8 +212,8 @@ def test_opcheck_of_a_grid(backend, shape, is_recorded):
     parameters = [torch.randn(4, channels, *size).double() for size in ((rank,), (), (states,), ())]
     parameters[2] = -parameters[2].abs()
     values = _leaves((grad_y, u, projected, *parameters), is_recorded)
-    torch.library.opcheck(torch.ops.vmamba.ss2d_scan, (*values[1:], "cross", backend))
-    torch.library.opcheck(torch.ops.vmamba.ss2d_scan_backward, (*values, "cross", backend))
+    _opcheck(torch.ops.vmamba.ss2d_scan, (*values[1:], "cross", backend), backend)
+    _opcheck(torch.ops.vmamba.ss2d_scan_backward, (*values, "cross", backend), backend)
 
 
 @pytest.mark.parametrize("is_recorded", [True, False])
@@ -222,6 +229,17 @@ def test_opcheck_of_expanded_memory(backend):
     values = scan_arguments(2, 4, 7, 2, 2, torch.float64)
     expanded = [v[(slice(1),) * v.ndim].expand(v.shape) for v in values.values()]
     torch.library.opcheck(torch.ops.vmamba.selective_scan, (*_leaves(expanded, True), True, backend))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_on_the_meta_device_nothing_is_computed(mode, monkeypatch):
+    monkeypatch.setattr(eager, "ss2d_scan", None)
+    monkeypatch.setattr(eager, "selective_scan", None)
+    grid = [value.to("meta") for value in ss2d_arguments(1, 512, 512, 96, 16, 6)]
+    sequence = {name: value.to("meta") for name, value in scan_arguments(1, 4, 7, 2, 2).items()}
+    with mode():
+        assert ss2d_scan(*grid).shape == (1, 512, 512, 96)
+        assert selective_scan(**sequence, delta_softplus=True).shape == (1, 4, 7)
 
 
 @fast_backends

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs
 # In a process of its own, whose heap holds nothing else. Pages that are touched for the first time are counted.
 PROGRAM = """
 import resource
+import statistics
 import torch
 from vmamba.tasks.memory import memory_kept
 
@@ -29,8 +30,8 @@ def size():
 
 before = pages(2), size()
 with memory_kept():
-    pages(4)
-    print(before[0], pages(8))
+    pages(6)
+    print(before[0], statistics.median(pages(1) for _ in range(9)))
 print(size() - before[1])
 print(pages(2, 2**26), size() - before[1])  # larger than any piece in the block, so that no free one will do
 """
@@ -39,7 +40,7 @@ print(pages(2, 2**26), size() - before[1])  # larger than any piece in the block
 def test_memory_is_used_again_in_the_block_and_given_back_after_it():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
     plain, kept, more, mapped, finally_more = map(float, done.stdout.split())
-    assert kept < plain / 2  # a small piece may lie where a large one did, so that this one is made anew, once
+    assert kept < 100 < plain / 100  # of most rounds: a piece whose place is taken is made anew
     assert more < 8
     assert mapped > 2 * plain
     assert finally_more < 8

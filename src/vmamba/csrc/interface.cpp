@@ -75,9 +75,10 @@ bool equal(const char* a, const char* b) {
     return *a == *b;
 }
 
+#if defined(VMAMBA_X86)
 // Whether the processor has a matrix unit for bfloat16, and the system lets this process use it: Linux has to be asked.
 bool has_tiles() {
-#if defined(__linux__) && defined(VMAMBA_X86)
+#if defined(__linux__)
     constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
     constexpr int ASK_FOR_STATE = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     unsigned a, b, c, d;
@@ -87,6 +88,7 @@ bool has_tiles() {
     return false;
 #endif
 }
+#endif
 
 bool runs_here(const char* name) {
 #if defined(VMAMBA_X86)

@@ -338,6 +338,8 @@ void multiply_block(
         }
     };
     Kind::begin();
+    // Of the next strip, what each panel fetches while it is multiplied.
+    int64_t share = Kind::TILES && begin < end ? divide_up(BYTES, 64 * divide_up(end - begin, PANEL)) * 64 : 0;
     int64_t last = split.strips * (part + 1) / split.parts;
     for (int64_t s = split.strips * part / split.parts; s < last; s++) {
         int64_t row = s * ROWS, valid = smaller(ROWS, other.rows - row);
@@ -350,7 +352,6 @@ void multiply_block(
             for (int64_t j = 0; j < words; j += LANES) store(converted + r * split.padded + j, other.words(source, j));
         }
         const char* next = reinterpret_cast<const char*>(other.row(row + ROWS));
-        int64_t share = Kind::TILES ? divide_up(BYTES, 64 * divide_up(end - begin, PANEL)) * 64 : 0;
         for (int64_t i = begin; i < end; i += PANEL) {
             int64_t width = smaller(PANEL, end - i);
             const float* panel = scratch + (i - begin) * words;

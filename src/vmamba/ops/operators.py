@@ -26,9 +26,12 @@ _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool"}
 
 
 def runs_eagerly(*values: Tensor | None) -> bool:
-    """Whether what is called with these is computed at once, and nothing traces, watches or transforms it."""
+    """Whether what is called with these is computed at once, and nothing traces, watches or transforms it.
+
+    On the meta device nothing is computed at all.
+    """
     return (
-        all(value is None or type(value) in (Tensor, torch.nn.Parameter) for value in values)
+        all(value is None or (type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta) for value in values)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and _get_current_dispatch_mode() is None

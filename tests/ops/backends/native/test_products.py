@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vmamba.ops.backends import native
 from vmamba.ops.backends.native import layers, library, products
 
 pytestmark = pytest.mark.skipif(products.reason_unavailable() is not None, reason=str(products.reason_unavailable()))
@@ -17,22 +16,6 @@ FLOAT, LOW = torch.float32, torch.bfloat16
 # Of x, weight and residual.
 DTYPES = [(FLOAT, FLOAT, FLOAT), (LOW, LOW, LOW), (LOW, FLOAT, LOW), (LOW, LOW, FLOAT), (LOW, FLOAT, FLOAT)]
 INF, NAN = float("inf"), float("nan")
-
-
-def _usable_kernels():
-    chosen = native.kernels()
-    names = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline")
-    usable = [name for name in names if native.choose_kernels(name)]
-    native.choose_kernels(chosen or "")
-    return usable
-
-
-@pytest.fixture(params=_usable_kernels())
-def kernels(request):
-    chosen = native.kernels()
-    native.choose_kernels(request.param)
-    yield request.param
-    native.choose_kernels(chosen)
 
 
 def _arguments(rows, inputs, outputs, dtypes=DTYPES[0]):
@@ -59,7 +42,7 @@ def _assert_near(actual, exact, inputs):
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("rows", [1, 15, 16, 52, 101, 255, 261])
-def test_any_size(kernels, rows, dtypes):
+def test_any_size(product_kernels, rows, dtypes):
     """On both sides of every width of vectors, panels and strips, and of the packing of pixels or weights."""
     for inputs, outputs in itertools.product((1, 2, 15, 16, 33, 98), (1, 5, 8, 47, 50, 97)):
         x, weight, bias, residual = _arguments(rows, inputs, outputs, dtypes)
@@ -73,7 +56,7 @@ def test_any_size(kernels, rows, dtypes):
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("sizes", [(784, 96, 96), (260, 1536, 100), (196, 1536, 50), (49, 3072, 40)])
-def test_sizes_of_models(kernels, sizes, dtypes):
+def test_sizes_of_models(product_kernels, sizes, dtypes):
     """What is packed in several blocks, of 512 KB, too."""
     x, weight, bias, residual = _arguments(*sizes, dtypes)
     for activation in ("none", "gelu"):
@@ -81,7 +64,7 @@ def test_sizes_of_models(kernels, sizes, dtypes):
         _assert_near(y, _exact(x, weight, bias, activation, residual), sizes[1])
 
 
-def test_leading_dimensions_strides_and_bias_in_half_precision(kernels):
+def test_leading_dimensions_strides_and_bias_in_half_precision(product_kernels):
     x, residual = torch.randn(2, 20, 3, 5).permute(0, 2, 3, 1), torch.randn(30, 2, 3, 5).permute(1, 2, 3, 0)
     weight, bias = torch.randn(20, 30).t(), torch.randn(30).to(LOW)
     _assert_near(products.linear(x, weight, bias, residual=residual), _exact(x, weight, bias, residual=residual), 20)
@@ -90,7 +73,7 @@ def test_leading_dimensions_strides_and_bias_in_half_precision(kernels):
 
 @pytest.mark.parametrize("dtype", [FLOAT, LOW])
 @pytest.mark.parametrize("rows", [20, 300])
-def test_data_at_odd_addresses(kernels, rows, dtype):
+def test_data_at_odd_addresses(product_kernels, rows, dtype):
     """A parameter may be a part of a larger tensor, at an address that is a multiple of its own size only."""
     flat = torch.randn(rows * 32 + 1).to(dtype)[1:].view(rows, 32), torch.randn(40 * 32 + 1).to(dtype)[1:].view(40, 32)
     _assert_near(products.linear(*flat), _exact(*flat), 32)
@@ -98,7 +81,7 @@ def test_data_at_odd_addresses(kernels, rows, dtype):
 
 @pytest.mark.parametrize("dtypes", DTYPES[:3])
 @pytest.mark.parametrize("rows", [7, 50, 300])
-def test_weights_are_read_at_every_call(kernels, rows, dtypes):
+def test_weights_are_read_at_every_call(product_kernels, rows, dtypes):
     x, weight, bias, _ = _arguments(rows, 32, 20, dtypes)
     for _ in range(3):
         weight.neg_()
@@ -106,7 +89,7 @@ def test_weights_are_read_at_every_call(kernels, rows, dtypes):
         _assert_near(products.linear(x, weight, bias), _exact(x, weight, bias), 32)
 
 
-def test_weights_are_rounded_as_autocast_rounds_them(kernels):
+def test_weights_are_rounded_as_autocast_rounds_them(product_kernels):
     """Each product with a one is a weight; halves are rounded to even."""
     weight = torch.cat([torch.randn(1000, 16), 1 + torch.arange(64.0).view(4, 16) * 2**-9])
     for rows in (16, 256):
@@ -118,7 +101,7 @@ def test_weights_are_rounded_as_autocast_rounds_them(kernels):
 @pytest.mark.parametrize("dtypes", DTYPES[:3])
 @pytest.mark.parametrize("rows", [5, 40, 300])
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
-def test_values_that_are_not_finite_stay_in_their_row(kernels, value, rows, dtypes):
+def test_values_that_are_not_finite_stay_in_their_row(product_kernels, value, rows, dtypes):
     for place in (3, 20, 32):
         x, weight, bias, _ = _arguments(rows, 33, 20, dtypes)
         whole = products.linear(x, weight, bias, "gelu")
@@ -129,7 +112,7 @@ def test_values_that_are_not_finite_stay_in_their_row(kernels, value, rows, dtyp
         torch.testing.assert_close(y[2].double(), exact[2], equal_nan=True, atol=1e-2, rtol=1e-2)
 
 
-def test_gelu_is_that_of_the_layers(kernels):
+def test_gelu_is_that_of_the_layers(product_kernels):
     for rows in (20, 300):
         x, weight, bias, _ = _arguments(rows, 16, 40)
         assert torch.equal(products.linear(x, weight, bias, "gelu"), layers.gelu(products.linear(x, weight, bias)))
@@ -137,7 +120,7 @@ def test_gelu_is_that_of_the_layers(kernels):
 
 @pytest.mark.parametrize("dtypes", DTYPES[:3])
 @pytest.mark.parametrize("sizes", [(49, 768, 300), (200, 1000, 200), (255, 96, 96), (900, 500, 333), (3, 2000, 1000)])
-def test_the_number_of_threads_changes_no_bit(kernels, threads, sizes, dtypes):
+def test_the_number_of_threads_changes_no_bit(product_kernels, threads, sizes, dtypes):
     arguments, results = _arguments(*sizes, dtypes), []
     for count in (1, 2, 3, 16, 2):
         threads(count)
@@ -146,7 +129,7 @@ def test_the_number_of_threads_changes_no_bit(kernels, threads, sizes, dtypes):
         assert torch.equal(result, results[0])
 
 
-def test_without_values(kernels):
+def test_without_values(product_kernels):
     assert products.linear(torch.ones(0, 5), torch.ones(3, 5)).shape == (0, 3)
     assert products.linear(torch.ones(2, 5), torch.ones(0, 5)).shape == (2, 0)
     assert torch.equal(products.linear(torch.ones(2, 0), torch.ones(3, 0), torch.ones(3)), torch.ones(2, 3))
@@ -173,12 +156,12 @@ def test_arguments_that_do_not_fit(changes, error, message):
         products.linear(**{**arguments, **changes})
 
 
-def test_where_it_wins(kernels):
-    is_fast = kernels != "baseline"
+def test_where_it_wins(product_kernels):
+    is_fast = product_kernels != "baseline"
     assert products.wins(196, 384, 1536, FLOAT) == is_fast
     assert not products.wins(196, 384, 1536, torch.float64)
     assert not products.wins(0, 384, 1536, FLOAT)
-    low = is_fast and (kernels == "amx_bf16" or not torch.cpu._is_amx_tile_supported())
+    low = is_fast and (product_kernels == "amx_bf16" or not torch.cpu._is_amx_tile_supported())
     assert products.wins(196, 384, 1536, LOW) == low
     assert not products.wins(12544, 27, 48, LOW)
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from vmamba.ops.backends.native.library import compute_function, fields, kernels, reason_unavailable
+from vmamba.ops.backends.native.library import compute_function, fields, is_fast, reason_unavailable
 from vmamba.ops.backends.native.products import wins
 
 __all__ = ["convolution", "reason_unavailable"]
@@ -85,8 +85,8 @@ def _tiles_win(x: Tensor, outputs: int, stride: int) -> bool:
     """Whether it is fastest by tiles: it takes enough of them to make up for transforming the weight."""
     batch, height, width, channels = x.shape
     tiles = batch * math.ceil(height / 4) * math.ceil(width / 4)
-    is_known = stride == 1 and x.dtype is torch.float32 and kernels() not in (None, "baseline")
-    return is_known and tiles >= _LEAST_TILES and min(channels, outputs) >= _LEAST_CHANNELS
+    fits = stride == 1 and x.dtype is torch.float32
+    return fits and is_fast() and tiles >= _LEAST_TILES and min(channels, outputs) >= _LEAST_CHANNELS
 
 
 def _patches_win(x: Tensor, outputs: int, stride: int) -> bool:

@@ -120,6 +120,11 @@ def kernels() -> str | None:
     return None if _LIBRARY is None else _kernels
 
 
+def is_fast() -> bool:
+    """Whether the library is there with more than its slowest kernels: those can lose against torch's own."""
+    return kernels() not in (None, "baseline")
+
+
 def choose_kernels(name: str) -> bool:
     """Use the kernels of another instruction set from now on; False where this processor or build lacks them.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vmamba.ops import checks
 from vmamba.ops.backends.native.layers import require_native, vector
-from vmamba.ops.backends.native.library import compute_function, fields, kernels, reason_unavailable
+from vmamba.ops.backends.native.library import compute_function, fields, is_fast, kernels, reason_unavailable
 
 __all__ = ["linear", "reason_unavailable", "wins"]
 
@@ -101,11 +101,10 @@ def wins(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> 
         uses the processor's matrix unit (AMX), and where nothing could be read as it lies: many rows of an odd number
         of bfloat16.
     """
-    known = kernels()
-    if not rows * in_features * out_features or known in (None, "baseline"):
+    if not rows * in_features * out_features or not is_fast():
         return False
     if dtype is torch.bfloat16:
-        is_best = known == "amx_bf16" or not torch.cpu._is_amx_tile_supported()
+        is_best = kernels() == "amx_bf16" or not torch.cpu._is_amx_tile_supported()
         return is_best and (in_features % 2 == 0 or rows < out_features)
     return dtype is torch.float32
 
