@@ -54,7 +54,7 @@ sanitize: $(STAMP) ## the CPU kernel's tests under AddressSanitizer and Undefine
 	$(VENV)/build/bin/cmake --build build/sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 VMAMBA_NATIVE_LIBRARY=build/sanitize/_native.so \
-	  $(BIN)/python -m pytest tests/ops/backends/native -s -k "not memory_of and not forked and not without"
+	  $(BIN)/python -m pytest tests/ops/backends/native -s --numprocesses 2 -k "not memory_of and not forked and not without"
 
 clean: ## everything that was built, but not runs/
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

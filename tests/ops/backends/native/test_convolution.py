@@ -129,7 +129,7 @@ def test_few_roundings_add_up(by_tiles):
 )  # fmt: skip
 def test_the_way_depends_on_the_shape(size, channels, stride, dtype, expected, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(convolutions, "kernels", lambda: "avx512")
+    monkeypatch.setattr(convolutions, "is_fast", lambda: True)
     monkeypatch.setattr(convolutions, "wins", lambda *_: True)
     calls = []
     monkeypatch.setattr(convolutions, "_call_convolution", calls.append)
