@@ -21,6 +21,8 @@ from vmamba.ops.layers import applies, is_compiled, product_dtype
 class VSSBlock(nn.Module):
     """x + SS2D(LayerNorm(x)), then x + MLP(LayerNorm(x)); the vanilla models have no MLP.
 
+    With a local MLP the second step is ReLU(x + MLP(x)).
+
     Args:
         dim: channels.
         mlp_ratio: hidden channels of the MLP over `dim`; 0 for none.
@@ -33,7 +35,7 @@ class VSSBlock(nn.Module):
 
     PARTS: ClassVar = {
         "norm1": LayerNorm, "ss2d": SS2D, "drop_path1": (nn.Identity, DropPath),
-        "norm2": LayerNorm, "mlp": Mlp, "drop_path2": (nn.Identity, DropPath),
+        "norm2": LayerNorm, "mlp": Mlp, "drop_path2": (nn.Identity, DropPath), "act": nn.Identity,
     }  # fmt: skip
 
     def __init__(
@@ -52,6 +54,7 @@ class VSSBlock(nn.Module):
             self.norm2: Any = LayerNorm(dim, **dd) if mlp == "pixel" else nn.Identity()
             self.mlp = (Mlp if mlp == "pixel" else LocalMlp)(dim, int(mlp_ratio * dim), drop=proj_drop, **dd)
             self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+            self.act = nn.ReLU() if mlp == "local" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) to the same."""
@@ -61,7 +64,7 @@ class VSSBlock(nn.Module):
                 return y
         x = x + self.drop_path1(self.ss2d(self.norm1(x)))
         if self.mlp is not None:
-            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+            x = self.act(x + self.drop_path2(self.mlp(self.norm2(x))))
         return x
 
     def _infer(self, x: Tensor) -> Tensor | None:

@@ -66,7 +66,9 @@ class LocalMlp(nn.Module):
 
 
 class LocalBlock(nn.Module):
-    """x + LocalMlp(x): a block that does not scan, for the first stages, where neighbours say most.
+    """ReLU(x + LocalMlp(x)): a block that does not scan, for the first stages, where neighbours say most.
+
+    With as many hidden channels as outer ones, this is a ResNet's basic block.
 
     Args:
         dim: channels.
@@ -81,8 +83,9 @@ class LocalBlock(nn.Module):
         super().__init__()
         self.mlp = LocalMlp(dim, int(mlp_ratio * dim), drop=proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.act = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) to the same."""
-        y: Tensor = x + self.drop_path(self.mlp(x))
+        y: Tensor = self.act(x + self.drop_path(self.mlp(x)))
         return y
