@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,10 @@ def ss2d_arguments(
     return [value.to(dtype) for value in values]
 
 
-def few_states(
-    backend: str, batch: int, height: int, width: int, channels: int, states: int, rank: int
-) -> Sequence[int]:
-    """A shape for `ss2d_arguments`, of three states at most in Triton's interpreter, where each takes seconds."""
-    is_slow = backend == "triton" and not torch.cuda.is_available()
-    return batch, height, width, channels, min(states, 3) if is_slow else states, rank
+def few_states(backend: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape for `ss2d_arguments`; of three states at most with Triton, which is interpreted on the CPU and slow."""
+    *size, states, rank = shape
+    return *size, min(states, 3) if backend == "triton" else states, rank
 
 
 def scan_arguments(

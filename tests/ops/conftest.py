@@ -25,9 +25,10 @@ def _chosen(request):
     native.choose_kernels(before)
 
 
-kernels = pytest.fixture(_chosen, params=_usable("avx512", "avx2", "baseline"))
-# Products have two more.
-product_kernels = pytest.fixture(_chosen, params=_usable("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline"))
+_KERNELS = ("avx512", "avx2", "baseline")
+
+kernels = pytest.fixture(_chosen, params=_usable(*_KERNELS))
+product_kernels = pytest.fixture(_chosen, params=_usable("amx_bf16", "avx512_bf16", *_KERNELS))
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def named():
 @backends
 @pytest.mark.parametrize("shape", [(2, 5, 7, 6, 1, 2), (1, 3, 4, 5, 16, 3), (1, 1, 9, 3, 2, 1), (2, 7, 1, 17, 1, 1)])
 def test_a_function_that_spells_cross_is_cross(backend, shape):
-    arguments = ss2d_arguments(*few_states(backend, *shape))
+    arguments = ss2d_arguments(*few_states(backend, shape))
     ys, grads = gradients(lambda *v: ss2d_scan(*v, spelled, backend=backend), arguments)
     expected_ys, expected_grads = gradients(lambda *v: ss2d_scan(*v, "cross", backend=backend), arguments)
     assert_matches(ys, expected_ys, 1e-5)

@@ -48,7 +48,7 @@ def test_any_shape(backend, batch, height, width, channels, states, rank, patter
     "shape", [(2, 14, 14, 96, 1, 6), (1, 7, 9, 40, 16, 3), (1, 1, 33, 17, 1, 2), (1, 33, 1, 16, 4, 1)]
 )
 def test_float32_against_float64_reference(backend, shape):
-    arguments = ss2d_arguments(*few_states(backend, *shape))
+    arguments = ss2d_arguments(*few_states(backend, shape))
     ys, grads = gradients(lambda *v: ss2d_scan(*v, backend=backend), arguments)
     expected_ys, expected_grads = gradients(
         lambda *v: ss2d_scan(*v, backend="reference"), [v.double() for v in arguments]
