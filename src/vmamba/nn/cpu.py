@@ -75,6 +75,20 @@ def is_unpatched(kind: type[nn.Module]) -> bool:
     return True
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module without children is one of exactly this class, with nothing hooked to it or replaced in it."""
+    own = vars(module)
+    return (
+        type(module) is kind
+        and is_unpatched(kind)
+        and not _has_any_global_hook()
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+        and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
+        and "forward" not in own
+        and not module._compiled_call_impl
+    )
+
+
 def as_built(module: nn.Module) -> bool:
     """Whether a module and all in it do what their classes were written to do, deterministically, and nothing else.
 

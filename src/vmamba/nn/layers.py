@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.nn import cpu
-from vmamba.ops.backends.native.convolution import convolution
+from vmamba.ops.backends.native import convolution as native
 from vmamba.ops.layers import (
     applies,
     can_fuse,
+    convolution,
     depthwise_silu,
     fuses_depthwise_silu,
     fuses_layer_norm,
@@ -72,8 +73,21 @@ def _convolved(layer: nn.Conv2d, kind: type[nn.Conv2d], x: Tensor) -> Tensor | N
     parameters = layer.weight, layer.bias
     is_usual = applies(x, *parameters) and _convolves_as(layer, kind) and not is_compiled()
     if is_usual and can_fuse(x) and cpu.is_patchwise(layer) and not records(x, *parameters):
-        return convolution(x.to(product_dtype(x)), *parameters, layer.stride[0])
+        return native.convolution(x.to(product_dtype(x)), *parameters, layer.stride[0])
     return None
+
+
+def _is_operator(layer: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a layer of this class, or of one that inherits from it, is an operator in the graph that is compiled."""
+    weights = (layer.weight,) if layer.bias is None else (layer.weight, layer.bias)
+    return (
+        is_compiled()
+        and x.device.type == "cuda"
+        and x.ndim == 4
+        and layer.padding_mode == "zeros"
+        and all(type(value) in (Tensor, nn.Parameter) for value in weights)
+        and _convolves_as(layer, GridConv2d)
+    )
 
 
 @cpu.known
@@ -92,6 +106,8 @@ class GridConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, H, W, C) to (B, H', W', C')."""
+        if _is_operator(self, x) and not isinstance(self.padding, str):
+            return convolution(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         y = _convolved(self, GridConv2d, x)
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if y is None else y
 

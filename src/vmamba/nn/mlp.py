@@ -13,9 +13,11 @@ from vmamba.nn import cpu
 from vmamba.nn.layers import GELU, Linear
 from vmamba.ops.layers import (
     applies,
+    fuses_linear_gelu,
     gelu,
     gelu_backward,
     is_compiled,
+    linear_gelu,
     product,
     product_dtype,
     records,
@@ -28,7 +30,8 @@ class Mlp(timm.layers.Mlp):
     """timm's `Mlp`: Linear, GELU, dropout, Linear, dropout on the last dimension.
 
     As it was built, on the CPU, it works by stretches of pixels in inference, and in training keeps the hidden layer as
-    it is before the GELU, and nothing else of it.
+    it is before the GELU, and nothing else of it. In inference on a GPU, in half precision, the first product takes
+    the GELU with it.
     """
 
     PARTS: ClassVar = {
@@ -43,6 +46,9 @@ class Mlp(timm.layers.Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to the same."""
+        if self._activates_in_the_product(x):
+            hidden = linear_gelu(x, self.fc1.weight, self.fc1.bias)
+            return self.drop2(self.fc2(self.norm(self.drop1(hidden))))
         if is_compiled() or not (applies(x) and cpu.as_built(self)) or x.shape[-1] != self.fc1.in_features:
             return super().forward(x)
         parameters = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
@@ -53,6 +59,12 @@ class Mlp(timm.layers.Mlp):
             return cpu.in_stretches(lambda part: self.infer(part.to(dtype)), x, self.fc1.out_features)
         x, weight1, bias1, weight2, bias2 = (v if v is None else v.to(dtype) for v in (x, *parameters))
         return _FrugalMlp.apply(x.flatten(0, -2), weight1, bias1, weight2, bias2).view(x.shape)
+
+    def _activates_in_the_product(self, x: Tensor) -> bool:
+        """Whether the first two layers may be one kernel of a GPU's."""
+        if x.device.type == "cpu" or not (cpu.is_plain(self.fc1, Linear) and cpu.is_plain(self.act, GELU)):
+            return False
+        return self.act.approximate == "none" and fuses_linear_gelu(x, self.fc1.weight, self.fc1.bias)
 
     def infer(self, x: Tensor) -> Tensor:
         """Of an MLP as it was built, without autograd: its result, (..., C)."""

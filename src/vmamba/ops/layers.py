@@ -10,6 +10,7 @@ is torch's own there and fused with what is beside it; an exported graph has tor
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -244,6 +245,66 @@ define(
 )  # fmt: skip
 
 
+# --- convolution in compiled graphs on a GPU -------------------------------------------------------------------------
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """`F.conv2d` of a grid as an operator, which torch.compile leaves alone, and a sum, which it fuses.
+
+    Around a convolution that it knows inductor lays every tensor of four dimensions out for convolutions, and takes the
+    channels of a grid (B, H, W, C) to be H. Each LayerNorm and sum after it then reads memory across.
+
+    Args:
+        x: (B, H, W, C).
+        weight: (C', C / groups, kernel height, kernel width).
+        bias: (C',) or None.
+        stride, padding, dilation: of height and width.
+        groups: of channels.
+
+    Returns:
+        (B, H', W', C'), in the dtype of the product; differentiable twice.
+    """
+    dtype = product_dtype(x)
+    y = torch.ops.vmamba.convolution(x.to(dtype), weight.to(dtype), stride, padding, dilation, groups)
+    return y if bias is None else y + bias.to(dtype)
+
+
+def _plain_convolution(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+def _convolution_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (x, weight), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.options
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, stride, padding, dilation, False, [0, 0], groups,
+        [*ctx.needs_input_grad[:2], False],
+    )  # fmt: skip
+    return None if grad_x is None else grad_x.permute(0, 2, 3, 1), grad_weight
+
+
+def _empty_convolution(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    height, width = (
+        (x.shape[1 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    )
+    return x.new_empty(x.shape[0], height, width, weight.shape[0])
+
+
+define(
+    "convolution(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+    _plain_convolution,
+    plain=_plain_convolution,
+    gradient=_convolution_gradient,
+    fake=_empty_convolution,
+)
+
 # --- LayerNorm -------------------------------------------------------------------------------------------------------
 
 _MAX_CHANNELS = 4096  # on a GPU
@@ -353,3 +414,55 @@ def gelu_backward(grad: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     if can_fuse(h):
         return native.gelu_backward(grad, h, overwrite=True)
     return F.gelu(h), torch.ops.aten.gelu_backward(grad, h)
+
+
+# --- product and GELU on a GPU ---------------------------------------------------------------------------------------
+
+
+def fuses_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear_gelu` may stand in for layers called with `x` that have these parameters.
+
+    That is in inference on a GPU, in half precision, where the backend for `x` is Triton (`choose_backend`).
+    """
+    if _FUSING.get(x.device.type) != "triton" or bias is None or records(x, weight, bias):
+        return False
+    dtype = product_dtype(x)
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    return is_half and x.shape[-1] == weight.shape[-1] and _fuses_on_gpu(x, dtype, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The exact GELU of `F.linear`, in one pass; for callers that know that it is fused.
+
+    Args:
+        x: (..., C).
+        weight: (C', C).
+        bias: (C',).
+
+    Returns:
+        (..., C'), in the dtype of the product; differentiable twice in compiled graphs.
+    """
+    dtype = product_dtype(x)
+    x, weight, bias = (value.to(dtype) for value in (x, weight, bias))
+    if is_compiled():
+        return torch.ops.vmamba.linear_gelu(x, weight, bias)
+    return _compute_linear_gelu(x, weight, bias)
+
+
+def _compute_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from vmamba.ops.backends.triton import linear  # imports Triton, which only GPUs need
+
+    return linear.linear_gelu(x, weight, bias)
+
+
+def _plain_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias))
+
+
+define(
+    "linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    _compute_linear_gelu,
+    plain=_plain_linear_gelu,
+    gradient=lambda ctx, grad: pull_back(_plain_linear_gelu, ctx.saved_tensors, [grad]),
+    fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)

@@ -163,12 +163,12 @@ def test_segments():
     u, _, *parameters = ss2d_arguments(1, 3, 20, 16, 1, 2)
     problem = triton._grid_problem(SS2DArguments(u, torch.randn(1, 3, 20, 4, 4), *parameters, "cross"))
     rows, columns = launch._axes(launch._kind(problem), Configuration(8, 16, 1, 16), None)
-    assert (rows.arguments["RUN"], columns.arguments["RUN"]) == (8, 2)
+    assert (rows.of_gradient["RUN"], columns.of_gradient["RUN"]) == (8, 2)
     wanted = ("chunks", "segments", "length")
-    assert [rows.arguments[name] for name in wanted] == [8, 4, 2]
-    assert [columns.arguments[name] for name in wanted] == [40, 8, 5]  # of three positions two, then two
+    assert [rows.of_gradient[name] for name in wanted] == [8, 4, 2]
+    assert [columns.of_gradient[name] for name in wanted] == [40, 8, 5]  # of three positions two, then two
     (rows, _) = launch._axes(launch._kind(problem), Configuration(8, 16, 1, 64), None)
-    assert [rows.arguments[name] for name in wanted] == [8, 1, 8]
+    assert [rows.of_gradient[name] for name in wanted] == [8, 1, 8]
 
 
 @interpreted
@@ -182,7 +182,7 @@ def test_few_images_have_short_segments():
         arguments = SS2DArguments(u, torch.empty(batch, 56, 56, 4, 8, device="meta"), *parameters, "cross")
         kind = launch._kind(triton._grid_problem(arguments))._replace(multiprocessors=132)
         (rows, _) = launch._axes(kind, Configuration(8, 32, 2, 64), None)
-        lengths.append(rows.arguments["length"])
+        lengths.append(rows.of_gradient["length"])
     assert lengths[0] == 1 < lengths[1] < lengths[2] <= 8
 
 
@@ -257,24 +257,27 @@ def test_what_was_compiled_is_launched_without_another_look(monkeypatch):
             return lambda **given: (asked.append(given), Compiled())[1]
 
     kernel, memory = Kernel(), torch.zeros(33)
-    x, other = memory[:16], torch.zeros(16)
+    x, other, numbers = memory[:16], torch.zeros(16), card.Numbers(WIDE=True, size=7, num_warps=4)
 
-    def launch(kernel, x, size=7, wide=True):
-        card.launch(kernel, 5, x, {"x": x, "y": None, "WIDE": wide, "size": size, "num_warps": 4})
+    def launch(kernel, x, numbers=numbers, grid=5, y=None):
+        card.launch(kernel, grid, x, {"x": x, "y": y}, numbers)
 
     launch(kernel, x)
     assert [given["size"] for given in asked] == [7]
     assert not launched
     launch(kernel, other)
     assert len(asked) == 1
-    assert launched == [((5, 1, 1), other, None, 7, True)]  # in the kernel's order, with this call's memory
-    launch(kernel, x, 8)
-    launch(kernel, x, 7, False)
-    launch(kernel, memory[1:17])  # not aligned
+    assert launched == [((5, 1, 1), other.data_ptr(), None, 7, True)]  # in the kernel's order, with this call's memory
+    launch(kernel, x, card.Numbers(numbers, size=8))
+    launch(kernel, x, grid=6)
+    launch(kernel, x, y=other)
     launch(kernel, x.double())
-    assert (len(asked), len(launched)) == (5, 1)
+    assert (len(asked), len(launched), len(card._compiled)) == (5, 1, 5)
+    for _ in range(2):  # not aligned, which is left to Triton
+        launch(kernel, memory[1:17])
+    assert (len(asked), len(launched), len(card._compiled)) == (7, 1, 5)
     launch(Kernel(), x)  # no more are kept than that
-    assert (len(asked), len(card._compiled)) == (6, 1)
+    assert (len(asked), len(card._compiled)) == (8, 1)
 
 
 # --- availability ----------------------------------------------------------------------------------------------------

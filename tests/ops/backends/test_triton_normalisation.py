@@ -203,7 +203,7 @@ backend, architecture, cases = json.loads(sys.argv[1])
 tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 for image, result, channels in cases:
     for kernel in (normalisation.norm_kernel, normalisation.norm_backward_kernel):
-        options = normalisation._cut(torch.empty(1000, channels, device="meta"))[2]
+        options = normalisation._cut((1000, channels))[2]
         chosen = {"num_warps": options["num_warps"]}
         if kernel is normalisation.norm_backward_kernel and backend == "cuda":
             chosen["maxnreg"] = normalisation._residents(options)[1]

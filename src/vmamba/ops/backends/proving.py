@@ -1,10 +1,11 @@
 """Proof that the Triton kernels compute on a card what the eager backend computes, before they are chosen there.
 
 The first time that a dtype and a pattern meet a card, both backends compute a few small scans, forward and backward;
-and for the pattern "cross" a depthwise convolution and LayerNorm, whose kernels are chosen with that pattern's. This
-happens in processes of their own, which a compiler that crashes or a kernel that writes where it must not takes down
-alone. The verdict stays in the user's cache directory, until the kernels, Triton, torch or the driver change; that
-there was no memory, or no process to be had, says nothing of the kernels and is not kept.
+and for the pattern "cross" a depthwise convolution, LayerNorm and, in half precision, a product with GELU, whose
+kernels are chosen with that pattern's. This happens in processes of their own, which a compiler that crashes or a
+kernel that writes where it must not takes down alone. The verdict stays in the user's cache directory, until the
+kernels, Triton, torch or the driver change; that there was no memory, or no process to be had, says nothing of the
+kernels and is not kept.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from vmamba.ops.routes import SEQUENCE, get_routes
 
 _PATIENCE = 600  # seconds for one proof, most of which goes into compiling
 # Height, width, channels, states and rank. Blocks of 64 and of 32 channels, and in the second some that are not full,
-# where a thread takes one channel at a time.
-_GRIDS = ((7, 7, 64, 1, 20), (11, 13, 40, 3, 3), (17, 19, 96, 1, 6))
+# where a thread takes one channel at a time; columns of three.
+_GRIDS = ((7, 7, 64, 1, 20), (11, 13, 40, 3, 3), (17, 19, 96, 1, 6), (3, 4, 32, 1, 2))
 _CONVOLVED = (1, 8, 9, 32)  # the image of the convolution: more than one tile each way, whatever the tile
+_MULTIPLIED = ((150, 96), (200, 96), (200,))  # of x, weight and bias: two blocks each way that are not full
 _NORMALISED, _EPS = (50, 96), 1e-5  # several blocks of rows, the last of which is not full
 _PROGRAM = "import sys; from vmamba.ops.backends import proving; proving.main(*sys.argv[1:])"
 _NO_GRID = "selective_scan"
@@ -241,7 +243,11 @@ def compare(device: torch.device, dtype: torch.dtype, pattern: str, share: int =
     # Layers ask for "cross" (`vmamba.ops.layers`). The last share has the fewest scans.
     if pattern != "cross" or share != shares - 1:
         return ""
-    return _compare_convolution(device, dtype, rounding) or _compare_normalisation(device, dtype, rounding)
+    return (
+        _compare_convolution(device, dtype, rounding)
+        or _compare_normalisation(device, dtype, rounding)
+        or _compare_linear_gelu(device, dtype, rounding)
+    )
 
 
 def _compare_convolution(device: torch.device, dtype: torch.dtype, rounding: float) -> str:
@@ -290,10 +296,22 @@ def _compare_normalisation(device: torch.device, dtype: torch.dtype, rounding: f
     return ""
 
 
+def _compare_linear_gelu(device: torch.device, dtype: torch.dtype, rounding: float) -> str:
+    """The same of a product with GELU, which there is in half precision."""
+    if dtype == torch.float32 or (dtype == torch.bfloat16 and device.type == "cpu"):  # the interpreter's is wrong
+        return ""
+    from vmamba.ops.backends.triton import linear
+
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape, device=device).to(dtype) for shape in _MULTIPLIED)
+    expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+    return _fault_of_layer("the product with GELU", [linear.linear_gelu(x, weight, bias)], [expected], rounding)
+
+
 def _fault_of_layer(layer: str, found: Sequence[Tensor], expected: Sequence[Tensor], rounding: float) -> str:
-    """What is off of a layer's result and its gradients for x, weight and bias; "" if nothing is."""
+    """What is off of a layer's result and, if given, its gradients for x, weight and bias; "" if nothing is."""
     labels = ("the result", "the gradient of x", "the gradient of the weight", "the gradient of the bias")
-    for label, value, reference in zip(labels, found, expected, strict=True):
+    for label, value, reference in zip(labels[: len(found)], found, expected, strict=True):
         apart = _distance(value, reference)
         if not apart <= max(1e-4, rounding):  # NaN is not
             return f"{label} of {layer} is off by {apart:.1e} of its largest value"

@@ -116,7 +116,7 @@ def _grid_problem(arguments: SS2DArguments) -> launch.Problem:
     u, projected, *weights, D, pattern = arguments
     weight, bias, A = (_single(value) for value in weights)
     return launch.Problem(
-        u.contiguous(), None, projected.contiguous().flatten(3), weight, bias, A, _single(D).sum(0),
+        u.contiguous(), None, projected.contiguous().flatten(3), weight, bias, A, _single(D),
         get_routes(pattern), 1, True,
     )  # fmt: skip
 
@@ -173,7 +173,7 @@ def _sequence_problem(arguments: ScanArguments) -> launch.Problem:
     bias = _single(A).new_zeros(u.shape[1]) if delta_bias is None else _single(delta_bias)
     return launch.Problem(
         _time_first(u), _time_first(delta), parameters.flatten(2).unsqueeze(1), _single(A).new_zeros(1), bias[None],
-        _single(A)[None], None if D is None else _single(D), (Route(columns=False, backwards=False),), B.shape[1],
+        _single(A)[None], None if D is None else _single(D)[None], (Route(columns=False, backwards=False),), B.shape[1],
         delta_softplus,
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +13,8 @@ from triton.compiler import CompiledKernel
 
 _WITHOUT_CARD = 128
 _MOST_COMPILED = 4096
-_compiled: dict[Any, CompiledKernel] = {}
+_HERE = nullcontext()
+_compiled: dict[Any, tuple[Callable[..., None], list[Any]]] = {}  # what launches, and the arguments after tensors
 
 
 def multiprocessors(x: Tensor) -> int:
@@ -40,28 +42,62 @@ def ceiling(number: int, by: int) -> int:
     return -(-number // by)
 
 
-def launch(kernel: Any, grid: int, x: Tensor, given: dict[str, Any]) -> None:
-    """kernel[(grid,)](**given) on the card that `x` is on; once that is compiled in a fraction of the time.
+class Numbers(dict[str, Any]):
+    """What a kernel is given beside tensors: numbers, constants and the compiler's options. Nobody changes one.
 
-    Triton looks at every argument of every launch to find what it compiled. Here it is found by the same things at
-    once: dtypes, whether memory is aligned to 16 bytes, and all numbers. A kernel is to be given its arguments in one
-    order. On AMD's cards Triton looks at the size of memory too, so it is left to that.
+    Two are equal only if they are one object, which makes it quick to find what was compiled for it.
     """
-    with _on(x.device):
-        seen = tuple(
-            [(value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value for value in given.values()]
-        )
-        key = kernel, x.device, seen
-        if (compiled := _compiled.get(key)) is not None:
-            compiled[(grid, 1, 1)](*[given[name] for name in kernel.arg_names])
-            return
-        compiled = kernel[(grid,)](**given)
-        if isinstance(compiled, CompiledKernel) and not torch.version.hip:  # interpreted kernels are none
-            if len(_compiled) >= _MOST_COMPILED:
-                _compiled.clear()
-            _compiled[key] = compiled
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+
+def launch(kernel: Any, grid: int, x: Tensor, tensors: Mapping[str, Tensor | None], numbers: Numbers) -> None:
+    """kernel[(grid,)](**tensors, **numbers) on the card that `x` is on; once that is compiled, in less time.
+
+    Triton looks at every argument of every launch to find what it compiled, and asks the driver about every pointer.
+    Here it is found by the same things at once, dtypes, whether memory is aligned to 16 bytes, and the numbers, which
+    are to be the same object each time; and the kernel is given addresses. On AMD's cards Triton looks at the size of
+    memory too, so it is left to that.
+
+    Args:
+        kernel: with its tensors before all other arguments.
+        grid: programs.
+        x: any tensor.
+        tensors: all of the kernel's, in its order.
+        numbers: all others, in any order.
+    """
+    addresses: list[int | None] = []
+    dtypes: list[torch.dtype | None] = []
+    device, all_bits = x.device, 0
+    for tensor in tensors.values():
+        if tensor is None:
+            addresses.append(None)
+            dtypes.append(None)
+        else:
+            address = tensor.data_ptr()
+            all_bits |= address
+            addresses.append(address)
+            dtypes.append(tensor.dtype)
+    key = kernel, grid, numbers, device, *dtypes
+    if all_bits % 16 == 0 and (found := _compiled.get(key)) is not None:
+        run, values = found
+        with _on(device):
+            run(*addresses, *values)
+        return
+    with _on(device):
+        compiled = kernel[(grid,)](**tensors, **numbers)
+    # Interpreted kernels are no such.
+    if all_bits % 16 == 0 and isinstance(compiled, CompiledKernel) and not torch.version.hip:
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        others = kernel.arg_names[len(tensors) :]
+        assert [*tensors, *others] == list(kernel.arg_names)
+        _compiled[key] = compiled[(grid, 1, 1)], [numbers[name] for name in others]
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """A block whose launches go to this card."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)

@@ -10,7 +10,8 @@ is float32. Batch, height and width are runtime arguments and are not specialise
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmamba.ops.backends.triton.card import ceiling, launch, multiprocessors
+from vmamba.ops.backends.triton.card import Numbers, ceiling, launch, multiprocessors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -264,17 +265,12 @@ def depthwise_silu_backward(
     """
     x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
     channels, grad_z = x.shape[-1], torch.empty_like(x, memory_format=torch.contiguous_format)
-    warps, resident, registers = _GRADIENT[x.element_size()]
-    blocks, tile, places = _cut(x, warps)
-    share = max(ceiling(places["tiles"] * blocks, resident * multiprocessors(x)), 1)
-    programs = ceiling(places["tiles"], share)
+    is_nvidia = x.device.type == "cuda" and not torch.version.hip
+    grid, programs, numbers = _plan_gradient(x.shape, x.element_size(), multiprocessors(x), is_nvidia, _override)
     parts = x.new_empty((programs, 10 * channels), dtype=torch.float32)
-    if programs:
-        options = {} if x.device.type != "cuda" or torch.version.hip else {"maxnreg": registers}
-        launch(gradient_kernel, programs * blocks, x, {
-            "x": x, "grad": grad, **_parameters(weight, bias), "grad_z": grad_z, "parts": parts, **places,
-            "share": share, **_constants(tile, channels), **options,
-        })  # fmt: skip
+    if grid:
+        tensors = {"x": x, "grad": grad, **_parameters(weight, bias), "grad_z": grad_z, "parts": parts}
+        launch(gradient_kernel, grid, x, tensors, numbers)
     grad_weight, grad_bias = parts[:, : 9 * channels].sum(0).view(weight.shape), parts[:, 9 * channels :].sum(0)
     grad_x = _convolve(grad_z, weight, None, flip=True, silu=False)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to((weight if bias is None else bias).dtype)
@@ -282,17 +278,36 @@ def depthwise_silu_backward(
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flip: bool, silu: bool) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    blocks, tile, places = _cut(x)
-    if count := places.pop("tiles") * blocks:
-        launch(convolution_kernel, count, x, {
-            "x": x, **_parameters(weight, bias), "y": y, **places, "FLIP": flip, "SILU": silu,
-            **_constants(tile, x.shape[-1]),
-        })  # fmt: skip
+    grid, numbers = _plan(x.shape, flip, silu, _override)
+    if grid:
+        launch(convolution_kernel, grid, x, {"x": x, **_parameters(weight, bias), "y": y}, numbers)
     return y
 
 
 def _parameters(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
     return {"weight": weight.contiguous(), "bias": None if bias is None else bias.contiguous()}
+
+
+@functools.lru_cache(512)
+def _plan(shape: Sequence[int], flip: bool, silu: bool, override: tuple[Tile, ...] | None) -> tuple[int, Numbers]:
+    """Programs of a convolution and what its kernel is given beside tensors."""
+    blocks, tile, places = _cut(shape, TILES if override is None else override[:1])
+    count = places.pop("tiles") * blocks
+    return count, Numbers(places, FLIP=flip, SILU=silu, **_constants(tile, shape[-1]))
+
+
+@functools.lru_cache(512)
+def _plan_gradient(
+    shape: Sequence[int], size: int, cores: int, is_nvidia: bool, override: tuple[Tile, ...] | None
+) -> tuple[int, int, Numbers]:
+    """The same for the parameters' gradients of numbers of so many bytes, and how many parts they come in."""
+    warps, resident, registers = _GRADIENT[size]
+    tiles = tuple(replace(tile, warps=warps) for tile in TILES) if override is None else override[1:]
+    blocks, tile, places = _cut(shape, tiles)
+    share = max(ceiling(places["tiles"] * blocks, resident * cores), 1)
+    programs = ceiling(places["tiles"], share)
+    options = {"maxnreg": registers} if is_nvidia else {}
+    return programs * blocks, programs, Numbers(places, share=share, **_constants(tile, shape[-1]), **options)
 
 
 def _constants(tile: Tile, channels: int) -> dict[str, int]:
@@ -302,13 +317,9 @@ def _constants(tile: Tile, channels: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _cut(x: Tensor, warps: int | None = None) -> tuple[int, Tile, dict[str, int]]:
-    """Blocks of channels, the tile, with so many warps if it is for gradients, and how many there are in what place."""
-    batch, height, width, channels = x.shape
-    if _override is not None:
-        tiles = _override[:1] if warps is None else _override[1:]
-    else:
-        tiles = TILES if warps is None else tuple(replace(tile, warps=warps) for tile in TILES)
+def _cut(shape: Sequence[int], tiles: tuple[Tile, ...]) -> tuple[int, Tile, dict[str, int]]:
+    """Blocks of channels, the tile that is taken, and how many there are in what place."""
+    batch, height, width, channels = shape
     for tile in tiles:
         blocks, bands, strips = (
             ceiling(size, by) for size, by in ((channels, tile.block), (height, tile.rows), (width, tile.columns))

@@ -301,6 +301,15 @@ def _add_part(to, part, mask, i):
 
 
 @triton.jit
+def _skip(skip, CHANNELS: tl.constexpr, K: tl.constexpr):
+    """The skips of all routes, added up, [LANES]."""
+    total = tl.load(skip)
+    for k in tl.static_range(1, K):
+        total += tl.load(skip + k * CHANNELS)
+    return total
+
+
+@triton.jit
 def _zeros(K: tl.constexpr, LANES: tl.constexpr):
     """A tuple of K vectors of zeros."""
     zeros = ()
@@ -528,7 +537,7 @@ def scan_kernel(
         if partial is not None:
             total = tl.load(_at(partial + u_at, rows * CHANNELS)).to(tl.float32)
         if skip is not None:
-            total += tl.load(skip + channel)[None, :] * x
+            total += _skip(skip + channel, CHANNELS, K)[None, :] * x
         for k in tl.static_range(K):
             if (ROUTES >> k) & 1:
                 raw = _raw(
@@ -644,7 +653,7 @@ def gradient_kernel(
         if partial is not None:
             total = tl.load(_at(partial + u_at, rows * CHANNELS)).to(tl.float32)
         if skip is not None:
-            total += tl.load(skip + channel)[None, :] * g
+            total += _skip(skip + channel, CHANNELS, K)[None, :] * g
         if grad_skip is not None:
             skips += tl.sum(g * x, axis=0)
         for k in tl.static_range(K):
@@ -723,7 +732,11 @@ def gradient_kernel(
                     to_low = grad_parameters + (line_place.to(tl.int64) * PIXEL)[None, :] + (k * (R + 2 * N) + r)
                     part_low = tl.dot(tl.trans(weights[k]), to_raw, input_precision=PRECISION)
                     tl.store(to_low, part_low, mask=is_line[None, :] & (r < R))
-                    product = tl.dot(to_raw, tl.trans(lows[k].to(tl.float32)), products[k], input_precision=PRECISION)
+                    low = lows[k].to(tl.float32)
+                    if RUN * RUNS >= 16:
+                        product = tl.dot(to_raw, tl.trans(low), products[k], input_precision=PRECISION)
+                    else:  # the compiler knows no products of so few
+                        product = products[k] + tl.sum(to_raw[:, None, :] * low[None, :, :], axis=2)
                     products = _put(products, k, product)
         tl.store(_at(grad_u + u_at, rows * CHANNELS), total.to(grad_u.dtype.element_ty), mask=is_real)
         if N > 1:

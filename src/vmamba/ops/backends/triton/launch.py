@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmamba.ops.backends.triton import kernels
-from vmamba.ops.backends.triton.card import architecture, ceiling, launch, multiprocessors
+from vmamba.ops.backends.triton.card import Numbers, architecture, ceiling, launch, multiprocessors
 from vmamba.ops.backends.triton.configurations import (
     Configuration,
     Configurations,
@@ -39,7 +39,7 @@ class Problem(NamedTuple):
         dt_weight: (K, channels, R), float32.
         dt_bias: (K, channels), float32.
         A: (K, channels, N), float32.
-        skip: (channels,), float32, or None.
+        skip: (K, channels), float32, or None.
         routes: K of them.
         groups: G.
         softplus: whether the step is softplus(raw).
@@ -87,7 +87,8 @@ class _Axis(NamedTuple):
         programs: for each image and block of channels.
         grid: of all programs.
         segments, chunks: how many.
-        arguments: of every kernel, but for tensors and routes.
+        numbers: of every kernel, for these routes or some of them, as bits.
+        of_gradient: those of the backward pass's last kernel.
     """
 
     routes: int
@@ -95,7 +96,8 @@ class _Axis(NamedTuple):
     grid: int
     segments: int
     chunks: int
-    arguments: dict[str, Any]
+    numbers: dict[int, Numbers]
+    of_gradient: Numbers
 
 
 def run_forward(p: Problem, y: Tensor, last: Tensor | None = None) -> None:
@@ -105,7 +107,7 @@ def run_forward(p: Problem, y: Tensor, last: Tensor | None = None) -> None:
     for i, axis in enumerate(axes):
         carries = _carry(p, kind, axis)
         _launch(
-            kernels.scan_kernel, axis, axis.routes,
+            kernels.scan_kernel, axis, axis.numbers[axis.routes],
             u=p.u, delta=p.delta, parameters=p.parameters, dt_weight=p.dt_weight, dt_bias=p.dt_bias, A=p.A,
             skip=p.skip if i == 0 else None, sums=carries.sums, local=carries.local, carry_a=carries.carry_a,
             carry_h=carries.carry_h, entering=carries.entering, partial=y if i else None, last=last, y=y,
@@ -135,18 +137,18 @@ def run_backward(p: Problem, grad_y: Tensor, grad_last: Tensor | None = None) ->
 
     grad_u = torch.empty_like(p.u)
     grad_delta = None if p.delta is None else empty(*p.u.shape)
-    grad_parameters = empty(ceiling(channels // p.groups, axes[0].arguments["BLOCK"]), *p.parameters.shape)
+    grad_parameters = empty(ceiling(channels // p.groups, axes[0].of_gradient["BLOCK"]), *p.parameters.shape)
     grad_skip, by_route = None, dict[int, Tensor]()
     for i, axis in enumerate(axes):
         carries = _carry(p, kind, axis, grad_y, grad_last)
         items, routes = batch * axis.programs, [k for k in range(K) if axis.routes >> k & 1]
         parts, skip = empty(items, len(routes), channels, R + 1 + N), empty(items, channels) if i == 0 else None
         _launch(
-            kernels.gradient_kernel, axis, axis.routes,
+            kernels.gradient_kernel, axis, axis.of_gradient,
             u=p.u, grad_y=grad_y, delta=p.delta, parameters=p.parameters, dt_weight=p.dt_weight,
             dt_bias=p.dt_bias, A=p.A, skip=p.skip if i == 0 else None, **carries._asdict(),
             partial=grad_u if i else None, grad_u=grad_u, grad_delta=grad_delta, grad_parameters=grad_parameters,
-            parts=parts, grad_skip=skip, images=batch,
+            parts=parts, grad_skip=skip,
         )  # fmt: skip
         by_route |= dict(zip(routes, parts.sum(0), strict=True))
         if skip is not None:
@@ -190,7 +192,7 @@ def _carry(
         sums, local = empty(chunks, count, channels), empty(chunks, count, N, channels)
         decay = empty(segments, K, N, channels) if segments > 1 else None
         _launch(
-            kernels.carry_kernel, axis, routes,
+            kernels.carry_kernel, axis, axis.numbers[routes],
             u=p.u, grad_y=grad_y, delta=p.delta, parameters=p.parameters, dt_weight=p.dt_weight, dt_bias=p.dt_bias,
             A=p.A, sums=sums, local=local, carry_a=decay, carry_h=state, carry_adjoint=adjoint,
         )  # fmt: skip
@@ -204,12 +206,9 @@ def _carry(
     def chain(carry: Tensor | None, back: int, initial: Tensor | None) -> Tensor | None:
         if carry is None:
             return None
-        entering, columns = torch.empty_like(carry), K * N * channels
-        launch(kernels.chain_kernel, batch * ceiling(columns, _COLUMNS), p.u, {
-            "carry_a": decay, "carry_h": carry, "initial": initial, "entering": entering, "segments": segments,
-            "columns": columns, "per_route": N * channels, "ROUTES": axis.routes, "BACK": back, "CHUNK": _CHUNK,
-            "BLOCK": _COLUMNS, "num_warps": 1,
-        })  # fmt: skip
+        entering, numbers = torch.empty_like(carry), _of_chain(segments, K, N * channels, axis.routes, back)
+        tensors = {"carry_a": decay, "carry_h": carry, "initial": initial, "entering": entering}
+        launch(kernels.chain_kernel, batch * ceiling(numbers["columns"], _COLUMNS), p.u, tensors, numbers)
         return entering
 
     entering, ending = chain(state, back, None), chain(adjoint, ~back & (1 << K) - 1, grad_last)
@@ -263,12 +262,22 @@ def _axes(kind: _Kind, given: Configuration, long: bool | None) -> tuple[_Axis, 
             "EXACT": is_exact, "PRECISION": "ieee" if torch.version.hip else "tf32x3" if is_exact else "tf32",
             "num_warps": config.warps, "num_stages": 1, **({"maxnreg": config.registers} if is_held else {}),
         }  # fmt: skip
-        axes.append(_Axis(bits, programs, blocks * programs * kind.batch, segments, chunks, arguments))
+        numbers = {routes: Numbers(arguments, ROUTES=routes) for routes in {bits, bits & kind.back}}
+        gradient = Numbers(numbers[bits], images=kind.batch)
+        axes.append(_Axis(bits, programs, blocks * programs * kind.batch, segments, chunks, numbers, gradient))
     return tuple(axes)
 
 
-def _launch(kernel: Any, axis: _Axis, routes: int, u: Tensor, **others: Any) -> None:
-    launch(kernel, axis.grid, u, {"u": u, **others, **axis.arguments, "ROUTES": routes})
+@functools.lru_cache(512)
+def _of_chain(segments: int, routes: int, per_route: int, those: int, back: int) -> Numbers:
+    return Numbers(
+        segments=segments, columns=routes * per_route, per_route=per_route, ROUTES=those, BACK=back, CHUNK=_CHUNK,
+        BLOCK=_COLUMNS, num_warps=1,
+    )  # fmt: skip
+
+
+def _launch(kernel: Any, axis: _Axis, numbers: Numbers, u: Tensor, **others: Tensor | None) -> None:
+    launch(kernel, axis.grid, u, {"u": u, **others}, numbers)
 
 
 def _bits(flags: Iterable[bool]) -> int:

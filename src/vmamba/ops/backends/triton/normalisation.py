@@ -10,14 +10,16 @@ float32. The number of rows is a runtime argument and is not specialised.
 # ruff: noqa: RUF005 (Triton's tuples are joined, not unpacked)
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmamba.ops.backends.triton.card import ceiling, launch, multiprocessors
+from vmamba.ops.backends.triton.card import Numbers, ceiling, launch, multiprocessors
 
 # --- device code -----------------------------------------------------------------------------------------------------
 
@@ -192,12 +194,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     """
     x = x.contiguous()
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    rows, blocks, options = _cut(x)
-    if blocks:
-        launch(norm_kernel, blocks, x, {
-            "x": x, "weight": weight.contiguous(), "bias": bias.contiguous(), "y": y, "rows": rows, "eps": eps,
-            **options,
-        })  # fmt: skip
+    programs, numbers = _plan(x.shape, eps)
+    if programs:
+        tensors = {"x": x, "weight": weight.contiguous(), "bias": bias.contiguous(), "y": y}
+        launch(norm_kernel, programs, x, tensors, numbers)
     return y
 
 
@@ -216,18 +216,11 @@ def layer_norm_backward(
     """
     x, grad = x.contiguous(), grad.contiguous()
     grad_x = torch.empty_like(x)
-    rows, blocks, options = _cut(x)
-    resident, registers = _residents(options)
-    if x.device.type == "cuda" and not torch.version.hip:
-        options["maxnreg"] = registers
-    share = max(ceiling(blocks, resident * multiprocessors(x)), 1)
-    programs = ceiling(blocks, share)
+    programs, numbers = _plan_backward(x.shape, eps, multiprocessors(x), x.device.type == "cuda")
     parts = x.new_empty((programs, 2, x.shape[-1]), dtype=torch.float32)
     if programs:
-        launch(norm_backward_kernel, programs, x, {
-            "x": x, "grad": grad, "weight": weight.contiguous(), "grad_x": grad_x, "parts": parts, "rows": rows,
-            "share": share, "eps": eps, **options,
-        })  # fmt: skip
+        tensors = {"x": x, "grad": grad, "weight": weight.contiguous(), "grad_x": grad_x, "parts": parts}
+        launch(norm_backward_kernel, programs, x, tensors, numbers)
     grad_weight, grad_bias = parts[:, 0].sum(0), parts[:, 1].sum(0)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
@@ -242,9 +235,27 @@ def _residents(options: dict[str, int]) -> tuple[int, int]:
     return warps // options["num_warps"], registers
 
 
-def _cut(x: Tensor) -> tuple[int, int, dict[str, int]]:
+@functools.lru_cache(512)
+def _plan(shape: Sequence[int], eps: float) -> tuple[int, Numbers]:
+    """Programs of the kernel and what it is given beside tensors."""
+    rows, blocks, options = _cut(shape)
+    return blocks, Numbers(options, rows=rows, eps=eps)
+
+
+@functools.lru_cache(512)
+def _plan_backward(shape: Sequence[int], eps: float, cores: int, on_card: bool) -> tuple[int, Numbers]:
+    """The same for gradients, on a card of so many multiprocessors."""
+    rows, blocks, options = _cut(shape)
+    resident, registers = _residents(options)
+    if on_card and not torch.version.hip:
+        options["maxnreg"] = registers
+    share = max(ceiling(blocks, resident * cores), 1)
+    return ceiling(blocks, share), Numbers(options, rows=rows, share=share, eps=eps)
+
+
+def _cut(shape: Sequence[int]) -> tuple[int, int, dict[str, int]]:
     """How many rows, how many times as many as a program takes at a time, and what kernels are compiled for."""
-    channels, warps = x.shape[-1], 4
+    channels, warps = shape[-1], 4
     # A row has 8 to 32 lanes of a warp, the most of which none is idle if there are so many, or all lanes of all warps:
     # a thread has at most six parts of it, whose gradients fit into registers.
     lanes = math.gcd(channels, 128)
@@ -255,6 +266,6 @@ def _cut(x: Tensor) -> tuple[int, int, dict[str, int]]:
     if channels > 6 * 128:
         warps = 4 if channels <= 6 * 512 else 8
         lanes = 128 * warps
-    together, rows = warps * 128 // lanes, x.numel() // max(channels, 1)
+    together, rows = warps * 128 // lanes, math.prod(shape[:-1])
     options = {"CHANNELS": channels, "ROWS": together, "PARTS": ceiling(channels, lanes), "LANES": lanes}
     return rows, ceiling(rows, together), options | {"num_warps": warps}
