@@ -167,7 +167,7 @@ def latency(bench: Bench) -> Iterator[Part]:
     for entry in latency_entries(bench.settings):
         plain, graph = (entry, False), (entry, True)
         rows[plain] = entry.row
-        rows[graph] = entry.row | {"mode": "graph" if entry.mode == EAGER else f"{entry.mode}, graph"}
+        rows[graph] = entry.row | {"mode": entry.as_graph}
         with failures_in(rows[plain]):
             stand.ready(entry)
             turns[plain] = partial(stand.ask, "turn", *plain)
@@ -273,7 +273,8 @@ def notes(settings: runner.Settings) -> list[str]:
         "bfloat16 autocast, channels-last images, cuDNN chooses its algorithms by trial, stochastic depth of "
         f"{DROP_PATH} in all training steps",
         f"Medians of up to {settings.rounds} rounds in which all calls take turns; compiled is `torch.compile(model, "
-        "dynamic=False)`, and a figure takes the better mode of each model",
+        'dynamic=False)`, graph the same calls replayed as a CUDA graph, as `mode="reduce-overhead"` does; a figure '
+        "takes the best mode of each model",
         "With other scans VMamba-T is timed in eager mode only, since mamba-ssm's extension breaks the graph of "
         "torch.compile; the chain of torch's operators, thousands of steps long, is timed as a scan alone",
         "Peak memory is that of one model alone: parameters, gradients and activations",

@@ -187,6 +187,11 @@ class Entry:
         return {"model": self.label, "mode": self.mode, "size": self.size, "batch": self.batch}
 
     @property
+    def as_graph(self) -> str:
+        """Its mode as a CUDA graph."""
+        return "graph" if self.mode == EAGER else f"{self.mode}, graph"
+
+    @property
     def seconds(self) -> float:
         """Until it is ready, roughly."""
         return PATIENCE[self.mode] * (1 + self.training)
@@ -236,6 +241,12 @@ class Stand:
         if self.bench.settings.device != "cuda":
             raise NotMeasuredError("there are no graphs on the CPU")
         self.graphs[entry] = capture(self.contenders[entry][1])
+
+    def forget_graph(self, entry: Entry) -> None:
+        """Give its memory back, as much as a call needs, which a graph keeps for as long as it is there."""
+        self.contenders[entry][0].model.zero_grad(set_to_none=True)  # what was captured last lies in it
+        self.graphs.pop(entry, None)
+        release()
 
     def turn(self, entry: Entry, as_graph: bool, repeats: int) -> float:
         """Seconds of one call, the mean of so many in a row."""
@@ -350,12 +361,23 @@ def stand_of(bench: Bench) -> Stand | Workers:
     return bench.workers or Stand(bench)
 
 
-def race(bench: Bench, entries: Iterable[Entry]) -> list[Row]:
-    """Seconds, images a second and peak memory of every contender; all of them take turns."""
-    rows = {entry: entry.row for entry in entries}
+def race(bench: Bench, entries: Iterable[Entry], graphs: bool = False) -> list[Row]:
+    """Seconds, images a second and peak memory of every contender; all of them take turns.
+
+    With `graphs` each takes part as a CUDA graph too, which no launching from Python slows down.
+    """
+    rows = {(entry, as_graph): entry.row for entry in entries for as_graph in (False, True)[: 1 + graphs]}
     stand, turns = stand_of(bench), {}
     expected: dict[str, Tensor] = {}  # the first logits of every model, which has one set of weights
-    for entry, row in rows.items():
+    for (entry, as_graph), row in rows.items():
+        if as_graph:
+            row["mode"] = entry.as_graph
+            with failures_in(row):
+                if (entry, False) not in turns:
+                    raise NotMeasuredError(rows[entry, False]["error"])
+                stand.ask("capture", entry)
+                turns[entry, True] = partial(stand.ask, "turn", entry, True)
+            continue
         with failures_in(row):
             if entry.label in bench.unfit:
                 raise NotMeasuredError(bench.unfit[entry.label])
@@ -366,11 +388,15 @@ def race(bench: Bench, entries: Iterable[Entry]) -> list[Row]:
                     raise NotMeasuredError(f"its result is wrong, off by {apart:.1e}")
             if (peak := stand.ask("peak_mb", entry)) is not None:
                 row["peak_mb"] = peak
-            turns[entry] = partial(stand.ask, "turn", entry, False)
+            turns[entry, False] = partial(stand.ask, "turn", entry, False)
         if "error" in row:
             release()
-    for entry, seconds in bench.take_turns(turns, rows).items():
-        rows[entry] |= {"seconds": seconds, "images_per_second": entry.batch / seconds}
+    for key, seconds in bench.take_turns(turns, rows).items():
+        rows[key] |= {"seconds": seconds, "images_per_second": key[0].batch / seconds}
+    for entry, as_graph in turns:
+        if as_graph:
+            with failures_in({}):
+                stand.ask("forget_graph", entry)
     return list(rows.values())
 
 
@@ -392,7 +418,8 @@ def large_batch_entries(s: Settings, training: bool) -> list[Entry]:
 
 def large_batch(bench: Bench, training: bool) -> Iterator[Part]:
     """Forward passes of a large batch, or forward and backward passes, with peak memory."""
-    yield "training" if training else "inference", race(bench, large_batch_entries(bench.settings, training))
+    rows = race(bench, large_batch_entries(bench.settings, training), graphs=bench.settings.device == "cuda")
+    yield "training" if training else "inference", rows
 
 
 def resolution_races(s: Settings) -> list[list[Entry]]:

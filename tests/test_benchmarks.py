@@ -583,6 +583,23 @@ def test_models_that_disagree_with_themselves_are_not_timed(load):
     assert rows[1]["error"] == "its result is wrong, off by 2.0e-01"
 
 
+def test_graphs_take_part_and_give_their_memory_back(load, monkeypatch):
+    gpu, networks, runner = load("gpu"), load("networks"), load("runner")
+    first, second = (networks.Entry(label, "eager", 2, 64) for label in (networks.MINE, networks.SWIN))
+    bench = runner.Bench(gpu.SMOKE)
+    stand = networks.Stand(bench)
+    monkeypatch.setattr(networks, "stand_of", lambda bench: stand)
+    monkeypatch.setattr(stand, "capture", lambda entry: stand.graphs.update({entry: lambda: kept.append(entry)}))
+    bench.unfit[networks.SWIN] = "its scan is wrong"
+    kept = []
+    rows = networks.race(bench, [first, second], graphs=True)
+    assert [row["mode"] for row in rows] == ["eager", "graph"] * 2
+    assert [row.get("error") for row in rows] == [None, None, "its scan is wrong", "its scan is wrong"]
+    assert rows[0]["seconds"] > rows[1]["seconds"] > 0
+    assert set(kept) == {first}
+    assert not stand.graphs
+
+
 def test_what_lacks_memory_is_made_ready_when_others_have_gone(load, monkeypatch, tmp_path):
     gpu, networks, runner = load("gpu"), load("networks"), load("runner")
     stand, entry = (

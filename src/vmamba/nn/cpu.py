@@ -36,6 +36,7 @@ class _Written(NamedTuple):
 
 
 _KNOWN: dict[type[nn.Module], _Written] = {}
+_METHODS = ("forward", "_conv_forward")  # that compute, of every class
 
 # What modules of these classes, which have no children, must be like.
 _CONDITIONS: dict[type[nn.Module], Callable[[Any], bool]] = {
@@ -52,7 +53,7 @@ def known(kind: Kind) -> Kind:
     A class with `PARTS`, the class or classes of each of its children, is so only with these children and no others.
     `STEPS` names methods that compute beside `forward`.
     """
-    names = ("forward", "_conv_forward", *getattr(kind, "STEPS", ()))
+    names = (*_METHODS, *getattr(kind, "STEPS", ()))
     places = [vars(base) for base in kind.__mro__[: kind.__mro__.index(nn.Module)]]
     methods = tuple((place, name, place.get(name)) for place in places for name in names)
     condition = next((condition for base, condition in _CONDITIONS.items() if issubclass(kind, base)), None)
@@ -75,16 +76,21 @@ def is_unpatched(kind: type[nn.Module]) -> bool:
     return True
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module without children is one of exactly this class, with nothing hooked to it or replaced in it."""
+    """Whether a module without children is one of exactly this class, with nothing hooked to it or replaced in it.
+
+    It is asked in such a way that torch.compile, which traces it, notices what is hooked or replaced later.
+    """
     own = vars(module)
     return (
         type(module) is kind
         and is_unpatched(kind)
         and not _has_any_global_hook()
-        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
-        and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
-        and "forward" not in own
+        and not any(own[name] for name in _HOOKS)
+        and not any(name in _METHODS for name in own)
         and not module._compiled_call_impl
     )
 

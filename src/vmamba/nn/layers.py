@@ -23,6 +23,7 @@ from vmamba.ops.layers import (
     linear,
     product_dtype,
     records,
+    separates_convolution,
 )
 from vmamba.ops.operators import runs_eagerly
 
@@ -79,15 +80,8 @@ def _convolved(layer: nn.Conv2d, kind: type[nn.Conv2d], x: Tensor) -> Tensor | N
 
 def _is_operator(layer: nn.Conv2d, x: Tensor) -> bool:
     """Whether a layer of this class, or of one that inherits from it, is an operator in the graph that is compiled."""
-    weights = (layer.weight,) if layer.bias is None else (layer.weight, layer.bias)
-    return (
-        is_compiled()
-        and x.device.type == "cuda"
-        and x.ndim == 4
-        and layer.padding_mode == "zeros"
-        and all(type(value) in (Tensor, nn.Parameter) for value in weights)
-        and _convolves_as(layer, GridConv2d)
-    )
+    is_separate = separates_convolution(x, layer.weight, layer.bias)
+    return is_separate and layer.padding_mode == "zeros" and _convolves_as(layer, GridConv2d)
 
 
 @cpu.known

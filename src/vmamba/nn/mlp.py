@@ -17,6 +17,7 @@ from vmamba.ops.layers import (
     gelu,
     gelu_backward,
     is_compiled,
+    is_on_gpu,
     linear_gelu,
     product,
     product_dtype,
@@ -62,7 +63,7 @@ class Mlp(timm.layers.Mlp):
 
     def _activates_in_the_product(self, x: Tensor) -> bool:
         """Whether the first two layers may be one kernel of a GPU's."""
-        if x.device.type == "cpu" or not (cpu.is_plain(self.fc1, Linear) and cpu.is_plain(self.act, GELU)):
+        if not is_on_gpu(x) or not (cpu.is_plain(self.fc1, Linear) and cpu.is_plain(self.act, GELU)):
             return False
         return self.act.approximate == "none" and fuses_linear_gelu(x, self.fc1.weight, self.fc1.bias)
 

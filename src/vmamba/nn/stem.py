@@ -12,7 +12,7 @@ from vmamba.nn.layers import GELU, GridConv2d, LayerNorm
 from vmamba.nn.local import Norm, norm_layer
 from vmamba.ops.backends.native.block import Affine
 from vmamba.ops.backends.native.stem import conv_stem
-from vmamba.ops.layers import applies, can_fuse, is_compiled, product_dtype
+from vmamba.ops.layers import applies, can_fuse, fuses_stem, is_compiled, product_dtype, stem
 
 
 @cpu.known
@@ -48,8 +48,22 @@ class ConvStem(nn.Module):
             y = self._infer(x)
             if y is not None:
                 return y
-        x = self.act(self.norm1(_to_grid(self.conv1, x)))
+        if self._is_one_kernel(x):
+            conv, norm = self.conv1, self.norm1
+            assert conv.bias is not None
+            x = stem(x, conv.weight, conv.bias, norm.weight, norm.bias, conv.stride[0], norm.eps)
+        else:
+            x = self.act(self.norm1(_to_grid(self.conv1, x)))
         return self.norm2(self.conv2(x))
+
+    def _is_one_kernel(self, x: Tensor) -> bool:
+        """Whether all that comes before the second convolution may be one kernel of a GPU's."""
+        conv, norm = self.conv1, self.norm1
+        layers = ((conv, nn.Conv2d), (norm, LayerNorm), (self.act, GELU))
+        if not all(cpu.is_plain(layer, kind) for layer, kind in layers):
+            return False
+        is_usual = cpu.is_patchwise(conv) and len(norm.normalized_shape) == 1 and self.act.approximate == "none"
+        return is_usual and fuses_stem(x, conv.weight, conv.bias, norm.weight, norm.bias)
 
     def _infer(self, x: Tensor) -> Tensor | None:
         """The same in one call, for a stem as it was built; None where it has to be computed layer by layer."""

@@ -149,6 +149,11 @@ define(
 _FUSING = {"cpu": "native", "cuda": "triton"}
 
 
+def is_on_gpu(x: Tensor) -> bool:
+    """Whether `x` is where fused kernels are Triton's."""
+    return _FUSING.get(x.device.type) == "triton"
+
+
 def _fuses_on_gpu(x: Tensor, dtype: torch.dtype, *parameters: Tensor | None) -> bool:
     """Whether Triton computes, in `dtype`, layers called with `x` that have these parameters."""
     if not (is_compiled() or runs_eagerly(x)) or x.layout is not torch.strided or not x.numel():
@@ -246,6 +251,19 @@ define(
 
 
 # --- convolution in compiled graphs on a GPU -------------------------------------------------------------------------
+
+
+def separates_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `convolution` may stand in for a layer called with `x` that has these parameters.
+
+    That is in what torch.compile traces for a GPU. Dtypes that torch's own refuses are left to it.
+    """
+    if not is_compiled() or not is_on_gpu(x) or x.ndim != 4:
+        return False
+    dtypes = _HALF_AND_SINGLE if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
+    parameters = (weight,) if bias is None else (weight, bias)
+    are_usual = all(type(value) in (Tensor, nn.Parameter) and value.dtype in dtypes for value in parameters)
+    return are_usual and x.dtype in dtypes
 
 
 def convolution(
@@ -424,7 +442,7 @@ def fuses_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
     That is in inference on a GPU, in half precision, where the backend for `x` is Triton (`choose_backend`).
     """
-    if _FUSING.get(x.device.type) != "triton" or bias is None or records(x, weight, bias):
+    if not is_on_gpu(x) or bias is None or records(x, weight, bias):
         return False
     dtype = product_dtype(x)
     is_half = dtype in (torch.float16, torch.bfloat16)
@@ -465,4 +483,66 @@ define(
     plain=_plain_linear_gelu,
     gradient=lambda ctx, grad: pull_back(_plain_linear_gelu, ctx.saved_tensors, [grad]),
     fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
+
+
+# --- a stem's first half on a GPU ------------------------------------------------------------------------------------
+
+_MAX_STEM = 7, 128  # channels of the image and of the grid: what a program of the kernel can have at once
+
+
+def fuses_stem(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether `stem` may stand in for a 3×3 convolution, LayerNorm and GELU of `x` with these parameters.
+
+    That is in inference on a GPU, in half precision, where the backend for `x` is Triton (`choose_backend`).
+    """
+    if _FUSING.get(x.device.type) != "triton" or x.ndim != 4 or records(x, weight, *others):
+        return False
+    if any(value is None for value in others) or x.shape[1] != weight.shape[1] or x.dtype not in _HALF_AND_SINGLE:
+        return False
+    is_small = weight.shape[1] <= _MAX_STEM[0] and weight.shape[0] <= _MAX_STEM[1] and x.numel() < 2**31
+    dtype = product_dtype(x)
+    return is_small and dtype in (torch.float16, torch.bfloat16) and _fuses_on_gpu(x, dtype, weight, *others)
+
+
+def stem(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, offset: Tensor, stride: int, eps: float) -> Tensor:
+    """GELU(LayerNorm(convolution)) of an image in one pass; for callers that know that it is fused.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C', C, 3, 3), of the convolution with padding 1.
+        bias, scale, offset: (C',), of the convolution and of the norm.
+        stride: of the convolution.
+        eps: of the norm.
+
+    Returns:
+        (B, ⌈H/stride⌉, ⌈W/stride⌉, C'), in the dtype of the product; differentiable twice in compiled graphs.
+    """
+    weight = weight.to(product_dtype(x))
+    if is_compiled():
+        return torch.ops.vmamba.stem(x, weight, bias, scale, offset, stride, eps)
+    return _compute_stem(x, weight, bias, scale, offset, stride, eps)
+
+
+def _compute_stem(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    from vmamba.ops.backends.triton import stem  # imports Triton, which only GPUs need
+
+    return stem.stem(x, weight, *others)
+
+
+def _plain_stem(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, offset: Tensor, stride: int, eps: float
+) -> Tensor:
+    y = F.conv2d(x.to(weight.dtype), weight, bias.to(weight.dtype), stride, 1).permute(0, 2, 3, 1).float()
+    return F.gelu(F.layer_norm(y, scale.shape, scale.float(), offset.float(), eps)).to(weight.dtype).contiguous()
+
+
+define(
+    "stem(Tensor x, Tensor weight, Tensor bias, Tensor scale, Tensor offset, int stride, float eps) -> Tensor",
+    _compute_stem,
+    plain=_plain_stem,
+    gradient=lambda ctx, grad: pull_back(lambda *values: _plain_stem(*values, *ctx.options), ctx.saved_tensors, [grad]),
+    fake=lambda x, weight, bias, scale, offset, stride, eps: weight.new_empty(
+        x.shape[0], (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1, weight.shape[0]
+    ),
 )

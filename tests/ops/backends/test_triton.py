@@ -66,6 +66,17 @@ def test_configurations(configuration, shape):
         _assert_as_exact(ss2d_arguments(*shape))
 
 
+TINY = [(2, 2, 20, 1, 3), (3, 4, 16, 1, 17), (2, 5, 16, 2, 2)]  # H, W, D, N, R; chunks of columns of two positions
+
+
+@interpreted
+@pytest.mark.parametrize("shape", TINY)
+def test_tiny_grids(shape):
+    configuration = Configuration(8, 16, 1, 64)
+    with use_configurations(Configurations(configuration, configuration)):
+        _assert_as_exact(ss2d_arguments(1, *shape))
+
+
 @interpreted
 @pytest.mark.parametrize("pattern", ["unidirectional", "bidirectional"])
 def test_patterns_along_one_axis(pattern):
@@ -431,7 +442,26 @@ def test_default_configurations_compile_without_spills(target, architecture, cas
     assert first_stage or target != "cuda" or cases[0][5] != 1
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton; its packages bring ptxas")
+def test_tiny_grids_compile():
+    results = _compile("cuda", 90, [("bfloat16", 3, 4, 64, 6, 1)])
+    assert {(r["kernel"], r["RUN"]) for r in results} >= {("scan_kernel", 2), ("gradient_kernel", 2)}
+    assert not [r for r in results if r["stack"] > 320]
+
+
 # --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*TINY, (3, 2, 96, 1, 6), (7, 3, 768, 1, 48)])
+def test_gpu_tiny_grids(shape, dtype):
+    arguments = ss2d_arguments(2, *shape)
+    arguments[0] = arguments[0].to(dtype)
+    ys, grads = gradients(_ss2d, [v.cuda() for v in arguments])
+    exact_ys, exact_grads = gradients(lambda *v: _ss2d(*v, backend="eager"), [v.double() for v in arguments])
+    assert_matches([y.cpu() for y in ys], exact_ys, 1e-5 if dtype == torch.float32 else 0.02)
+    assert_matches([g.cpu() for g in grads], exact_grads, 1e-4 if dtype == torch.float32 else 0.05)
 
 
 @needs_gpu

@@ -1,8 +1,8 @@
 """Proof that the Triton kernels compute on a card what the eager backend computes, before they are chosen there.
 
 The first time that a dtype and a pattern meet a card, both backends compute a few small scans, forward and backward;
-and for the pattern "cross" a depthwise convolution, LayerNorm and, in half precision, a product with GELU, whose
-kernels are chosen with that pattern's. This happens in processes of their own, which a compiler that crashes or a
+and for the pattern "cross" a depthwise convolution, LayerNorm and, in half precision, a product with GELU and a stem,
+whose kernels are chosen with that pattern's. This happens in processes of their own, which a compiler that crashes or a
 kernel that writes where it must not takes down alone. The verdict stays in the user's cache directory, until the
 kernels, Triton, torch or the driver change; that there was no memory, or no process to be had, says nothing of the
 kernels and is not kept.
@@ -40,6 +40,7 @@ _PATIENCE = 600  # seconds for one proof, most of which goes into compiling
 # where a thread takes one channel at a time; columns of three.
 _GRIDS = ((7, 7, 64, 1, 20), (11, 13, 40, 3, 3), (17, 19, 96, 1, 6), (3, 4, 32, 1, 2))
 _CONVOLVED = (1, 8, 9, 32)  # the image of the convolution: more than one tile each way, whatever the tile
+_STEM = ((2, 3, 19, 22), (48, 3, 3, 3), (48,), (48,), (48,))  # and of these, with the norm's scale and offset
 _MULTIPLIED = ((150, 96), (200, 96), (200,))  # of x, weight and bias: two blocks each way that are not full
 _NORMALISED, _EPS = (50, 96), 1e-5  # several blocks of rows, the last of which is not full
 _PROGRAM = "import sys; from vmamba.ops.backends import proving; proving.main(*sys.argv[1:])"
@@ -246,7 +247,7 @@ def compare(device: torch.device, dtype: torch.dtype, pattern: str, share: int =
     return (
         _compare_convolution(device, dtype, rounding)
         or _compare_normalisation(device, dtype, rounding)
-        or _compare_linear_gelu(device, dtype, rounding)
+        or _compare_products(device, dtype, rounding)
     )
 
 
@@ -296,16 +297,23 @@ def _compare_normalisation(device: torch.device, dtype: torch.dtype, rounding: f
     return ""
 
 
-def _compare_linear_gelu(device: torch.device, dtype: torch.dtype, rounding: float) -> str:
-    """The same of a product with GELU, which there is in half precision."""
+def _compare_products(device: torch.device, dtype: torch.dtype, rounding: float) -> str:
+    """The same of a product with GELU and of a stem's first half, which there are in half precision."""
     if dtype == torch.float32 or (dtype == torch.bfloat16 and device.type == "cpu"):  # the interpreter's is wrong
         return ""
-    from vmamba.ops.backends.triton import linear
+    from vmamba.ops.backends.triton import linear, stem
 
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(shape, device=device).to(dtype) for shape in _MULTIPLIED)
     expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
-    return _fault_of_layer("the product with GELU", [linear.linear_gelu(x, weight, bias)], [expected], rounding)
+    fault = _fault_of_layer("the product with GELU", [linear.linear_gelu(x, weight, bias)], [expected], rounding)
+    if fault:
+        return fault
+    x, weight, bias, scale, offset = (torch.randn(shape, device=device).to(dtype) for shape in _STEM)
+    y = F.conv2d(x.double(), weight.double(), bias.double(), stride=2, padding=1).permute(0, 2, 3, 1)
+    expected = F.gelu(F.layer_norm(y, scale.shape, scale.double(), offset.double(), _EPS))
+    found = stem.stem(x, weight, bias, scale, offset, 2, _EPS)
+    return _fault_of_layer("the stem", [found], [expected], rounding)
 
 
 def _fault_of_layer(layer: str, found: Sequence[Tensor], expected: Sequence[Tensor], rounding: float) -> str:
