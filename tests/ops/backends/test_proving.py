@@ -108,7 +108,7 @@ def test_segments_of_both_lengths_are_compared(monkeypatch, length):
 
     def wrong(problem, kind, axis, *gradients):
         carries = carry(problem, kind, axis, *gradients)
-        if (axis.arguments["length"] > 1) == (length == "long"):
+        if (axis.of_gradient["length"] > 1) == (length == "long"):
             spoilt.append(axis)
             return carries._replace(local=carries.local + 0.5)
         return carries
