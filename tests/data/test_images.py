@@ -266,7 +266,7 @@ def test_decoding_ends_and_the_rest_of_the_folder_is_read(tmp_path, monkeypatch)
     start = time.process_time()
     with pytest.raises(ImageError, match=r"a.jpg: decoding it takes more than 0.5 seconds of processor time"):
         read_image(files[0])
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 10
     assert [read_image(file).size for file in files[1:]] == [(4, 4), (4, 4)]
 
 

@@ -103,7 +103,6 @@ COMPILED_WAYS = {
     "compiled jvp": _compiled_jvp,
     "compiled grad": lambda f, v: _compiled(grad(_of_u(f, v)))(v[0]),
     "compiled vmap of grad": lambda f, v: _compiled(vmap(grad(_of_u(f, v))))(torch.stack((v[0], -v[0]))),
-    "compiled hessian": lambda f, v: _compiled(hessian(_of_u(f, v)))(v[0]),
     "jvp of compiled": lambda f, v: jvp(_compiled(f, False), tuple(v), _tangents(v))[1],
     "grad of compiled": lambda f, v: grad(_compiled(_of_u(f, v), False))(v[0]),
     "dual numbers through compiled": lambda f, v: _dual_numbers(_compiled(f, False), v),
@@ -134,6 +133,14 @@ def test_every_way_to_differentiate(make, way, backend):
 def test_every_way_through_the_compiler(make, way, backend):
     torch.compiler.reset()
     _assert_as_the_definition(make, COMPILED_WAYS[way], backend)
+
+
+@pytest.mark.parametrize("make", [_grid, _sequence])
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_hessian(make):
+    """In which every backend is the same chain of torch's functions, that take long to trace."""
+    torch.compiler.reset()
+    _assert_as_the_definition(make, lambda f, v: _compiled(hessian(_of_u(f, v)))(v[0]), "eager")
 
 
 @pytest.mark.parametrize("way", [*WAYS, "compiled vmap of grad"])
@@ -188,7 +195,7 @@ def _opcheck(operator, arguments):
 # (batch, D, L, N, G)
 @fast_backends
 @pytest.mark.parametrize("is_recorded", [True, False])
-@pytest.mark.parametrize("shape", [(2, 4, 7, 2, 2), (1, 1, 1, 1, 1), (0, 4, 7, 2, 2), (2, 4, 0, 2, 2), (2, 4, 7, 0, 2)])
+@pytest.mark.parametrize("shape", [(2, 4, 4, 2, 2), (1, 1, 1, 1, 1), (0, 4, 4, 2, 2), (2, 4, 0, 2, 2), (2, 4, 4, 0, 2)])
 def test_opcheck_of_a_sequence(backend, shape, is_recorded):
     batch, channels, length, states, _ = shape
     values = scan_arguments(*shape, torch.float64)
@@ -204,7 +211,7 @@ def test_opcheck_of_a_sequence(backend, shape, is_recorded):
 @fast_backends
 @pytest.mark.parametrize("is_recorded", [True, False])
 @pytest.mark.parametrize(
-    "shape", [(1, 3, 4, 4, 2, 1), (0, 3, 4, 4, 2, 1), (1, 0, 4, 4, 2, 1), (1, 3, 4, 4, 0, 1), (1, 3, 4, 4, 2, 0)]
+    "shape", [(1, 2, 3, 4, 2, 1), (0, 2, 3, 4, 2, 1), (1, 0, 3, 4, 2, 1), (1, 2, 3, 4, 0, 1), (1, 2, 3, 4, 2, 0)]
 )
 def test_opcheck_of_a_grid(backend, shape, is_recorded):
     batch, height, width, channels, states, rank = shape
