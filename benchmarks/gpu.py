@@ -39,7 +39,6 @@ from networks import (
     Entry,
     SharedStand,
     entries_of,
-    stand_of,
 )
 from page import Row
 from runner import (
@@ -51,7 +50,6 @@ from runner import (
     NotMeasuredError,
     Part,
     Section,
-    Turn,
     capture,
     failures_in,
     release,
@@ -161,24 +159,7 @@ def latency_entries(s: runner.Settings) -> list[Entry]:
 
 def latency(bench: Bench) -> Iterator[Part]:
     """One image, as it comes and as a CUDA graph, which no launching from Python slows down."""
-    rows: dict[tuple[Entry, bool], Row] = {}
-    turns: dict[tuple[Entry, bool], Turn] = {}
-    stand = stand_of(bench)
-    for entry in latency_entries(bench.settings):
-        plain, graph = (entry, False), (entry, True)
-        rows[plain] = entry.row
-        rows[graph] = entry.row | {"mode": entry.as_graph}
-        with failures_in(rows[plain]):
-            stand.ready(entry)
-            turns[plain] = partial(stand.ask, "turn", *plain)
-        with failures_in(rows[graph]):
-            if plain not in turns:
-                raise NotMeasuredError(rows[plain]["error"])
-            stand.ask("capture", entry)
-            turns[graph] = partial(stand.ask, "turn", *graph)
-    for key, seconds in bench.take_turns(turns, rows).items():
-        rows[key] |= {"seconds": seconds, "images_per_second": 1 / seconds}
-    yield "latency", list(rows.values())
+    yield "latency", networks.race(bench, latency_entries(bench.settings), graphs=True)
 
 
 def least_bytes(bench: Bench, contender: Contender, image: Tensor, training: bool) -> dict[str, Row]:

@@ -80,6 +80,18 @@ def launches_of(function: Callable[[], object]) -> list[str]:
     return names[1:]
 
 
+@torch.no_grad()
+def assert_captured(layer: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """A layer's call on a GPU can be captured as a graph, which computes from what is in `x` when it is replayed."""
+    layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, layer(x))
+
+
 def _combine_by_row(operation: Any, given: list[Any]) -> list[np.ndarray]:
     """All partial results of a scan or reduction in Triton's interpreter, along the first axis."""
     rows = zip(*(np.moveaxis(value.handle.data, operation.axis, 0) for value in given), strict=True)

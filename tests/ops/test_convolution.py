@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import kept_graphs
 from scans import assert_matches
 from torch import nn
 
@@ -104,17 +105,6 @@ def test_frozen_arguments_and_transforms(device):
 
 
 # --- the layer -------------------------------------------------------------------------------------------------------
-
-
-def kept_graphs():
-    """A backend for torch.compile, and the list of the graphs that it is given."""
-    graphs = []
-
-    def keep(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    return keep, graphs
 
 
 def operators_in(graph):

@@ -496,7 +496,7 @@ def fuses_stem(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
 
     That is in inference on a GPU, in half precision, where the backend for `x` is Triton (`choose_backend`).
     """
-    if _FUSING.get(x.device.type) != "triton" or x.ndim != 4 or records(x, weight, *others):
+    if not is_on_gpu(x) or x.ndim != 4 or records(x, weight, *others):
         return False
     if any(value is None for value in others) or x.shape[1] != weight.shape[1] or x.dtype not in _HALF_AND_SINGLE:
         return False

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from scans import assert_matches, launches_of
+from compiling import results_of
+from scans import assert_captured, assert_matches, launches_of
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -230,12 +227,8 @@ print(json.dumps(found))
     ],
 )
 def test_neighbouring_channels_are_loaded_at_once(target, image, channels, loads):
-    case = json.dumps([*target, image, [7, 8, 32, 2], channels])
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    run = subprocess.run([sys.executable, "-c", COMPILE, case], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    (forward, shared), (gradient, _) = json.loads(run.stdout.splitlines()[-1])
+    *_, found = results_of(COMPILE, *target, image, [7, 8, 32, 2], channels)
+    (forward, shared), (gradient, _) = found
     assert shared == 0  # nothing goes from thread to thread
     if loads is not None:
         for code, rows in ((forward, 3 * 9), (gradient, 3 * 9 + 7)):
@@ -478,14 +471,7 @@ def test_gpu_sizes_are_not_specialised():
 @use_backend("triton")
 def test_gpu_graph_capture():
     layer, x = ConvSiLU(64, 64, 3, padding=1, groups=64).cuda(), torch.randn(2, 9, 10, 64, device="cuda")
-    with torch.no_grad():
-        layer(x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = layer(x)
-        x.copy_(torch.randn_like(x))
-        graph.replay()
-        assert torch.equal(y, layer(x))
+    assert_captured(layer, x)
 
 
 @needs_gpu

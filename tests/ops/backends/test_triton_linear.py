@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import kept_graphs, results_of
 from nn.changes import TO_ANY_MODULE, global_hook, patched_class
-from scans import assert_matches, launches_of
+from scans import assert_captured, assert_matches, launches_of
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -189,14 +186,14 @@ def test_a_kernel_that_is_wrong_is_not_proven(monkeypatch):
 # --- what the compiler makes of it -----------------------------------------------------------------------------------
 
 COMPILE = """
-import json, pathlib, re, subprocess, sys, tempfile
+import json, re, sys
 import triton
+from compiling import usage_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vmamba.ops.backends.triton import linear
 
 backend, architecture, cases = json.loads(sys.argv[1])
-tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 kernel = linear.linear_gelu_kernel
 for kind, depth, width in cases:
     tile = linear.SHALLOW if depth <= linear._SHALLOW else linear.DEEP
@@ -209,11 +206,7 @@ for kind, depth, width in cases:
     compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
     found = {"shared": compiled.metadata.shared}
     if backend == "cuda":
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
-        found |= dict(zip(("registers", "stack"), map(int, re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups())))
+        found |= usage_of(compiled)
         found["products"] = sorted(set(re.findall(r"wgmma\\.mma_async|mma\\.sync", compiled.asm["ptx"])))
         found["stores"] = sorted(set(re.findall(r"st\\.global\\.[\\w.]+", compiled.asm["ptx"])))
     else:
@@ -237,12 +230,7 @@ ODD = [("*bf16", 50, 70), ("*fp16", 150, 33), ("*bf16", 1, 1)]
     ],
 )
 def test_nothing_spills_and_products_are_the_card_s(target, cases, products, memory):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-c", COMPILE, json.dumps([*target, cases])]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    results = [json.loads(line) for line in run.stdout.splitlines()]
+    results = results_of(COMPILE, *target, cases)
     for (_, depth, width), found in zip(cases, results, strict=True):
         assert found["stack"] == 0, found
         assert found["products"] == [products], found
@@ -472,17 +460,6 @@ def test_derivatives_of_every_kind(device, monkeypatch):
     torch.testing.assert_close(batched, exact(x, weight, bias))
 
 
-def kept_graphs():
-    """A backend for torch.compile, and the list of the graphs that it is given."""
-    graphs = []
-
-    def keep(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    return keep, graphs
-
-
 def has_operator(graph):
     return any("linear_gelu" in str(node.target) for node in graph.graph.nodes)
 
@@ -666,14 +643,7 @@ def test_gpu_sizes_are_not_specialised():
 def test_gpu_graph_capture():
     mlp = Mlp(64, 256).cuda().half().eval()
     x = torch.randn(2, 9, 10, 64, device="cuda", dtype=HALF)
-    with torch.no_grad():
-        mlp(x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = mlp(x)
-        x.copy_(torch.randn_like(x))
-        graph.replay()
-        assert torch.equal(y, mlp(x))
+    assert_captured(mlp, x)
 
 
 @needs_gpu

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from scans import assert_matches, launches_of
+from compiling import results_of
+from scans import assert_captured, assert_matches, launches_of
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -193,14 +190,14 @@ def test_kernels_that_are_wrong_are_not_proven(monkeypatch, name, value, fault):
 # --- what the compiler makes of them ---------------------------------------------------------------------------------
 
 COMPILE = """
-import json, pathlib, re, subprocess, sys, tempfile
-import torch, triton
+import json, re, sys
+import triton
+from compiling import usage_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vmamba.ops.backends.triton import normalisation
 
 backend, architecture, cases = json.loads(sys.argv[1])
-tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 for image, result, channels in cases:
     for kernel in (normalisation.norm_kernel, normalisation.norm_backward_kernel):
         options = normalisation._cut((1000, channels))[2]
@@ -217,11 +214,7 @@ for image, result, channels in cases:
         found = {"kernel": kernel.__name__, "channels": channels, "shared": compiled.metadata.shared,
                  "parts": options["PARTS"]}
         if backend == "cuda":
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(compiled.asm["cubin"])
-                file.flush()
-                usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
-            found |= dict(zip(("registers", "stack"), map(int, re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups())))
+            found |= usage_of(compiled)
             found["loads"] = re.findall(r"ld\\.global\\.[\\w.]+", compiled.asm["ptx"])
         print(json.dumps(found))
 """
@@ -240,12 +233,7 @@ CASES = [("*bf16", "*fp32", 96), ("*bf16", "*fp32", 384), ("*bf16", "*fp32", 768
     ],
 )
 def test_nothing_spills_and_neighbouring_channels_are_loaded_at_once(target, cases):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-c", COMPILE, json.dumps([*target, cases])]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    results = [json.loads(line) for line in run.stdout.splitlines()]
+    results = results_of(COMPILE, *target, cases)
     assert len(results) == 2 * len(cases)
     for found, (image, result, channels) in zip(results, [case for case in cases for _ in range(2)], strict=True):
         is_forward, parts = found["kernel"] == "norm_kernel", found["parts"]
@@ -520,14 +508,7 @@ def test_gpu_sizes_are_not_specialised():
 @use_backend("triton")
 def test_gpu_graph_capture():
     layer, x = layer_on("cuda", 64), torch.randn(2, 9, 10, 64, device="cuda")
-    with torch.no_grad():
-        layer(x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = layer(x)
-        x.copy_(torch.randn_like(x))
-        graph.replay()
-        assert torch.equal(y, layer(x))
+    assert_captured(layer, x)
 
 
 @needs_gpu

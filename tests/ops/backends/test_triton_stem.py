@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import kept_graphs, results_of
 from scans import assert_matches, launches_of
 from torch import nn
 from torch.nn.utils import parametrize
@@ -190,18 +187,13 @@ def test_compiled(calls):
     """The operator is a node of the graph, until something is hooked to a layer."""
     torch._dynamo.reset()
     stem, x = ConvStem(3, 16).eval(), torch.randn(2, 3, 20, 24)
-    graphs = []
-
-    def recording(graph, example):
-        graphs.append(graph.code)
-        return graph.forward
-
-    compiled = torch.compile(stem, fullgraph=True, backend=recording)
+    keep, graphs = kept_graphs()
+    compiled = torch.compile(stem, fullgraph=True, backend=keep)
     with torch.no_grad(), torch.autocast("cpu", HALF):
         assert_matches([compiled(x)], [stem(x).double()], 0.01)
         stem.norm1.register_forward_hook(lambda *given: given[2] + 1)
         assert_matches([compiled(x)], [stem(x).double()], 0.01)
-    assert ["vmamba.stem" in graph for graph in graphs] == [True, False]
+    assert ["vmamba.stem" in graph.code for graph in graphs] == [True, False]
 
 
 def test_exported_stems_are_torch_s_own(calls):
@@ -213,14 +205,14 @@ def test_exported_stems_are_torch_s_own(calls):
 # --- what the compiler makes of it -----------------------------------------------------------------------------------
 
 COMPILE = """
-import json, pathlib, re, subprocess, sys, tempfile
-import torch, triton
+import json, sys
+import triton
+from compiling import usage_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vmamba.ops.backends.triton import stem
 
 backend, architecture, cases = json.loads(sys.argv[1])
-tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 for image, low, channels, dim in cases:
     numbers = dict(stem._plan((2, channels, 64, 64), (channels * 4096, 4096, 64, 1), dim, 2, 1e-5)[1])
     options = {"num_warps": numbers.pop("num_warps")}
@@ -234,11 +226,7 @@ for image, low, channels, dim in cases:
     compiled = triton.compile(source, target=target, options=options)
     found = {}
     if backend == "cuda":
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
-        found = dict(zip(("registers", "stack"), map(int, re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups())))
+        found = usage_of(compiled)
     print(json.dumps(found))
 """
 
@@ -253,12 +241,7 @@ for image, low, channels, dim in cases:
     ],
 )
 def test_nothing_spills(target, cases):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-c", COMPILE, json.dumps([*target, cases])]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    results = [json.loads(line) for line in run.stdout.splitlines()]
+    results = results_of(COMPILE, *target, cases)
     assert len(results) == len(cases)
     assert all(found.get("stack", 0) == 0 for found in results), results
 
