@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 GARMENTS := runs/garments
+SANITIZED := build/sanitize/_native.so
 
 .PHONY: demo demo-dense explore test lint docs bench sanitize clean
 
@@ -47,14 +48,17 @@ bench: $(STAMP) ## the benchmarks of this machine; tables and plots under benchm
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/dense_speed.py
 
-sanitize: $(STAMP) ## the CPU kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(STAMP) $(SANITIZED) ## the CPU kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 VMAMBA_NATIVE_LIBRARY=$(SANITIZED) \
+	  $(BIN)/python -m pytest tests/ops/backends/native -s --numprocesses 2 -k "not memory_of and not forked and not without"
+
+$(SANITIZED): CMakeLists.txt $(wildcard src/vmamba/csrc/*)
 	$(PYTHON) -m venv $(VENV)/build && $(VENV)/build/bin/python -m pip install --quiet cmake ninja
 	PATH="$(abspath $(VENV))/build/bin:$$PATH" cmake -S . -B build/sanitize -G Ninja \
 	  -DVMAMBA_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	$(VENV)/build/bin/cmake --build build/sanitize
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 VMAMBA_NATIVE_LIBRARY=build/sanitize/_native.so \
-	  $(BIN)/python -m pytest tests/ops/backends/native -s --numprocesses 2 -k "not memory_of and not forked and not without"
+	touch $@
 
 clean: ## everything that was built, but not runs/
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

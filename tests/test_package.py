@@ -106,11 +106,8 @@ KNOWN = "assert timm.is_model('vmamba_femto_s2'); assert timm.create_model('vmam
         "import timm, vmamba",
         "import vmamba, timm",
         "import vmamba; from timm.layers import DropPath; import timm",
-        "import vmamba.nn.ss2d; import timm",
         "import vmamba.ops; import timm",
-        "import vmamba.models.checkpoints; import timm",
         "import vmamba.models.registry; import timm",
-        "import vmamba.tasks.prediction; import timm",
         "import vmamba; vmamba.VMamba; import timm",
         "import timm.layers, vmamba.data.transforms",
         "import vmamba, importlib, timm; importlib.reload(vmamba)",
@@ -134,9 +131,12 @@ def load(name):
         try:
             __import__(name)
             return
-        # Threads that import a package and a part of it at once may block each other; Python ends one by this error.
-        except RuntimeError as error:
+        # Threads that import a package and a part of it at once may block each other. Python ends one by an error, or
+        # shows it a module that is half there.
+        except (RuntimeError, ImportError) as error:
             failure = error
+            if isinstance(error, ImportError) and "partially initialized" not in str(error):
+                break
             time.sleep(0.05)
         except BaseException as error:
             failure = error

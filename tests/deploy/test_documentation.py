@@ -26,7 +26,7 @@ BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", TEXT, re.DOTALL)
 
 def test_commands_and_snippets(tmp_path, monkeypatch, capfd):
     torch.manual_seed(0)
-    model = create_model("vmamba_femto_s2", num_classes=3)
+    model = create_model("vmamba_femto_s2", num_classes=3, depths=(1, 1), dims=(16, 32))  # of few layers, to be quick
     save_checkpoint(model, tmp_path / "model.safetensors", metadata={"class_names": ["cat", "dog", "树"]})
     (tmp_path / "photos").mkdir()
     for index, pixels in enumerate(torch.randint(0, 256, (12, 40, 48, 3), dtype=torch.uint8).numpy()):

@@ -22,13 +22,13 @@ def _reduced(variant):
 # Every variant's architecture once: a name for each.
 ARCHITECTURES = {_reduced(variant): name for name, variant in VARIANTS.items()}
 architectures = pytest.mark.parametrize("variant", ARCHITECTURES, ids=ARCHITECTURES.values())
-# Strictly, which torch does not by default and which takes twice as long, one of a kind.
-STRICTLY = ("vmamba_nano", "vanilla_vmamba_base")
+# One of a kind, for what takes long and depends on the kind alone: strict traces, which torch does not make by default.
+KINDS = ("vmamba_nano", "vanilla_vmamba_base", "vmamba_pico_local")
 strictly = pytest.mark.parametrize(
     ("variant", "strict"),
     [
         *(pytest.param(variant, False, id=name) for variant, name in ARCHITECTURES.items()),
-        *(pytest.param(_reduced(VARIANTS[name]), True, id=f"{name}, strictly") for name in STRICTLY),
+        *(pytest.param(_reduced(VARIANTS[name]), True, id=f"{name}, strictly") for name in KINDS[:2]),
     ],
 )
 
@@ -51,7 +51,7 @@ def _assert_plain_torch(program):
     assert all(target.startswith(("aten.", "<built-in function")) for target in targets), targets
 
 
-@architectures
+@pytest.mark.parametrize("variant", [_reduced(VARIANTS[name]) for name in KINDS], ids=KINDS)
 def test_named_sizes(variant):
     """Of two images or more and of coarsest grids of two pixels a side or more: torch takes one for a special case."""
     model = _model(variant)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -99,14 +100,13 @@ def test_kernels_that_are_wrong_themselves(monkeypatch, capsys, name, value, fau
 
 
 @interpreted
-@pytest.mark.parametrize("length", ["short", "long"])
-def test_segments_of_both_lengths_are_compared(monkeypatch, length):
+def test_segments_of_both_lengths_are_compared(monkeypatch):
     from vmamba.ops.backends.triton import launch
 
     monkeypatch.setattr(proving, "_GRIDS", ((5, 5, 16, 1, 2),))
-    spoilt, carry = [], launch._carry
+    carry = launch._carry
 
-    def wrong(problem, kind, axis, *gradients):
+    def wrong(length, spoilt, problem, kind, axis, *gradients):
         carries = carry(problem, kind, axis, *gradients)
         if (axis.of_gradient["length"] > 1) == (length == "long"):
             spoilt.append(axis)
@@ -114,9 +114,11 @@ def test_segments_of_both_lengths_are_compared(monkeypatch, length):
         return carries
 
     assert proving.compare(CPU, FLOAT, "cross") == ""
-    monkeypatch.setattr(launch, "_carry", wrong)
-    assert proving.compare(CPU, FLOAT, "cross").endswith(f"by {length} segments")
-    assert spoilt
+    for length in ("short", "long"):
+        spoilt: list[object] = []
+        monkeypatch.setattr(launch, "_carry", partial(wrong, length, spoilt))
+        assert proving.compare(CPU, FLOAT, "cross").endswith(f"by {length} segments")
+        assert spoilt
 
 
 def test_an_exception_is_a_verdict(monkeypatch, capsys):

@@ -49,9 +49,9 @@ def _assert_as_exact(arguments, pattern="cross", device="cpu"):
         ((4, 16, 1, 4), (2, 3, 5, 20, 1, 6)),  # a chunk a segment, channels that do not fill a block, uneven lines
         ((4, 16, 1, 8), (1, 6, 3, 16, 1, 17)),  # several chunks in each of several segments
         ((4, 16, 1, 16), (1, 7, 6, 16, 1, 2)),  # the last segment is shorter
-        ((4, 16, 1, 8), (1, 5, 7, 20, 3, 1)),  # the same with several states
-        ((8, 16, 1, 64), (1, 5, 7, 20, 3, 1)),  # one segment
-        ((2, 32, 2, 64), (1, 3, 11, 33, 1, 2)),  # two warps
+        ((4, 16, 1, 8), (1, 5, 7, 16, 2, 1)),  # the same with several states
+        ((8, 16, 1, 64), (1, 5, 7, 16, 2, 1)),  # one segment
+        ((2, 32, 2, 64), (1, 3, 5, 33, 1, 2)),  # two warps
         ((4, 32, 2, 4), (1, 2, 3, 3, 16, 1)),  # fewer channels than a block
         ((16, 16, 1, 32), (1, 1, 70, 16, 1, 3)),  # a single row
         ((4, 16, 1, 8), (1, 9, 1, 5, 2, 2)),  # a single column
