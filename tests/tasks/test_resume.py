@@ -15,7 +15,6 @@ from tasks.toy import toy_recipe
 from vmamba.models.checkpoints import read_metadata
 from vmamba.tasks.training import train
 
-
 MOMENTS = ["training", "asked to end", "validating", "writing", "renaming"]
 # What is written and when is the same for all tasks: those that take long are killed where they differ.
 KILLED = {"classification": MOMENTS, "segmentation": ["validating"], "detection": ["training"], "toy": MOMENTS}
