@@ -133,14 +133,12 @@ def load(name):
             return
         # Threads that import a package and a part of it at once may block each other. Python ends one by an error, or
         # shows it a module that is half there.
-        except (RuntimeError, ImportError) as error:
-            failure = error
-            if isinstance(error, ImportError) and "partially initialized" not in str(error):
-                break
-            time.sleep(0.05)
         except BaseException as error:
             failure = error
-            break
+            is_half = isinstance(error, ImportError) and "partially initialized" in str(error)
+            if not (isinstance(error, RuntimeError) or is_half):
+                break
+            time.sleep(0.05)
     failures.append(failure)
 start, failures = threading.Barrier(4), []
 threads = [threading.Thread(target=load, args=[name]) for name in ("timm", "vmamba", "timm.layers", "vmamba.nn")]

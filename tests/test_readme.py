@@ -80,6 +80,15 @@ def run(desk: Path, command: list[str]) -> str:
     return done.stdout
 
 
+def output_of(capfd, *arguments: str) -> str:
+    """What `vmamba` prints, in this process: starting another takes longer than most commands."""
+    capfd.readouterr()
+    code = main([*arguments])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    return out
+
+
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_snippets(desk, number):
     run(desk, [sys.executable, "-c", SNIPPETS[number]])
@@ -104,9 +113,7 @@ def test_commands(desk, monkeypatch, capfd):
             continue
         recipe = next((Path(value) for value in arguments if value.endswith(".yaml")), None)
         shortened = SHORTENED[recipe.parent.name] if recipe else []
-        capfd.readouterr()
-        assert main([name, *arguments, *shortened]) == 0, capfd.readouterr().err
-        outputs[name].append(capfd.readouterr().out)
+        outputs[name].append(output_of(capfd, name, *arguments, *shortened))
     assert {"models", "info", "train", "validate", "predict", "export", "quantize", "share"} <= set(outputs)
     classes, regions, objects = outputs["predict"]
     assert "photo.jpg" in classes
@@ -123,8 +130,7 @@ def test_commands(desk, monkeypatch, capfd):
 
 def test_table_of_models(capfd):
     """The table in the README is the one that `vmamba models` prints."""
-    assert main(["models"]) == 0
-    printed = capfd.readouterr().out
+    printed = output_of(capfd, "models")
     for text in (README, CHINESE):
         rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", text, re.MULTILINE))
         assert list(rows) == list(VARIANTS)

@@ -22,7 +22,7 @@ def _reduced(variant):
 # Every variant's architecture once: a name for each.
 ARCHITECTURES = {_reduced(variant): name for name, variant in VARIANTS.items()}
 architectures = pytest.mark.parametrize("variant", ARCHITECTURES, ids=ARCHITECTURES.values())
-# One of a kind, for what takes long and depends on the kind alone: strict traces, which torch does not make by default.
+# One of a kind, for what takes long. The first two are also traced strictly, which torch does not do by default.
 KINDS = ("vmamba_nano", "vanilla_vmamba_base", "vmamba_pico_local")
 strictly = pytest.mark.parametrize(
     ("variant", "strict"),
