@@ -57,6 +57,16 @@ def test_with_torch_before_2_14(monkeypatch):
         torch.testing.assert_close(program.module()(batch), network(batch))
 
 
+@pytest.mark.skipif(not HAS_SHAPES, reason="torch is older than 2.14")
+def test_strides_are_written_as_torch_reads_them_quickly():
+    model = VMamba(depths=(1,), dims=(8,), num_classes=4, img_size=16, stem_stride=2).eval()
+    program, _ = traced_from_one(model, Images(3, 16, 16, smallest=2, is_open=True))
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    steps = {str(step) for value in values if isinstance(value, torch.Tensor) for step in value.stride()}
+    assert any("u" in step for step in steps)
+    assert not any("Max" in step for step in steps)
+
+
 def test_networks_that_pool_take_two_images_or_more_and_nothing_is_said_of_it(tmp_path, capfd):
     model = timm.create_model("resnet10t", num_classes=2).eval()
     written = export_torch(model, tmp_path / "model.pt2")

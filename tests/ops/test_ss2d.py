@@ -132,7 +132,8 @@ def test_exports_to_plain_torch(sizes):
     program = torch.export.export(module, (u,), dynamic_shapes=dynamic)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert targets
-    assert all(target.startswith(("aten.", "<built-in function")) for target in targets), targets
+    assert ("scan" in targets) == (len(sizes) > 1)  # torch's loop, for open sizes
+    assert all(target.startswith(("aten.", "<built-in function")) for target in targets - {"scan"}), targets
     for height, width in sizes:
         image = torch.randn(1, height, width, 4)
         torch.testing.assert_close(program.module()(image), module(image), rtol=1e-4, atol=1e-5)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +17,16 @@ from torch import Tensor, nn
 from vmamba import __version__
 from vmamba.data.transforms import Preprocessing
 from vmamba.deploy.detection import OUTPUTS, DetectionGraph, in_rows, unmatched
-from vmamba.deploy.graphs import Images, check_target, difference, outputs_of, prepared, traced, traced_from_one
+from vmamba.deploy.graphs import (
+    Images,
+    check_target,
+    difference,
+    outputs_of,
+    prepared,
+    silenced,
+    traced,
+    traced_from_one,
+)
 from vmamba.errors import ExportError
 from vmamba.files import replacing, shown
 from vmamba.models.checkpoints import default_metadata
@@ -159,7 +166,7 @@ def export_onnx(
     with scans_kept():
         program = traced(network, inputs(images.example()), images)
     table = onnx_scans.translations() | onnx_detection.translations()
-    with _quiet():
+    with silenced("torch.onnx", "onnxscript", "onnx_ir"):
         written = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=table
         )
@@ -250,7 +257,7 @@ def export_torch(
 
 def stored(program: torch.export.ExportedProgram, file: Path, metadata: Mapping[str, str]) -> nn.Module:
     """Write a program with the metadata as its extra file "metadata.json"; what is read back from there."""
-    with file.open("wb") as writing:
+    with silenced("torch._export.serde.serialize"), file.open("wb") as writing:
         torch.export.save(program, writing, extra_files={"metadata.json": json.dumps(metadata)})
     with file.open("rb") as reading:
         return torch.export.load(reading).module()
@@ -340,17 +347,3 @@ def _name_values(model: Any, outputs: Sequence[str], images: Images) -> None:
                 value.shape[axis] = re.sub(r"\bs\d+\b", lambda match: symbols.get(match[0], match[0]), str(side))
     for value, name in zip(model.graph.outputs, outputs, strict=True):
         value.name = name
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter's libraries say of their own steps."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
 
 from vmamba.errors import ExportError
 from vmamba.files import shown
@@ -143,7 +145,8 @@ def traced_from_one(model: nn.Module, images: Images) -> tuple[torch.export.Expo
     Raises:
         ExportError: as of `traced`.
     """
-    with suppress(Exception), _silence(), torch.no_grad():
+    tracers = silenced("torch._subclasses.fake_tensor", "torch.fx.experimental")
+    with suppress(Exception), tracers, redirect_stderr(io.StringIO()), torch.no_grad():
         from torch.fx.experimental.dynamic_spec import ParamsSpec, ShapeVar, TensorSpec
 
         sides: list[Any] = [images.height, images.width]
@@ -151,21 +154,56 @@ def traced_from_one(model: nn.Module, images: Images) -> tuple[torch.export.Expo
             sides = [ShapeVar(name, min=images.smallest) for name in ("height", "width")]
         (given,) = inspect.signature(model.forward).parameters
         shapes: Any = ParamsSpec({given: TensorSpec([ShapeVar("batch", min=1), images.chans, *sides])})
-        return torch.export.export(model, (images.example(),), dynamic_shapes=shapes, strict=False), images.trials()
+        program = torch.export.export(model, (images.example(),), dynamic_shapes=shapes, strict=False)
+        _simplify_sizes(program)
+        return program, images.trials()
     trials = [batch.expand(max(2, len(batch)), -1, -1, -1) for batch in images.trials(least=2 * images.smallest)]
     return traced(model, images.example(), images), trials
 
 
+def _simplify_sizes(program: torch.export.ExportedProgram) -> None:
+    """Say n instead of Max(1, n) in a graph's strides, where n is never less: torch is slow at reading them."""
+    from torch.utils._sympy.functions import Max
+
+    simple: dict[Any, Any] = {}
+
+    def simplified(size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        node: Any = size.node
+        env, given = node.shape_env, node.expr
+
+        def larger(*values: Any) -> Any:
+            (n, *more) = (value for value in values if value != 1)
+            return Max(*values) if more or env.bound_sympy(n).lower < 1 else n
+
+        if given not in simple:
+            simple[given] = given.replace(Max, larger)
+        return size if simple[given] == given else env.create_symintnode(simple[given], hint=None)
+
+    def restrided(value: Any) -> Any:
+        if not isinstance(value, FakeTensor) or not any(isinstance(step, torch.SymInt) for step in value.stride()):
+            return value
+        with value.fake_mode:
+            return torch.empty_strided(
+                value.shape, tuple(map(simplified, value.stride())), dtype=value.dtype, device=value.device
+            )
+
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            if "val" in node.meta:
+                node.meta["val"] = tree_map(restrided, node.meta["val"])
+
+
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Without what torch says, at length, of a graph that it cannot trace."""
-    loggers = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental")]
+def silenced(*names: str) -> Iterator[None]:
+    """Without what these loggers say of their own steps, at length; errors that matter are raised."""
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -111,7 +111,8 @@ Arguments = TypeVar("Arguments", ScanArguments, SS2DArguments)
 def in_state_dtype(arguments: Arguments) -> Arguments:
     """The arguments with every tensor in the dtype of the recurrence."""
     dtype = state_dtype(*arguments[:-1])
-    return type(arguments)._make(v.to(dtype) if isinstance(v, Tensor) else v for v in arguments)
+    # Asked first, so that graphs have no nodes that change nothing.
+    return type(arguments)._make(v.to(dtype) if isinstance(v, Tensor) and v.dtype != dtype else v for v in arguments)
 
 
 def as_gradients(

@@ -172,7 +172,7 @@ def scan_orders(pattern: Pattern, height: int, width: int, device: torch.device 
 
 
 def orders_for(pattern: str, grid: Tensor, height: int, width: int) -> Orders:
-    """The orders of a pattern that is a function, as the situation needs them: kept, recorded or traced.
+    """The orders of a pattern as the situation needs them: kept, recorded or traced. Along the axes, only traced.
 
     Args:
         pattern: `name_of` it.
@@ -250,6 +250,9 @@ def _permutations(given: Any, function: OrderFunction, height: int, width: int) 
 @torch.compiler.allow_in_graph
 def _traced(grid: Tensor, pattern: str, height: int, width: int) -> tuple[Tensor, Tensor]:
     """The orders in a graph that must stand without this package: numbers, or where sizes are open how to find them."""
+    if is_along_axes(pattern):
+        visited = scan_orders(pattern, height, width, grid.device)
+        return visited, _inverse(visited)
     function = _function(pattern)
     if not isinstance(height * width, (torch.SymInt, Tensor)):
         visited, steps = (
@@ -267,7 +270,13 @@ def _traced(grid: Tensor, pattern: str, height: int, width: int) -> tuple[Tensor
             " needs numbers for height and width: write it with torch's functions alone, or export for a fixed size"
         ) from fault
     visited = visited.to(grid.device)
-    return visited, torch.argsort(visited)
+    return visited, _inverse(visited)
+
+
+def _inverse(visited: Tensor) -> Tensor:
+    """Of permutations (K, L)."""
+    steps = torch.arange(visited.shape[1], device=visited.device).expand(visited.shape)
+    return torch.scatter(visited, 1, visited, steps)
 
 
 # Of numbers alone, so that no transform takes its result for something to differentiate.

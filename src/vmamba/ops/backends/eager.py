@@ -4,7 +4,8 @@ Everything rests on `linear_recurrence`, h_t = a_t·h_{t-1} + b_t, which is solv
 positions within a chunk, for all chunks at once, reduces each chunk to a pair, Π a and the h at its end; the same
 recurrence over these pairs, shorter by the chunk's length, gives the state that enters each chunk; a second loop
 replays the chunks from there. Only products of factors are formed, never quotients, logarithms or running sums of Δ·A,
-so a long sequence or a large Δ underflows to the 0 it stands for.
+so a long sequence or a large Δ underflows to the 0 it stands for. In a graph whose length is open, loops of the graph
+take the place of Python's.
 
 Layout: time second, (batch, L, G, P) for G groups of P channels that share B and C; channels are contiguous. One state
 of the N is held at a time, so memory does not grow with N.
@@ -12,7 +13,6 @@ of the N is held at a time, so memory does not grow with N.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,31 +21,37 @@ from torch import Tensor
 
 from vmamba.ops.arguments import ScanArguments, SS2DArguments, as_gradients, in_state_dtype
 from vmamba.ops.exporting import keeps_scans, recurrence
-from vmamba.ops.routes import Route, get_routes, is_along_axes, orders_for
+from vmamba.ops.routes import Route, get_routes, orders_for
 
 _CHUNK = 16
-# A traced graph with an open length cannot stop when the sequence is covered: 2²⁰ positions are a 4096×4096 image at
-# stride 4. Beyond them it gives NaN.
+# What torch.jit.trace records cannot stop when the sequence is covered: 2²⁰ positions are a 4096×4096 image at stride
+# 4. Beyond them it gives NaN.
 _TRACED_DOUBLINGS = 20
 
 
 # Left alone by torch.export's strict tracer, to which open sizes look like numbers, until sizes are known to be open.
 @torch.compiler.allow_in_graph
-def linear_recurrence(a: Tensor, b: Tensor, backwards: bool = False) -> Tensor:
+def linear_recurrence(a: Tensor, b: Tensor, backwards: bool = False, piece: int | None = None) -> Tensor:
     """Solve h_t = a_t·h_{t-1} + b_t with h before the first step 0.
 
     Args:
         a, b: (batch, L, ...), one floating-point dtype, equal shapes.
         backwards: run from the last position to the first, h_t = a_t·h_{t+1} + b_t.
+        piece: a length, best of about √L, of which L is a multiple: a graph's loops then take fewer steps.
 
     Returns:
         h, shaped as `b`.
     """
+    shape = b.shape
+    a, b = a.flatten(2), b.flatten(2)
     if keeps_scans():
-        return recurrence(a.flatten(2), b.flatten(2), backwards).view_as(b)
-    # torch.jit.trace has tensors for sizes.
-    solve = _by_doubling if isinstance(b.shape[1], (torch.SymInt, Tensor)) else _by_chunks
-    return solve(a.flatten(2), b.flatten(2), backwards).view_as(b)
+        return recurrence(a, b, backwards).view(shape)
+    if not isinstance(shape[1], (torch.SymInt, Tensor)):
+        return _by_chunks(a, b, backwards).view(shape)
+    # An open length; torch.jit.trace, which knows no loops, has a tensor for it.
+    a, b = (x.flip(1) if backwards else x for x in (a, b))
+    h = _by_loops(a, b, piece) if isinstance(shape[1], torch.SymInt) else _by_doubling(a, b)
+    return (h.flip(1) if backwards else h).view(shape)
 
 
 def _by_chunks(a: Tensor, b: Tensor, backwards: bool) -> Tensor:
@@ -70,21 +76,51 @@ def _by_chunks(a: Tensor, b: Tensor, backwards: bool) -> Tensor:
     return states.view(batch, chunks * size, features)[:, :length]
 
 
-def _by_doubling(a: Tensor, b: Tensor, backwards: bool) -> Tensor:
-    """The same in log₂ L passes, each joining stretches of twice the length; its graph does not depend on L."""
+def _by_loops(a: Tensor, b: Tensor, piece: int | None) -> Tensor:
+    """The same, forwards, as one loop in the graph, or as two that are short.
+
+    All pieces are scanned at once, from state 0, beside the products of their factors; a loop over the pieces carries
+    the state that enters each, and what that adds is its product with those of the factors.
+    """
+    loop = torch.ops.higher_order.scan  # of a step's results, those that it hands out must be memory of their own
+
+    def step(state: Tensor, a_t: Tensor, b_t: Tensor) -> list[Tensor]:
+        state = torch.addcmul(b_t, a_t, state)
+        return [state, state.clone()]
+
+    def step_in_all(state: Tensor, product: Tensor, a_t: Tensor, b_t: Tensor) -> list[Tensor]:
+        state, product = torch.addcmul(b_t, a_t, state), product * a_t
+        return [state, product, state.clone(), product.clone()]
+
+    def carry(entering: Tensor, product: Tensor, end: Tensor) -> list[Tensor]:
+        return [torch.addcmul(end, product, entering), entering.clone()]
+
+    if piece is None:
+        a, b = (x.transpose(0, 1).contiguous() for x in (a, b))  # for the same strides in all steps
+        _, states = loop(step, [torch.zeros_like(b[0])], [a, b], ())
+        return states.transpose(0, 1)
+    # (piece, pieces, batch, features)
+    a, b = (x.unflatten(1, (-1, piece)).transpose(0, 2).contiguous() for x in (a, b))
+    nothing = torch.zeros_like(b[0])
+    ends, products, within, reaches = loop(step_in_all, [nothing, torch.ones_like(nothing)], [a, b], ())
+    _, entering = loop(carry, [torch.zeros_like(ends[0])], [products, ends], ())
+    return torch.addcmul(within, reaches, entering).transpose(0, 2).flatten(1, 2)
+
+
+def _by_doubling(a: Tensor, b: Tensor) -> Tensor:
+    """The same, forwards, in log₂ L passes, each joining stretches of twice the length."""
     length = b.shape[1]
     positions = torch.arange(length, device=b.device)
     for doubling in range(_TRACED_DOUBLINGS):
-        # By index, since a slice by an amount that may exceed an open length would pin it.
-        before = positions + 2**doubling if backwards else positions - 2**doubling
+        # By index, since a slice by an amount that may exceed the length would pin it.
+        before = positions - 2**doubling
         # Of a stretch that reaches the start nothing comes before; its factors may have grown beyond all numbers.
-        a = torch.where(((before >= 0) & (before < length))[:, None], a, 0)
-        before = before.clamp(min=0).clamp(max=length - 1)
+        a = torch.where((before >= 0)[:, None], a, 0)
+        before = before.clamp(min=0)
         b = torch.addcmul(b, a, b[:, before])
         a = a * a[:, before]
-    # No check, which would close an open length.
-    covered = (positions >= length - 2**_TRACED_DOUBLINGS) if backwards else (positions < 2**_TRACED_DOUBLINGS)
-    return torch.where(covered[:, None], b, torch.nan)
+    # No check, which would pin the length.
+    return torch.where((positions < 2**_TRACED_DOUBLINGS)[:, None], b, torch.nan)
 
 
 def _steps(a: tuple[Tensor, ...], b: tuple[Tensor, ...], state: Tensor | None, backwards: bool) -> list[Tensor]:
@@ -289,43 +325,23 @@ def ss2d_scan(arguments: SS2DArguments) -> Tensor:
 
 
 def ss2d_scan_for_export(arguments: SS2DArguments) -> Tensor:
-    """`ss2d_scan` as a small graph: all routes and states in one recurrence, at their price in memory."""
+    """`ss2d_scan` as a small graph: all routes and states in one recurrence, at their price in memory.
+
+    The routes are tables of positions, by which pixels and projections are read and results put back.
+    """
     u, projected, dt_proj_weight, dt_proj_bias, A, D, pattern = in_state_dtype(arguments)
-    R, N = dt_proj_weight.shape[-1], A.shape[-1]
-    walk, put_back = _walks(u, pattern)
+    (routes, _, N), height, width = A.shape, *u.shape[1:3]
+    # (L, K); the latter two among those of all routes
+    visited, steps = (table.t().contiguous() for table in orders_for(pattern, u, height, width))
+    entries, places = (table * routes + torch.arange(routes, device=u.device) for table in (visited, steps))
 
-    x = torch.stack([walk(u, k) for k in range(len(A))], dim=2)
-    parameters = torch.stack([walk(projected[:, :, :, k], k) for k in range(len(A))], dim=2)
-    dt_low, B, C = parameters.split([R, N, N], dim=-1)
-    delta = F.softplus(torch.einsum("blkr,kdr->blkd", dt_low, dt_proj_weight) + dt_proj_bias)
-    # Every state is a group of its own: (batch, L, K·N, D) with one state.
-    x_by_state, delta_by_state = (v.unsqueeze(3).expand(-1, -1, -1, N, -1).flatten(2, 3) for v in (x, delta))
-    A_by_state = A.transpose(1, 2).flatten(0, 1).unsqueeze(-1)
-    B, C = (v.flatten(2).unsqueeze(-1) for v in (B, C))
-    y, _ = _scan(x_by_state, delta_by_state, A_by_state, B, C, backwards=False)
-    y = torch.addcmul(y.unflatten(2, (len(A), N)).sum(3), x, D)
-    grids = [put_back(y_k, k) for k, y_k in enumerate(y.unbind(2))]
-    return torch.stack(grids).sum(0).to(arguments.u.dtype)
-
-
-def _walks(u: Tensor, pattern: str) -> tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Tensor]]:
-    """For grids like `u`: from (batch, H, W, ...) to the sequence (batch, L, ...) of route k, and back."""
-    height, width = u.shape[1:3]
-    if not is_along_axes(pattern):
-        visited, steps = orders_for(pattern, u, height, width)
-        return (
-            lambda grid, k: grid.flatten(1, 2).index_select(1, visited[k]),
-            lambda sequence, k: sequence.index_select(1, steps[k]).unflatten(1, (height, width)),
-        )
-    routes = get_routes(pattern)
-
-    def flipped(sequence: Tensor, k: int) -> Tensor:
-        return sequence.flip(1) if routes[k].backwards else sequence
-
-    return (
-        lambda grid, k: flipped(_sequence(grid, routes[k].columns), k),
-        lambda sequence, k: _grid(flipped(sequence, k), routes[k].columns, height, width),
-    )
+    x = u.flatten(1, 2)[:, visited]  # (batch, L, K, D)
+    dt_low, B, C = projected.flatten(1, 3)[:, entries].split([dt_proj_weight.shape[-1], N, N], dim=-1)
+    delta = F.softplus(torch.einsum("blkr,kdr->blkd", dt_low, dt_proj_weight) + dt_proj_bias).unsqueeze(3)
+    a = torch.exp(delta * A.transpose(1, 2))  # (batch, L, K, N, D)
+    h = linear_recurrence(a, delta * x.unsqueeze(3) * B.unsqueeze(4), piece=width)
+    y = (h * C.unsqueeze(4)).sum(3).flatten(1, 2)[:, places].sum(2)
+    return torch.addcmul(y.unflatten(1, (height, width)), u, D.sum(0)).to(arguments.u.dtype)
 
 
 def ss2d_scan_backward(grad_y: Tensor, arguments: SS2DArguments) -> tuple[Tensor, ...]:
