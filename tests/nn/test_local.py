@@ -32,9 +32,24 @@ def test_local_mlp_is_two_convolutions_and_begins_as_nothing():
     torch.testing.assert_close(mlp(x), expected.permute(0, 2, 3, 1))
 
 
+def test_batch_norms_inside_ss2d():
+    """After the depthwise convolution and at the end, where the branch begins as nothing."""
+    mixer, x = SS2D(8, norm="batch", conv_bias=True).eval(), torch.randn(2, 6, 5, 8)
+    assert not mixer(x).any()
+    nn.init.uniform_(mixer.out_norm.bn.weight)
+    scale = (1 + mixer.conv.norm.bn.eps) ** -0.5
+    u = mixer.in_proj(x).permute(0, 3, 1, 2)
+    u = nn.functional.silu(nn.functional.conv2d(u, *mixer.conv.conv.parameters(), padding=1, groups=8) * scale)
+    y = mixer.out_proj(mixer.norm(mixer.scan(u.permute(0, 2, 3, 1))))
+    torch.testing.assert_close(mixer(x), y * scale * mixer.out_norm.bn.weight)
+    mixer.train()(x)
+    assert mixer.conv.norm.bn.num_batches_tracked == mixer.out_norm.bn.num_batches_tracked == 1
+
+
 def test_a_local_block_computes_the_same_with_and_without_autograd():
     block, x = VSSBlock(16, **LOCAL), torch.randn(2, 6, 7, 16)
-    nn.init.ones_(block.mlp.norm2.bn.weight)
+    for norm in (block.ss2d.out_norm, block.mlp.norm2):
+        nn.init.ones_(norm.bn.weight)
     block(x)  # moves the statistics
     block.eval()
     y = x + block.ss2d(block.norm1(x))
@@ -71,7 +86,7 @@ def test_the_wide_stem_halves_as_the_other_does(stride):
 def test_a_local_model_learns():
     torch.manual_seed(0)
     model = vmamba.VMamba(depths=(1, 1), dims=(8, 16), num_classes=2, stem="wide", img_size=16, **LOCAL)
-    assert sum(isinstance(module, BatchNorm) for module in model.modules()) == 2 + 1 + 2 * 3
+    assert sum(isinstance(module, BatchNorm) for module in model.modules()) == 2 + 1 + 2 * 5
     optimizer, labels = torch.optim.AdamW(model.parameters(), lr=1e-2), torch.arange(8) % 2
     images = torch.randn(8, 3, 16, 16) + labels[:, None, None, None]
     losses = []
@@ -104,9 +119,22 @@ def test_unknown_parts_are_refused(arguments, message):
         vmamba.VMamba(**{"depths": (1,), "dims": (8,)} | arguments)
 
 
+def test_ss2d_refuses_an_unknown_norm():
+    with pytest.raises(ValueError, match="norm is 'group'; expected 'layer' or 'batch'"):
+        SS2D(8, norm="group")
+
+
 def test_drawing_anew_closes_the_branches_too():
-    model = vmamba.VMamba(depths=(1,), dims=(8,), num_classes=2, **LOCAL)
-    nn.init.ones_(model.stages[0].blocks[0].mlp.norm2.bn.weight)
+    torch.manual_seed(0)
+    model = vmamba.VMamba(depths=(1,), dims=(32,), num_classes=2, **LOCAL)
+    block = model.stages[0].blocks[0]
+    for norm in (block.ss2d.out_norm, block.mlp.norm2):
+        nn.init.ones_(norm.bn.weight)
     model.init_weights()
-    assert not model.stages[0].blocks[0].mlp.norm2.bn.weight.any()
-    assert model.stages[0].blocks[0].mlp.norm1.bn.weight.all()
+    for norm in (block.ss2d.out_norm, block.mlp.norm2):
+        assert not norm.bn.weight.any()
+    for norm in (block.ss2d.conv.norm, block.mlp.norm1):
+        assert norm.bn.weight.all()
+    # As He et al. draw them, of 3×3 weights into 32 channels.
+    assert block.mlp.conv1.weight.std().item() == pytest.approx((2 / (9 * 32)) ** 0.5, rel=0.05)
+    assert not model.stem.conv2.bias.any()

@@ -49,7 +49,7 @@ class Variant:
         conv_bias: whether SS2D's depthwise convolution has a bias.
         mlp: "pixel" for an MLP at each pixel, "local" for two 3×3 convolutions in its place.
         local_stages: first stages whose blocks are such convolutions alone and do not scan.
-        norm: "layer", or "batch" in stem and downsampling and before each SS2D.
+        norm: "layer", or "batch" in stem and downsampling, before each SS2D and inside it.
         stem: "conv" for two 3×3 convolutions, "wide" for a 7×7 one before the second, "patch" for one convolution whose
             stride is its kernel.
         stem_stride: 1, 2 or 4.
@@ -136,7 +136,7 @@ VARIANTS: dict[str, Variant] = {
     "vmamba_femto": Variant((1, 2), (64, 160), img_size=(28, 28)),
     # And with neighbours in every part, which learns colour pictures in less time (docs/learning.md).
     "vmamba_pico_local": Variant(
-        (1, 1, 2, 1), (32, 64, 128, 256), mlp_ratio=1.0, mlp="local", local_stages=2, norm="batch", stem="wide",
+        (2, 2, 2, 1), (32, 64, 128, 256), mlp_ratio=1.0, mlp="local", local_stages=3, norm="batch", stem="wide",
         img_size=(64, 64),
     ),
 }  # fmt: skip

@@ -19,7 +19,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from vmamba.nn import SS2D, ConvDownsample, ConvStem, LayerNorm, PatchMerging, PatchStem, VSSBlock
-from vmamba.nn.local import LocalBlock, LocalMlp
+from vmamba.nn.local import BatchNorm, LocalBlock, LocalMlp
 from vmamba.ops.registration import is_tracing_for_export
 from vmamba.ops.routes import Pattern, check_pattern
 
@@ -60,7 +60,8 @@ class VMamba(nn.Module):
         pattern: the routes of the scans, as for `vmamba.nn.SS2D`: one pattern, or one for each block that scans.
         mlp_ratio, mlp: see `vmamba.nn.VSSBlock`.
         local_stages: how many of the first stages do not scan: their blocks are `vmamba.nn.local.LocalBlock`.
-        norm: of stem and downsampling and before each SS2D, "layer" or "batch"; not for the vanilla models' parts.
+        norm: of stem and downsampling, before each SS2D and inside it, "layer" or "batch"; not for the vanilla models'
+            parts.
         stem, stem_stride: "conv", "wide" (`vmamba.nn.ConvStem`) or "patch"; 4, 2 or 1.
         downsample: "conv" or "merge".
         drop_rate: dropout before the classifier.
@@ -217,8 +218,10 @@ class VMamba(nn.Module):
                 reset()
             if isinstance(module, nn.Linear):
                 _init_linear(module)
-        for module in self.modules():  # after their norms
-            if isinstance(module, LocalMlp):
+        for module in self.modules():  # after their parts
+            if any(isinstance(child, BatchNorm) for child in module.children()):
+                _init_convolutions(module)
+            if isinstance(module, (LocalMlp, SS2D)):
                 module.close()
 
     @property
@@ -391,3 +394,12 @@ def _init_linear(module: nn.Linear) -> None:
     nn.init.trunc_normal_(module.weight, std=0.02)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def _init_convolutions(module: nn.Module) -> None:
+    """As He et al. draw them (2015, arXiv 1502.01852), and timm its ResNets: those of a module with a BatchNorm."""
+    for child in module.children():
+        if isinstance(child, nn.Conv2d) and child.groups == 1:
+            nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)

@@ -29,7 +29,7 @@ class VSSBlock(nn.Module):
         drop_path: probability of skipping each branch, per sample, in training.
         proj_drop: rate of the dropout after SS2D and inside the MLP.
         mlp: "pixel" for an MLP at each pixel, "local" for 3×3 convolutions without the LayerNorm (`LocalMlp`).
-        norm: before SS2D, "layer" or "batch".
+        norm: before SS2D, and inside it (`SS2D`), "layer" or "batch".
         **ss2d: arguments of `SS2D`.
     """
 
@@ -47,7 +47,7 @@ class VSSBlock(nn.Module):
         if mlp not in ("pixel", "local"):
             raise ValueError(f"mlp is {mlp!r}; expected 'pixel' or 'local'")
         self.norm1 = norm_layer(norm, dim, **dd)
-        self.ss2d = SS2D(dim, dropout=proj_drop, **ss2d, **dd)
+        self.ss2d = SS2D(dim, dropout=proj_drop, norm=norm, **ss2d, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.mlp: Any = None
         if mlp_ratio:

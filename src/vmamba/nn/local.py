@@ -28,15 +28,39 @@ class BatchNorm(nn.Module):
         return y.permute(0, 2, 3, 1)
 
 
+def check_norm(norm: Norm) -> None:
+    """Require a known norm.
+
+    Raises:
+        ValueError: it is neither "layer" nor "batch".
+    """
+    if norm not in ("layer", "batch"):
+        raise ValueError(f"norm is {norm!r}; expected 'layer' or 'batch'")
+
+
 def norm_layer(norm: Norm, dim: int, **dd: Any) -> Any:
     """A norm of grids with so many channels: LayerNorm or BatchNorm.
 
     Raises:
-        ValueError: the norm is neither "layer" nor "batch".
+        ValueError: as of `check_norm`.
     """
-    if norm not in ("layer", "batch"):
-        raise ValueError(f"norm is {norm!r}; expected 'layer' or 'batch'")
+    check_norm(norm)
     return LayerNorm(dim, **dd) if norm == "layer" else BatchNorm(dim, **dd)
+
+
+class ConvNormSiLU(nn.Module):
+    """Depthwise 3×3 convolution, BatchNorm, SiLU: what `vmamba.nn.ConvSiLU` is in SS2D, with a norm inside."""
+
+    def __init__(self, dim: int, bias: bool = False, **dd: Any) -> None:
+        super().__init__()
+        self.conv = GridConv2d(dim, dim, 3, padding=1, groups=dim, bias=bias, **dd)
+        self.norm = BatchNorm(dim, **dd)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same."""
+        y: Tensor = self.act(self.norm(self.conv(x)))
+        return y
 
 
 class LocalMlp(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vmamba.nn import cpu
 from vmamba.nn.layers import ConvSiLU, LayerNorm, Linear
+from vmamba.nn.local import BatchNorm, ConvNormSiLU, Norm, check_norm
 from vmamba.ops import ss2d_scan
 from vmamba.ops.backends.native.block import Scan
 from vmamba.ops.precision import state_dtype
@@ -40,6 +41,8 @@ class SS2D(nn.Module):
         init: how the state space parameters start, "v0", "v1" or "v2" (`reset_scan_parameters`).
         pattern: the routes, a name in `vmamba.ops.PATTERNS` or a function from (H, W) to four orders over the grid
             (`vmamba.register_pattern`); it may be set anew at any time.
+        norm: "layer", as in the paper, or "batch" for a BatchNorm after the depthwise convolution and one after the
+            last projection too, which begins as 0. The scans' results have their LayerNorm in either case.
 
     Parameters of the scan, with R = ⌈C / 16⌉:
         x_proj_weight: (4, R + 2N, D), makes dt_low, B and C of each route.
@@ -49,7 +52,8 @@ class SS2D(nn.Module):
     """
 
     PARTS: ClassVar = {
-        "in_proj": Linear, "conv": ConvSiLU, "norm": LayerNorm, "out_proj": Linear, "dropout": nn.Dropout,
+        "in_proj": Linear, "conv": ConvSiLU, "norm": LayerNorm, "out_proj": Linear, "out_norm": nn.Identity,
+        "dropout": nn.Dropout,
     }  # fmt: skip
     STEPS: ClassVar = ("mix", "scan", "gated_norm")
 
@@ -63,18 +67,24 @@ class SS2D(nn.Module):
         dropout: float = 0.0,
         init: Literal["v0", "v1", "v2"] = "v0",
         pattern: Pattern = "cross",
+        norm: Norm = "layer",
         **dd: Any,
     ) -> None:
         super().__init__()
         if init not in ("v0", "v1", "v2"):
             raise ValueError(f"init is {init!r}; expected 'v0', 'v1' or 'v2'")
         check_pattern(pattern)
+        check_norm(norm)
         if d_state < 1:
             raise ValueError(f"d_state is {d_state}; expected at least 1 state per channel")
         inner, rank = int(ssm_ratio * dim), math.ceil(dim / 16)
         self.gated, self.init, self.pattern = gated, init, pattern
         self.in_proj = Linear(dim, 2 * inner if gated else inner, bias=False, **dd)
-        self.conv = ConvSiLU(inner, inner, 3, padding=1, groups=inner, bias=conv_bias, **dd)
+        self.conv: Any = (
+            ConvSiLU(inner, inner, 3, padding=1, groups=inner, bias=conv_bias, **dd)
+            if norm == "layer"
+            else ConvNormSiLU(inner, conv_bias, **dd)
+        )
         self.x_proj_weight = nn.Parameter(torch.empty(_ROUTES, rank + 2 * d_state, inner, **dd))
         self.dt_proj_weight = nn.Parameter(torch.empty(_ROUTES, inner, rank, **dd))
         self.dt_proj_bias = nn.Parameter(torch.empty(_ROUTES, inner, **dd))
@@ -82,8 +92,10 @@ class SS2D(nn.Module):
         self.D = nn.Parameter(torch.empty(_ROUTES, inner, **dd))
         self.norm = LayerNorm(inner, **dd)
         self.out_proj = Linear(inner, dim, bias=False, **dd)
+        self.out_norm = nn.Identity() if norm == "layer" else BatchNorm(dim, **dd)
         self.dropout = nn.Dropout(dropout)
         self.reset_scan_parameters()
+        self.close()
 
     @torch.no_grad()
     def reset_scan_parameters(self) -> None:
@@ -112,13 +124,18 @@ class SS2D(nn.Module):
             nn.init.uniform_(self.dt_proj_weight, 0.0, 0.1)
             nn.init.uniform_(self.dt_proj_bias, 0.0, 0.1)
 
+    def close(self) -> None:
+        """Let a branch that ends in a BatchNorm be nothing, as at the beginning."""
+        if isinstance(self.out_norm, BatchNorm):
+            nn.init.zeros_(self.out_norm.bn.weight)
+
     def extra_repr(self) -> str:
         """What its parts do not show."""
         return f"pattern={self.pattern!r}, d_state={self.A_log.shape[-1]}"
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the pixels of (B, H, W, C); returns (B, H, W, C)."""
-        return self.dropout(self.out_proj(self.gated_norm(*self.mix(self.in_proj(x)))))
+        return self.dropout(self.out_norm(self.out_proj(self.gated_norm(*self.mix(self.in_proj(x))))))
 
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """From the first projection's result to that of the scans, (B, H, W, D), and the gate."""
