@@ -36,19 +36,19 @@ def test_batch_norms_inside_ss2d():
     """After the depthwise convolution and at the end, where the branch begins as nothing."""
     mixer, x = SS2D(8, norm="batch", conv_bias=True).eval(), torch.randn(2, 6, 5, 8)
     assert not mixer(x).any()
-    nn.init.uniform_(mixer.out_norm.bn.weight)
+    nn.init.uniform_(mixer.proj_norm.bn.weight)
     scale = (1 + mixer.conv.norm.bn.eps) ** -0.5
     u = mixer.in_proj(x).permute(0, 3, 1, 2)
     u = nn.functional.silu(nn.functional.conv2d(u, *mixer.conv.conv.parameters(), padding=1, groups=8) * scale)
     y = mixer.out_proj(mixer.norm(mixer.scan(u.permute(0, 2, 3, 1))))
-    torch.testing.assert_close(mixer(x), y * scale * mixer.out_norm.bn.weight)
+    torch.testing.assert_close(mixer(x), y * scale * mixer.proj_norm.bn.weight)
     mixer.train()(x)
-    assert mixer.conv.norm.bn.num_batches_tracked == mixer.out_norm.bn.num_batches_tracked == 1
+    assert mixer.conv.norm.bn.num_batches_tracked == mixer.proj_norm.bn.num_batches_tracked == 1
 
 
 def test_a_local_block_computes_the_same_with_and_without_autograd():
     block, x = VSSBlock(16, **LOCAL), torch.randn(2, 6, 7, 16)
-    for norm in (block.ss2d.out_norm, block.mlp.norm2):
+    for norm in (block.ss2d.proj_norm, block.mlp.norm2):
         nn.init.ones_(norm.bn.weight)
     block(x)  # moves the statistics
     block.eval()
@@ -128,10 +128,10 @@ def test_drawing_anew_closes_the_branches_too():
     torch.manual_seed(0)
     model = vmamba.VMamba(depths=(1,), dims=(32,), num_classes=2, **LOCAL)
     block = model.stages[0].blocks[0]
-    for norm in (block.ss2d.out_norm, block.mlp.norm2):
+    for norm in (block.ss2d.proj_norm, block.mlp.norm2):
         nn.init.ones_(norm.bn.weight)
     model.init_weights()
-    for norm in (block.ss2d.out_norm, block.mlp.norm2):
+    for norm in (block.ss2d.proj_norm, block.mlp.norm2):
         assert not norm.bn.weight.any()
     for norm in (block.ss2d.conv.norm, block.mlp.norm1):
         assert norm.bn.weight.all()

@@ -52,7 +52,7 @@ class SS2D(nn.Module):
     """
 
     PARTS: ClassVar = {
-        "in_proj": Linear, "conv": ConvSiLU, "norm": LayerNorm, "out_proj": Linear, "out_norm": nn.Identity,
+        "in_proj": Linear, "conv": ConvSiLU, "norm": LayerNorm, "out_proj": Linear, "proj_norm": nn.Identity,
         "dropout": nn.Dropout,
     }  # fmt: skip
     STEPS: ClassVar = ("mix", "scan", "gated_norm")
@@ -92,7 +92,7 @@ class SS2D(nn.Module):
         self.D = nn.Parameter(torch.empty(_ROUTES, inner, **dd))
         self.norm = LayerNorm(inner, **dd)
         self.out_proj = Linear(inner, dim, bias=False, **dd)
-        self.out_norm = nn.Identity() if norm == "layer" else BatchNorm(dim, **dd)
+        self.proj_norm = nn.Identity() if norm == "layer" else BatchNorm(dim, **dd)
         self.dropout = nn.Dropout(dropout)
         self.reset_scan_parameters()
         self.close()
@@ -126,8 +126,8 @@ class SS2D(nn.Module):
 
     def close(self) -> None:
         """Let a branch that ends in a BatchNorm be nothing, as at the beginning."""
-        if isinstance(self.out_norm, BatchNorm):
-            nn.init.zeros_(self.out_norm.bn.weight)
+        if isinstance(self.proj_norm, BatchNorm):
+            nn.init.zeros_(self.proj_norm.bn.weight)
 
     def extra_repr(self) -> str:
         """What its parts do not show."""
@@ -135,7 +135,7 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the pixels of (B, H, W, C); returns (B, H, W, C)."""
-        return self.dropout(self.out_norm(self.out_proj(self.gated_norm(*self.mix(self.in_proj(x))))))
+        return self.dropout(self.proj_norm(self.out_proj(self.gated_norm(*self.mix(self.in_proj(x))))))
 
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """From the first projection's result to that of the scans, (B, H, W, D), and the gate."""

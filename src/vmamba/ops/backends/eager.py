@@ -21,11 +21,12 @@ from torch import Tensor
 
 from vmamba.ops.arguments import ScanArguments, SS2DArguments, as_gradients, in_state_dtype
 from vmamba.ops.exporting import keeps_scans, recurrence
+from vmamba.ops.registration import is_exporting
 from vmamba.ops.routes import Route, get_routes, orders_for
 
 _CHUNK = 16
-# What torch.jit.trace records cannot stop when the sequence is covered: 2²⁰ positions are a 4096×4096 image at stride
-# 4. Beyond them it gives NaN.
+# Doublings of an open length cannot stop when the sequence is covered: 2²⁰ positions are a 4096×4096 image at stride 4.
+# Beyond them they give NaN.
 _TRACED_DOUBLINGS = 20
 
 
@@ -48,9 +49,10 @@ def linear_recurrence(a: Tensor, b: Tensor, backwards: bool = False, piece: int 
         return recurrence(a, b, backwards).view(shape)
     if not isinstance(shape[1], (torch.SymInt, Tensor)):
         return _by_chunks(a, b, backwards).view(shape)
-    # An open length; torch.jit.trace, which knows no loops, has a tensor for it.
+    # An open length. Loops are for torch.export alone: torch.jit.trace, with its tensor for the length, cannot record
+    # them, and transforms of torch.func do not see through them.
     a, b = (x.flip(1) if backwards else x for x in (a, b))
-    h = _by_loops(a, b, piece) if isinstance(shape[1], torch.SymInt) else _by_doubling(a, b)
+    h = _by_loops(a, b, piece) if is_exporting() else _by_doubling(a, b)
     return (h.flip(1) if backwards else h).view(shape)
 
 
