@@ -207,7 +207,7 @@ def _computed(function: OrderFunction, height: int, width: int, device: torch.de
         empty = torch.empty(_ROUTES, 0, dtype=torch.int64, device=device)
         return Orders(empty, empty)
     visited = _permutations(function(height, width), function, height, width)
-    return Orders(visited.to(device), torch.argsort(visited).to(device))
+    return Orders(visited.to(device), _inverse(visited).to(device))
 
 
 def _permutations(given: Any, function: OrderFunction, height: int, width: int) -> Tensor:
