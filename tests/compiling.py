@@ -53,3 +53,8 @@ def kept_graphs() -> tuple[Callable[..., Any], list[GraphModule]]:
         return graph.forward
 
     return keep, graphs
+
+
+def operators_in(graph: GraphModule) -> list[str]:
+    """This package's operators that a graph calls, in order."""
+    return [str(node.target) for node in graph.graph.nodes if "vmamba" in str(node.target)]

@@ -23,7 +23,20 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 # torch.export writes its trace to this logger, at length, and pytest would keep it all.
 logging.getLogger("torch.__trace").propagate = False
 
+# The files that take longest, longest first: a worker is given whole files, and one begun late leaves the others idle.
+LONGEST = (
+    "test_readme", "deploy/test_documentation", "tasks/test_resume", "models/test_export", "ops/test_operators",
+    "test_benchmarks", "ops/backends/test_proving", "ops/backends/test_triton", "ops/test_selective_scan",
+    "ops/test_ss2d", "nn/test_changes", "nn/test_compiled", "deploy/test_onnx", "deploy/test_aoti", "test_package",
+)  # fmt: skip
+
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files."""
+    places = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,22 @@ def test_packages_take_any_size(made):
         assert labels.tolist() == expected.argmax(1).tolist()
 
 
+def test_what_is_no_block_of_ours(tmp_path):
+    """Gated blocks of several states without a kernel for one of their layers; patches in place of convolutions."""
+    torch.manual_seed(0)
+    model = VMamba(
+        depths=(1, 1), dims=(8, 12), num_classes=4, img_size=16, mlp_ratio=0, gated=True, ssm_ratio=2, d_state=3,
+        conv_bias=True, stem="patch", downsample="merge",
+    ).eval()  # fmt: skip
+    model.stages[1].blocks[0].ss2d.norm = torch.nn.Identity()
+    written = export_aoti(model, tmp_path / "model.pt2")
+    assert max(written.differences.values()) < 1e-5
+    package = torch._inductor.aoti_load_package(str(written.path))
+    x = torch.randn(2, 3, 40, 23)
+    with torch.no_grad():
+        torch.testing.assert_close(package(x), model(x), rtol=1e-4, atol=1e-6)
+
+
 def test_the_example_in_cpp(made, tmp_path):
     """Built as its first line says, and run on two pictures."""
     if shutil.which("cmake") is None:

@@ -159,7 +159,7 @@ def test_compiled_models_give_the_same():
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
         names = _operators(model, x)
-    assert {"vmamba.linear", "vmamba.depthwise_silu", "vmamba.ss2d_scan"} <= names
+    assert "vmamba.vss_block" in names
 
     grads = []
     for network in (model, compiled):

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compiling import kept_graphs
+from compiling import kept_graphs, operators_in
 from scans import assert_matches
 from torch import nn
 
@@ -61,7 +61,7 @@ def arguments(kernel, groups, device, dtype=DOUBLE):
 
 @geometries
 def test_operator(device, kernel, options):
-    operator = torch.ops.vmamba.convolution
+    operator = torch.ops.vmamba.grid_convolution
     x, weight = arguments(kernel, options[-1], device)
     y = operator(x, weight, *options)
     assert y.is_contiguous()
@@ -78,7 +78,7 @@ def test_operator(device, kernel, options):
 @geometries
 def test_derivatives_of_every_kind(device, kernel, options):
     def operator(*given):
-        return torch.ops.vmamba.convolution(*given, *options)
+        return torch.ops.vmamba.grid_convolution(*given, *options)
 
     given = [value.requires_grad_() for value in arguments(kernel, options[-1], device)]
     assert torch.autograd.gradcheck(operator, given, check_forward_ad=True, fast_mode=True)
@@ -96,19 +96,15 @@ def test_frozen_arguments_and_transforms(device):
     for names in ("x", "weight"):
         leaves = [x.detach().requires_grad_(names == "x"), weight.detach().requires_grad_(names == "weight")]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = torch.autograd.grad(torch.ops.vmamba.convolution(*leaves, *options).square().sum(), wanted)
+        found = torch.autograd.grad(torch.ops.vmamba.grid_convolution(*leaves, *options).square().sum(), wanted)
         expected = torch.autograd.grad(plain(*leaves, *options).square().sum(), wanted)
         torch.testing.assert_close(found, expected)
     batches = torch.stack([x, 2 * x])
-    found = torch.func.vmap(lambda x: torch.ops.vmamba.convolution(x, weight, *options))(batches)
+    found = torch.func.vmap(lambda x: torch.ops.vmamba.grid_convolution(x, weight, *options))(batches)
     torch.testing.assert_close(found[1], plain(2 * x, weight, *options))
 
 
 # --- the layer -------------------------------------------------------------------------------------------------------
-
-
-def operators_in(graph):
-    return [str(node.target) for node in graph.graph.nodes if "vmamba" in str(node.target)]
 
 
 def assert_compiled(layer, x, wanted, tolerance=1e-5):
@@ -116,7 +112,7 @@ def assert_compiled(layer, x, wanted, tolerance=1e-5):
     keep, graphs = kept_graphs()
     torch._dynamo.reset()
     torch.compile(layer, fullgraph=True, backend=keep)(x)
-    assert [name for graph in graphs for name in operators_in(graph)] == (["vmamba.convolution"] if wanted else [])
+    assert [name for graph in graphs for name in operators_in(graph)] == (["vmamba.grid_convolution"] if wanted else [])
     assert any("conv2d" in graph.code for graph in graphs) != wanted
     torch._dynamo.reset()
     results = []
@@ -165,7 +161,7 @@ def test_one_graph_for_every_size(device):
     for shape in ((2, 7, 6, 4), (3, 8, 5, 4), (5, 13, 12, 4)):
         x = torch.randn(shape, device=device)
         torch.testing.assert_close(compiled(x), layer(x))
-    assert list(map(operators_in, graphs)) == [["vmamba.convolution"]]
+    assert list(map(operators_in, graphs)) == [["vmamba.grid_convolution"]]
 
 
 def test_a_convolution_with_silu(device):

@@ -204,10 +204,10 @@ def test_opcheck_of_a_sequence(backend, shape, is_recorded):
     grads = torch.randn(batch, channels, length).double(), torch.randn(batch, channels, states).double()
     given = [values.get(name) for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
     for tensors in (given, [*given[:5], None, None, None]):
-        compiled = batch > 0 and tensors is given
+        compiled = tensors is given and shape == (2, 4, 4, 2, 2)
         _opcheck(torch.ops.vmamba.selective_scan, (*_leaves(tensors, is_recorded), True, backend), compiled)
         arguments = (*_leaves((*grads, *tensors), is_recorded), True, backend)
-        _opcheck(torch.ops.vmamba.selective_scan_backward, arguments, compiled)
+        _opcheck(torch.ops.vmamba.selective_scan_backward, arguments, compiled and not is_recorded)
 
 
 # (batch, H, W, D, N, R)
@@ -224,8 +224,9 @@ def test_opcheck_of_a_grid(backend, shape, is_recorded):
     parameters = [torch.randn(4, channels, *size).double() for size in ((rank,), (), (states,), ())]
     parameters[2] = -parameters[2].abs()
     values = _leaves((grad_y, u, projected, *parameters), is_recorded)
-    _opcheck(torch.ops.vmamba.ss2d_scan, (*values[1:], "cross", backend), batch > 0)
-    _opcheck(torch.ops.vmamba.ss2d_scan_backward, (*values, "cross", backend), batch > 0)
+    compiled = shape == (1, 2, 3, 4, 2, 1)
+    _opcheck(torch.ops.vmamba.ss2d_scan, (*values[1:], "cross", backend), compiled)
+    _opcheck(torch.ops.vmamba.ss2d_scan_backward, (*values, "cross", backend), compiled and not is_recorded)
 
 
 @pytest.mark.parametrize("is_recorded", [True, False])

@@ -1,8 +1,8 @@
 """A model compiled ahead of time by inductor: a package that C++ runs without Python, checked before it takes its name.
 
-Inductor writes the layers as C++ and compiles them for the processor at hand. The scans it could only write as many
-passes over memory; they stay operators, and the kernel that computes them (`csrc/package.cpp`) is compiled and linked
-into the same shared library, so that the package needs torch's C++ library and nothing of ours.
+What this package's CPU kernels compute stays an operator in the graph, as it does for torch.compile, and these kernels
+(`csrc/`, behind `csrc/package.cpp`) are compiled for the processor at hand and linked into the same shared library as
+the layers that inductor writes, so that the package needs torch's C++ library and nothing of ours.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from vmamba.ops.backends.native.library import kernels
 from vmamba.ops.exporting import scans_kept
 from vmamba.ops.routes import PATTERNS
 
-_SOURCE = Path(vmamba.__file__).parent / "csrc/package.cpp"
+_CODE = Path(vmamba.__file__).parent / "csrc"
+# Kernels for one instruction set, those of interface.cpp's "baseline"; what calls them; the operators.
+_KERNELS = "scan layers products roi_align enlarging nms winograd"
+_OTHERS = "interface block convolution stem package"
 # As in CMakeLists.txt, and what each instruction set needs.
 _FLAGS = [
     "-c",
@@ -37,6 +40,7 @@ _FLAGS = [
     "-std=c++17",
     "-fPIC",
     "-fopenmp",
+    "-DVMAMBA_ISA=baseline",
     "-fvisibility=hidden",
     "-w",
     "-fno-exceptions",
@@ -48,11 +52,21 @@ _FLAGS = [
 _AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 _INSTRUCTIONS = dict.fromkeys(("amx_bf16", "avx512_bf16", "avx512"), _AVX512) | {"avx2": ["-mavx2", "-mfma"]}
 
-_T = "AtenTensorHandle"
+# What inductor is told of the operators' functions in package.cpp: T a tensor, ? one that may be missing.
 _DECLARATIONS = {
-    "ss2d_scan": f"({_T}, {_T}, {_T}, {_T}, {_T}, {_T}, const char*, const char*, {_T}*)",
-    "recurrence": f"({_T}, {_T}, int32_t, {_T}*)",
+    "conv_stem": "T, T, ?, ?, ?, T, ?, ?, ?, int64_t, int64_t, double, double",
+    "grid_convolution": f"T, T, {3 * 'const int64_t*, int64_t, '}int64_t",
+    "depthwise_silu": "T, T, ?",
+    "linear": "T, T, ?",
+    "recurrence": "T, T, int32_t",
+    "ss2d_scan": "T, T, T, T, T, T, const char*, const char*",
+    "vss_block": f"T, T, T, T, T, T, {16 * '?, '}const char*, int32_t, int32_t, double, double, double",
 }
+
+
+def _declaration(name: str) -> str:
+    given = _DECLARATIONS[name].replace("T", "AtenTensorHandle").replace("?", "AtenTensorHandle*")
+    return f"AOTITorchError aoti_torch_cpu_{name}({given}, AtenTensorHandle*)"
 
 
 def export_aoti(
@@ -89,21 +103,20 @@ def export_aoti(
     images = Images.of(model, is_open=sizes == "open")
     told = preprocessing_for(model, images, preprocessing)
     network, inputs = surrounded(model, Network(prepared(model), torch.float32), told, embed)
-    with scans_kept():
+    with scans_kept(layers=True):
         program = traced(network, inputs(images.example()), images)
     operators = {name: getattr(torch.ops.vmamba, name).default for name in _DECLARATIONS}
     _lay_out(program, list(operators.values()))
     metadata = metadata_of(model, class_names, told)
     with tempfile.TemporaryDirectory() as folder:
-        kernel = _compiled_kernel(compiler, Path(folder))
+        kernels = _compiled_kernels(compiler, Path(folder))
         package = Path(folder) / "model.pt2"
         options: dict[str, Any] = {
             "aot_inductor.custom_ops_to_c_shims": {
-                operators[name]: [f"AOTITorchError aoti_torch_cpu_{name}{given}"]
-                for name, given in _DECLARATIONS.items()
+                operator: [_declaration(name)] for name, operator in operators.items()
             },
             # What stands here follows "-l" on the linker's command line.
-            "aot_inductor.custom_op_libs": [f":{kernel.name} -L{folder}"],
+            "aot_inductor.custom_op_libs": [f":{kernel.name} -L{folder}" for kernel in kernels],
             "aot_inductor.metadata": metadata,
             "aot_inductor.enable_line_tables": False,
         }
@@ -138,28 +151,32 @@ def _compiler() -> str:
         ) from error
 
 
-def _compiled_kernel(compiler: str, folder: Path) -> Path:
-    """The scans as an object file."""
+def _compiled_kernels(compiler: str, folder: Path) -> list[Path]:
+    """This package's kernels and operators as object files."""
     rows = (
         f'{{"{name}", {{{", ".join(str(route.columns + 2 * route.backwards) for route in routes)}}}}}'
         for name, routes in PATTERNS.items()
         if isinstance(routes, tuple)
     )
-    target = folder / "vmamba_scans.o"
+    names = f"{_KERNELS} {_OTHERS}".split()
     flags = [*_FLAGS, *_INSTRUCTIONS.get(kernels() or "", []), f"-DVMAMBA_PATTERNS={', '.join(rows)}"]
-    command = [compiler, *flags, str(_SOURCE), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [compiler, *flags, *(str(_CODE / f"{name}.cpp") for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
-        raise ExportError(f"the scans could not be compiled by {compiler}: {done.stderr.strip()[-500:]}")
-    return target
+        raise ExportError(f"the kernels could not be compiled by {compiler}: {done.stderr.strip()[-500:]}")
+    return [folder / f"{name}.o" for name in names]
 
 
 def _lay_out(program: torch.export.ExportedProgram, operators: Sequence[Any]) -> None:
     """Give our operators dense tensors, as their kernels take them."""
+    signature = program.graph_signature
+    kept = {*signature.inputs_to_parameters, *signature.inputs_to_buffers, *signature.inputs_to_lifted_tensor_constants}
     for operator in operators:
         for node in program.graph.find_nodes(op="call_function", target=operator):
             for i, value in enumerate(node.args):
                 if not isinstance(value, torch.fx.Node):
+                    continue
+                if value.name in kept and value.meta["val"].is_contiguous():
                     continue
                 with program.graph.inserting_before(node):
                     dense = program.graph.call_function(

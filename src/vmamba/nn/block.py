@@ -13,8 +13,9 @@ from vmamba.nn.layers import LayerNorm
 from vmamba.nn.local import LocalMlp, Norm, norm_layer
 from vmamba.nn.mlp import Mlp
 from vmamba.nn.ss2d import SS2D
-from vmamba.ops.backends.native.block import Affine, vss_block
-from vmamba.ops.layers import applies, is_compiled, product_dtype
+from vmamba.ops.backends.native.block import Affine
+from vmamba.ops.fused import vss_block
+from vmamba.ops.layers import applies, is_plain_tensor, product_dtype
 
 
 @cpu.known
@@ -58,7 +59,7 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) to the same."""
-        if not (is_compiled() or torch.is_grad_enabled()) and applies(x) and cpu.as_built(self):
+        if not torch.is_grad_enabled() and applies(x) and cpu.as_built(self):
             y = self._infer(x)
             if y is not None:
                 return y
@@ -76,7 +77,7 @@ class VSSBlock(nn.Module):
         layers = [self.norm1, ss2d.in_proj, ss2d.conv, ss2d.norm, ss2d.out_proj]
         layers += [] if mlp is None else [self.norm2, mlp.fc1, mlp.fc2]
         affine = [Affine.of(layer) for layer in layers]
-        if scan is None or type(scan.A) is not Tensor:  # A is in float32 whatever the parameters are in
+        if scan is None or not is_plain_tensor(scan.A):  # A is in float32 whatever the parameters are in
             return None
         scanned = scan.x_proj_weight, scan.dt_proj_weight, scan.dt_proj_bias, scan.D
         if not applies(x, *scanned, *(value for layer in affine for value in layer[:2])):

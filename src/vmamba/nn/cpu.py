@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -90,7 +91,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         and is_unpatched(kind)
         and not _has_any_global_hook()
         and not any(own[name] for name in _HOOKS)
-        and not any(name in _METHODS for name in own)
+        and not _has_own(module, _METHODS)
         and not module._compiled_call_impl
     )
 
@@ -106,7 +107,7 @@ def as_built(module: nn.Module) -> bool:
 
 def _is_as_built(module: nn.Module, unpatched: set[type[nn.Module]]) -> bool:
     """The same without hooks on all modules, and with the classes that have been found to be unpatched."""
-    kind, own = type(module), module.__dict__
+    kind, own = type(module), vars(module)
     if kind not in unpatched:
         if not is_unpatched(kind):
             return False
@@ -114,7 +115,7 @@ def _is_as_built(module: nn.Module, unpatched: set[type[nn.Module]]) -> bool:
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return False
     written = _KNOWN[kind]
-    if module._compiled_call_impl or not own.keys().isdisjoint(written.names):
+    if module._compiled_call_impl or _has_own(module, written.names):
         return False
     if written.condition:
         return written.condition(module)
@@ -123,6 +124,18 @@ def _is_as_built(module: nn.Module, unpatched: set[type[nn.Module]]) -> bool:
         if not is_part or (child is not None and not _is_as_built(child, unpatched)):
             return False
     return True
+
+
+def _has_own(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether one of these methods is replaced in the module itself; torch.compile notices what is replaced later."""
+    own = vars(module)
+    if not torch.compiler.is_compiling():
+        return not own.keys().isdisjoint(names)  # every module of every block comes by here
+    for name in names:
+        getattr(module, name, None)  # what is looked up is watched, what is found missing in a dictionary is not
+        if name in own:
+            return True
+    return False
 
 
 # --- stretches -------------------------------------------------------------------------------------------------------

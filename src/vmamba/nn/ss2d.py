@@ -14,6 +14,7 @@ from vmamba.nn.layers import ConvSiLU, LayerNorm, Linear
 from vmamba.nn.local import BatchNorm, ConvNormSiLU, Norm, check_norm
 from vmamba.ops import ss2d_scan
 from vmamba.ops.backends.native.block import Scan
+from vmamba.ops.exporting import keeps_layers
 from vmamba.ops.precision import state_dtype
 from vmamba.ops.routes import Pattern, check_pattern, name_of
 from vmamba.ops.ss2d import scans_natively
@@ -154,7 +155,7 @@ class SS2D(nn.Module):
 
     def fused_scan(self, x: Tensor) -> Scan | None:
         """The scans' parameters for `vss_block`; None where a call of `scan` in a block of x would do anything else."""
-        if ss2d_scan is not _SCAN or not isinstance(self.pattern, str) or not scans_natively(x, self.pattern):
+        if not _is_ours(ss2d_scan) or not isinstance(self.pattern, str) or not scans_natively(x, self.pattern):
             return None
         return Scan(self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self._decay(), self.D, self.pattern)
 
@@ -162,3 +163,10 @@ class SS2D(nn.Module):
         """The scans' result (..., D), normalised and gated."""
         y = self.norm(y)
         return y if gate is None else y * F.silu(gate)
+
+
+def _is_ours(function: Any) -> bool:
+    """Whether a function is `_SCAN`, if only behind what torch.export puts before it, which traces with torch.fx."""
+    if keeps_layers() and getattr(function, "__globals__", None) is vars(torch.fx._symbolic_trace):
+        function = function.__wrapped__
+    return function is _SCAN

@@ -11,8 +11,8 @@ from vmamba.nn import cpu
 from vmamba.nn.layers import GELU, GridConv2d, LayerNorm
 from vmamba.nn.local import Norm, norm_layer
 from vmamba.ops.backends.native.block import Affine
-from vmamba.ops.backends.native.stem import conv_stem
-from vmamba.ops.layers import applies, can_fuse, fuses_stem, is_compiled, product_dtype, stem
+from vmamba.ops.fused import conv_stem
+from vmamba.ops.layers import applies, can_fuse, fuses_stem, product_dtype, stem
 
 
 @cpu.known
@@ -44,7 +44,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) to (B, ⌈H/stride⌉, ⌈W/stride⌉, dim)."""
-        if not (is_compiled() or torch.is_grad_enabled()) and applies(x) and cpu.as_built(self):
+        if not torch.is_grad_enabled() and applies(x) and cpu.as_built(self):
             y = self._infer(x)
             if y is not None:
                 return y

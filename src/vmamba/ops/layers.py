@@ -16,10 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vmamba.ops.backends import choose_backend
+from vmamba.ops.backends.native import convolution as patches
 from vmamba.ops.backends.native import layers as native
 from vmamba.ops.backends.native import products
+from vmamba.ops.exporting import keeps_layers
 from vmamba.ops.operators import runs_eagerly
 from vmamba.ops.precision import without_autocast
 from vmamba.ops.registration import define, is_exporting, pull_back
@@ -43,13 +46,18 @@ def applies(x: Tensor, *parameters: Tensor | None) -> bool:
         return False
     dtype, is_cast = product_dtype(x), torch.is_autocast_enabled("cpu")
     return dtype in (torch.float32, torch.bfloat16) and all(
-        type(value) in (Tensor, nn.Parameter)
+        is_plain_tensor(value)
         and value.device.type == "cpu"
         and value.layout is torch.strided
         and (value.dtype == dtype or (is_cast and value.dtype in (torch.float32, torch.bfloat16)))
         for value in parameters
         if value is not None
     )
+
+
+def is_plain_tensor(value: Tensor) -> bool:
+    """Whether a tensor is of no class of its own, or what torch.export traces in its place."""
+    return type(value) in (Tensor, nn.Parameter) or (keeps_layers() and type(value) is FakeTensor)
 
 
 def records(*values: Tensor | None) -> bool:
@@ -65,8 +73,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def is_compiled() -> bool:
-    """Whether torch.compile traces the call, for a graph that runs with this package."""
-    return torch.compiler.is_compiling() and not is_exporting()
+    """Whether the call is traced for a graph that runs with this package, or at least its kernels: torch.compile's."""
+    return (torch.compiler.is_compiling() and not is_exporting()) or keeps_layers()
 
 
 def can_fuse(x: Tensor) -> bool:
@@ -250,16 +258,20 @@ define(
 )  # fmt: skip
 
 
-# --- convolution in compiled graphs on a GPU -------------------------------------------------------------------------
+# --- convolution in compiled graphs ----------------------------------------------------------------------------------
 
 
-def separates_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def separates_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, by_patches: bool) -> bool:
     """Whether `convolution` may stand in for a layer called with `x` that has these parameters.
 
-    That is in what torch.compile traces for a GPU. Dtypes that torch's own refuses are left to it.
+    That is in what torch.compile traces: for a GPU, and on the CPU in inference where the library computes it by
+    patches (`by_patches`: whether it is 3×3 with padding 1 and a stride above 1). Dtypes that torch's own refuses are
+    left to it.
     """
-    if not is_compiled() or not is_on_gpu(x) or x.ndim != 4:
+    if not is_compiled() or x.ndim != 4:
         return False
+    if not is_on_gpu(x):
+        return by_patches and applies(x, weight, bias) and can_fuse(x) and not records(x, weight, bias)
     dtypes = _HALF_AND_SINGLE if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
     parameters = (weight,) if bias is None else (weight, bias)
     are_usual = all(type(value) in (Tensor, nn.Parameter) and value.dtype in dtypes for value in parameters)
@@ -286,7 +298,7 @@ def convolution(
         (B, H', W', C'), in the dtype of the product; differentiable twice.
     """
     dtype = product_dtype(x)
-    y = torch.ops.vmamba.convolution(x.to(dtype), weight.to(dtype), stride, padding, dilation, groups)
+    y = torch.ops.vmamba.grid_convolution(x.to(dtype), weight.to(dtype), stride, padding, dilation, groups)
     return y if bias is None else y + bias.to(dtype)
 
 
@@ -295,6 +307,14 @@ def _plain_convolution(
 ) -> Tensor:
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
     return y.permute(0, 2, 3, 1).contiguous()
+
+
+def _compute_convolution(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    is_patchwise = groups == 1 and (*padding, *dilation) == (1, 1, 1, 1) and stride[0] == stride[1]
+    y = patches.convolution(x, weight, None, stride[0]) if is_patchwise and x.is_cpu and can_fuse(x) else None
+    return _plain_convolution(x, weight, stride, padding, dilation, groups) if y is None else y
 
 
 def _convolution_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -316,8 +336,8 @@ def _empty_convolution(
 
 
 define(
-    "convolution(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
-    _plain_convolution,
+    "grid_convolution(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+    _compute_convolution,
     plain=_plain_convolution,
     gradient=_convolution_gradient,
     fake=_empty_convolution,

@@ -103,7 +103,7 @@ def ss2d_scan(
 
 def scans_natively(u: Tensor, pattern: str) -> bool:
     """Whether `ss2d_scan` of such an image would run the kernel of the CPU, with nobody to watch it."""
-    if _watcher.get() is not None or not is_along_axes(pattern):
+    if not is_along_axes(pattern) or (not torch.compiler.is_compiling() and _watcher.get() is not None):
         return False
     return choose_backend(None, u.device, u.dtype, pattern).name == "native"
 
