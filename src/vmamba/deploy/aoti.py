@@ -96,7 +96,7 @@ def export_aoti(
         ExportError: the model has no such graph, there is no compiler, the path cannot be written to, or the package
             computes something else.
     """
-    from torch._inductor import aoti_compile_and_package, aoti_load_package
+    from torch._inductor import aoti_compile_and_package, aoti_load_package, config
 
     start, target = time.perf_counter(), check_target(path)
     compiler = _compiler()
@@ -118,8 +118,9 @@ def export_aoti(
             # What stands here follows "-l" on the linker's command line.
             "aot_inductor.custom_op_libs": [f":{kernel.name} -L{folder}" for kernel in kernels],
             "aot_inductor.metadata": metadata,
-            "aot_inductor.enable_line_tables": False,
         }
+        if hasattr(config.aot_inductor, "enable_line_tables"):  # which torch 2.11 has not
+            options["aot_inductor.enable_line_tables"] = False
         try:
             aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)
         except Exception as error:  # whatever inductor or the compiler says
