@@ -236,9 +236,10 @@ def test_layer_by_layer_where_the_kernel_knows_no_way(make, name, x, monkeypatch
     assert operator is getattr(torch.ops.vmamba, name).default
     expected = operator(*arguments)
     monkeypatch.setattr(fused, f"compute_{name.split('_')[1]}", lambda *_: None)
-    found = operator(*arguments)
-    assert found.is_contiguous()
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for given in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        found = operator(given, *arguments[1:])
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_layer_by_layer_in_half_precision(monkeypatch):

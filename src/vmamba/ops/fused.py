@@ -84,7 +84,7 @@ def _block_by_layers(
         if mlp:
             norm2, fc1, fc2 = mlp
             x = x + product(F.gelu(product(normalised(x, norm2), fc1)), fc2)
-    return x
+    return x.contiguous()
 
 
 def _plain_block(*values: Any) -> Tensor:
