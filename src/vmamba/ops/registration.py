@@ -52,14 +52,17 @@ def define(
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     operator = getattr(torch.ops.vmamba, name).default
 
+    def below_autograd(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             tensors = [value for value in inputs if value is None or isinstance(value, Tensor)]
             ctx.save_for_backward(*tensors)
             ctx.options = inputs[len(tensors) :]
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator(*inputs)
+            return below_autograd(*inputs)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,8 +72,10 @@ def define(
             return (*(None if value is None else grad for value, grad in results), *(None for _ in ctx.options))
 
     def recorded(*inputs: Any) -> Any:
-        is_transformed = torch._C._are_functorch_transforms_active() or _has_tangent(inputs)
-        return (plain if is_transformed else Function.apply)(*inputs)
+        if torch._C._are_functorch_transforms_active() or _has_tangent(inputs):
+            return plain(*inputs)
+        is_recorded = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in inputs)
+        return (Function.apply if is_recorded else below_autograd)(*inputs)
 
     _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, recorded, "Autograd")
@@ -96,4 +101,6 @@ def pull_back(
 
 
 def _has_tangent(values: Sequence[Any]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
     return any(forward_ad.unpack_dual(v, level=0).tangent is not None for v in values if isinstance(v, Tensor))
