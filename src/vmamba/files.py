@@ -37,6 +37,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         yield file
 
 
+def why_unwritable(path: str | os.PathLike[str]) -> str | None:
+    """Why no file can be put there, to be found out before there is anything to put; None where one can."""
+    target = Path(path)
+    folder = target.parent
+    if target.is_dir():
+        return f"{shown(target)} is a folder; give the name of a file in it"
+    if not folder.is_dir():
+        return f"{shown(folder)} is no folder; make it first"
+    if not os.access(folder, os.W_OK):
+        return f"{shown(folder)} cannot be written to"
+    return None
+
+
 def shown(path: str | os.PathLike[str]) -> str:
     """A file's name as text that any terminal, table or file can hold.
 

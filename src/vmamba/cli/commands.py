@@ -12,7 +12,7 @@ from vmamba.deploy.batch.config import BatchConfig
 from vmamba.deploy.config import ExportConfig, QuantizeConfig, ShareConfig
 from vmamba.errors import CheckpointError, ExportError
 from vmamba.explain.config import ExplainConfig
-from vmamba.files import shown
+from vmamba.files import shown, why_unwritable
 from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, InfoConfig, ModelsConfig, PredictConfig
 from vmamba.tasks.runs import report
 
@@ -50,6 +50,8 @@ def predict(config: PredictConfig, paths: Sequence[str]) -> int:
     from vmamba.data.images import find_images
     from vmamba.tasks.prediction import load_predictor
 
+    if config.output and (reason := why_unwritable(config.output)):
+        raise OSError(reason)
     files, problems = find_images(paths)
     for problem in problems:
         report(problem)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from vmamba.errors import ExportError
-from vmamba.files import shown
+from vmamba.files import why_unwritable
 from vmamba.models.checkpoints import default_metadata
 
 
@@ -232,12 +232,6 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     Raises:
         ExportError: it cannot.
     """
-    target = Path(path)
-    folder = target.parent
-    if target.is_dir():
-        raise ExportError(f"{shown(target)} is a folder; give the name of a file in it")
-    if not folder.is_dir():
-        raise ExportError(f"{shown(folder)} is no folder; make it first")
-    if not os.access(folder, os.W_OK):
-        raise ExportError(f"{shown(folder)} cannot be written to")
-    return target
+    if reason := why_unwritable(path):
+        raise ExportError(reason)
+    return Path(path)
