@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compiling import operators_in
 from PIL import Image
 
 import vmamba
-from vmamba.deploy import export_aoti
+from vmamba.deploy import aoti, export_aoti
 from vmamba.errors import ExportError
 from vmamba.models.vmamba import VMamba
+from vmamba.ops.backends.native.products import multiplies_fast
 
 EXAMPLE = Path(__file__).parents[2] / "examples/cpp"
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
@@ -25,9 +27,16 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no
 def made(tmp_path_factory):
     """A model, and its package with normalisation and decision."""
     torch.manual_seed(0)
-    model = VMamba(depths=(1,), dims=(8,), num_classes=4, img_size=16, stem_stride=2).eval()
-    path = tmp_path_factory.mktemp("aoti") / "model.pt2"
-    written = export_aoti(model, path, embed=True, class_names=["cat", "dog", "树", "car"])
+    model = VMamba(depths=(1, 1), dims=(8, 12), num_classes=4, img_size=16, stem_stride=2).eval()
+    model.stages[1].blocks[0].ss2d.pattern = "bidirectional"
+    path, programs = tmp_path_factory.mktemp("aoti") / "model.pt2", []
+    lay_out = aoti._lay_out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aoti, "_lay_out", lambda program, *rest: programs.append(program) or lay_out(program, *rest))
+        written = export_aoti(model, path, embed=True, class_names=["cat", "dog", "树", "car"])
+    if multiplies_fast(torch.float32):  # all that there are kernels for
+        names = ["conv_stem", "vss_block", "grid_convolution", "vss_block"]
+        assert operators_in(programs[0]) == [f"vmamba.{name}.default" for name in names]
     assert written.path == path
     assert list(path.parent.iterdir()) == [path]
     assert len(written.differences) == 3
@@ -47,7 +56,7 @@ def test_packages_take_any_size(made):
     metadata = package.get_metadata()
     assert json.loads(metadata["class_names"]) == ["cat", "dog", "树", "car"]
     assert json.loads(metadata["preprocessing"])["mean"] == pytest.approx([0.485, 0.456, 0.406])
-    for shape in ((1, 3, 16, 16), (3, 3, 9, 31), (1, 3, 2, 2)):
+    for shape in ((1, 3, 16, 16), (3, 3, 9, 31), (1, 3, 4, 4), (0, 3, 8, 8)):
         pictures = torch.randint(0, 256, shape, dtype=torch.uint8)
         expected = _expected(model, pictures)
         labels, probabilities = package(pictures)

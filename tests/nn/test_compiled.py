@@ -16,9 +16,10 @@ from torch.nn.utils import prune
 from vmamba.models.vmamba import VMamba
 from vmamba.nn import ConvStem, VSSBlock
 from vmamba.ops import fused
-from vmamba.ops.backends import native
+from vmamba.ops.backends.native.products import multiplies_fast
+from vmamba.ops.ss2d import watch_scans
 
-pytestmark = pytest.mark.skipif(native.unavailable(torch.device("cpu")) is not None, reason="there is no fast path")
+pytestmark = pytest.mark.skipif(not multiplies_fast(torch.float32), reason="the kernels are no faster than torch")
 
 BLOCKS = {
     "MLP": {},
@@ -104,16 +105,20 @@ def test_training_records_every_layer():
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast", "autocast of float16"], ids=str)
 def test_as_the_model(kind, dtype):
     module, x = block(kind), GRID
     if dtype is torch.bfloat16:
         module, x = module.to(dtype), x.to(dtype)
+    if dtype == "autocast of float16":
+        x = x.half()
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled="autocast" in str(dtype)):
         found, expected = compiled(x), module(x)
     assert found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    # Of float16 there is no kernel: layers computed one by one may round anew.
+    tolerance = 0.02 if dtype == "autocast of float16" else 0
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
@@ -214,6 +219,16 @@ def test_a_setting_changed_after_compiling_is_followed(change):
     assert (found - before).abs().max() > 1e-5
 
 
+def test_a_block_compiled_in_its_place():
+    module = block()
+    backend, graphs = kept_graphs()
+    with torch.no_grad():
+        expected = module(GRID)
+        module.compile(backend=backend)
+        torch.testing.assert_close(module(GRID), expected)
+    assert [operators_in(graph) for graph in graphs] == [["vmamba.vss_block"]]
+
+
 def test_a_branch_that_is_dropped_is_no_operator():
     module = block()
     module.drop_path1 = DropPath(0.999999).eval()
@@ -240,6 +255,17 @@ def test_layer_by_layer_where_the_kernel_knows_no_way(make, name, x, monkeypatch
         found = operator(given, *arguments[1:])
         assert found.is_contiguous()
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiled_graph_tells_nobody_of_its_scans(monkeypatch):
+    operator, arguments = arguments_of(block(), GRID)
+    monkeypatch.setattr(fused, "compute_block", lambda *_: None)
+    seen = []
+    with watch_scans(lambda *scan: seen.append(scan)):
+        operator(*arguments)
+        assert not seen
+        block()(GRID)
+    assert len(seen) == 1
 
 
 def test_layer_by_layer_in_half_precision(monkeypatch):

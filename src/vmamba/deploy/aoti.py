@@ -26,7 +26,8 @@ from vmamba.deploy.graphs import Images, check_target, outputs_of, prepared, tra
 from vmamba.errors import ExportError
 from vmamba.files import replacing
 from vmamba.ops.backends.native.library import kernels
-from vmamba.ops.exporting import scans_kept
+from vmamba.ops.backends.native.products import multiplies_fast
+from vmamba.ops.exporting import operators_kept
 from vmamba.ops.routes import PATTERNS
 
 _CODE = Path(vmamba.__file__).parent / "csrc"
@@ -103,7 +104,7 @@ def export_aoti(
     images = Images.of(model, is_open=sizes == "open")
     told = preprocessing_for(model, images, preprocessing)
     network, inputs = surrounded(model, Network(prepared(model), torch.float32), told, embed)
-    with scans_kept(layers=True):
+    with operators_kept(layers=multiplies_fast(torch.float32)):
         program = traced(network, inputs(images.example()), images)
     operators = {name: getattr(torch.ops.vmamba, name).default for name in _DECLARATIONS}
     _lay_out(program, list(operators.values()))

@@ -31,7 +31,7 @@ from vmamba.errors import ExportError
 from vmamba.files import replacing, shown
 from vmamba.models.checkpoints import default_metadata
 from vmamba.models.detection import MaskRCNN
-from vmamba.ops.exporting import scans_kept
+from vmamba.ops.exporting import operators_kept
 
 OPSET = 20
 TOLERANCE, _TOLERANCE_HALF = 1e-4, 2e-2
@@ -163,7 +163,7 @@ def export_onnx(
     elif half:
         network, _ = surrounded(model, Network(prepared(model, torch.float16), torch.float16), told, embed)
 
-    with scans_kept():
+    with operators_kept():
         program = traced(network, inputs(images.example()), images)
     table = onnx_scans.translations() | onnx_detection.translations()
     with silenced("torch.onnx", "onnxscript", "onnx_ir"):

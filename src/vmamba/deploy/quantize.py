@@ -24,7 +24,7 @@ from vmamba.deploy.graphs import Images, check_target, outputs_of, prepared, tra
 from vmamba.errors import DataError, ExportError
 from vmamba.files import replacing, shown
 from vmamba.models.registry import ENTRIES, create_model, load_model
-from vmamba.ops.exporting import scans_kept
+from vmamba.ops.exporting import operators_kept
 
 _Gather = Callable[[int, Preprocessing | None, str, bool], Calibration]  # by channels, preprocessing, task, whether raw
 _Run = Callable[[Tensor], Sequence[Any]]
@@ -233,7 +233,7 @@ def _write_torch(
     told = preprocessing_for(source, images, preprocessing)
     network, task = prepared(source), task_of(source)
     calibration = gathered(images.chans, told, task, False)
-    with scans_kept():  # our operator, whose kernel inductor calls: written in torch's functions, scans take most time
+    with operators_kept():  # the scans, which inductor calls: written in torch's functions they take most time
         program = traced(network, images.example(), images)
     batches = calibration.batches(calibration.seen, "calibrating")
     module, layers = int8.quantised(program, batches, exclude, reduce_range)

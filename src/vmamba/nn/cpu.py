@@ -1,8 +1,8 @@
 """How the layers (`vmamba.nn.layers`) use the fused kernels of the CPU, and when a module may work by stretches.
 
 A layer computes from the parameters that it has at the time of the call: nothing is kept between calls, so there is
-nothing that could differ from the layer. Everything unusual (tracing, transforms, tensor subclasses, other dtypes and
-devices: `vmamba.ops.layers.applies`) is left to torch's own layer.
+nothing that could differ from the layer. Everything unusual (tracing but by torch.compile, transforms, tensor
+subclasses, other dtypes and devices: `vmamba.ops.layers.applies`) is left to torch's own layer.
 
 Memory is what costs: a large tensor takes longer to obtain than to fill, since the operating system has to clear its
 pages first. Where pixels do not mix, modules that are exactly `as_built` therefore work by `stretches` of pixels.
@@ -115,13 +115,15 @@ def _is_as_built(module: nn.Module, unpatched: set[type[nn.Module]]) -> bool:
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return False
     written = _KNOWN[kind]
-    if module._compiled_call_impl or _has_own(module, written.names):
+    if _has_own(module, written.names):
         return False
     if written.condition:
         return written.condition(module)
     for name, child in own["_modules"].items():
-        is_part = child is None or isinstance(child, written.parts.get(name, ()))
-        if not is_part or (child is not None and not _is_as_built(child, unpatched)):
+        if child is None:
+            continue
+        is_part = isinstance(child, written.parts.get(name, ())) and not child._compiled_call_impl
+        if not is_part or not _is_as_built(child, unpatched):
             return False
     return True
 

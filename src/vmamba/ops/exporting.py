@@ -18,7 +18,7 @@ _kept: ContextVar[frozenset[str]] = ContextVar("vmamba_operators_kept", default=
 
 
 @contextmanager
-def scans_kept(layers: bool = False) -> Iterator[None]:
+def operators_kept(layers: bool = False) -> Iterator[None]:
     """Graphs that are traced in the `with` block (of this thread or task) have the scans as operators.
 
     Args:

@@ -1,8 +1,8 @@
 """What inference on the CPU computes in one call, a VSS block and a stem: at once, or as operators of a graph.
 
-torch.compile leaves an operator as it is. A compiled network of such blocks therefore computes what the network itself
-would, with the same kernels, and takes seconds to compile. What the kernels do not know an operator computes layer by
-layer, with the functions that the layers call.
+torch.compile leaves an operator as it is. A compiled network of such blocks therefore runs the network's own kernels,
+and is compiled sooner. What these do not know an operator computes layer by layer; where they would be slower than what
+torch makes of single layers, there is no operator.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from vmamba.ops.backends.native.block import Affine, Scan
 from vmamba.ops.backends.native.block import vss_block as compute_block
+from vmamba.ops.backends.native.products import multiplies_fast
 from vmamba.ops.backends.native.stem import conv_stem as compute_stem
 from vmamba.ops.layers import is_compiled
 from vmamba.ops.precision import without_autocast
 from vmamba.ops.registration import define, pull_back
-from vmamba.ops.ss2d import ss2d_scan
+from vmamba.ops.ss2d import ss2d_scan, watch_scans
 
 # --- a VSS block -----------------------------------------------------------------------------------------------------
 
@@ -33,6 +34,8 @@ def vss_block(
     """`backends.native.block.vss_block`, in the graph that torch.compile traces as an operator."""
     if not is_compiled():
         return compute_block(x, norm1, in_proj, conv, scan, norm, out_proj, mlp, gated, dtype)
+    if x.ndim != 4 or x.dtype not in (dtype, torch.float32) or not multiplies_fast(dtype):
+        return None
     norm2, fc1, fc2 = mlp or (Affine(None, None),) * 3
     layers = (norm1, in_proj, conv, norm, out_proj, norm2, fc1, fc2)
     parameters = [value for layer in layers for value in layer[:2]]
@@ -78,7 +81,9 @@ def _block_by_layers(
         mixed, gate = product(normalised(x, norm1), in_proj), None
         if gated:
             mixed, gate = mixed.chunk(2, dim=-1)
-        mixed = ss2d_scan(torch.ops.vmamba.depthwise_silu(mixed.contiguous(), conv.weight, conv.bias), *scan)
+        mixed = torch.ops.vmamba.depthwise_silu(mixed.contiguous(), conv.weight, conv.bias)
+        with watch_scans(None):  # of compiled graphs nobody is told
+            mixed = ss2d_scan(mixed, *scan)
         mixed = normalised(mixed, norm)
         x = x + product(mixed if gate is None else mixed * F.silu(gate), out_proj)
         if mlp:
@@ -117,6 +122,8 @@ def conv_stem(
     """`backends.native.stem.conv_stem`, in the graph that torch.compile traces as an operator."""
     if not is_compiled():
         return compute_stem(x, conv1, norm1, conv2, norm2, strides)
+    if x.ndim != 4 or not multiplies_fast(torch.float32):
+        return None
     parameters = [value for layer in (conv1, norm1, conv2, norm2) for value in layer[:2]]
     y: Tensor = torch.ops.vmamba.conv_stem(x, *parameters, *strides, norm1.eps, norm2.eps)
     return y

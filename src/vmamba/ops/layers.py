@@ -4,7 +4,8 @@ On the CPU, in float32 and bfloat16, products read the weight as it lies in memo
 chains of layers are one pass over memory (`backends/native/layers.py`); on a GPU LayerNorm and the depthwise
 convolution with SiLU are one too (`backends/triton/{normalisation,convolution}.py`). All of them compute from the
 parameters given and keep nothing. To torch.compile they are operators, which it leaves alone, but for LayerNorm, which
-is torch's own there and fused with what is beside it; an exported graph has torch's own layers.
+is torch's own there and fused with what is beside it; an exported graph has torch's own layers, unless the kernels
+travel with it (`exporting.operators_kept`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 def applies(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether what is computed at once on the CPU may stand in for a layer called with `x` that has these parameters.
 
-    They are plain tensors there in float32 or bfloat16, and nothing but torch.compile traces or transforms the call.
+    They are plain tensors there in float32 or bfloat16, and nothing traces or transforms the call but what keeps
+    operators (`is_compiled`).
     """
     if (
         not (is_compiled() or runs_eagerly(x))
@@ -271,7 +273,8 @@ def separates_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, by_pat
     if not is_compiled() or x.ndim != 4:
         return False
     if not is_on_gpu(x):
-        return by_patches and applies(x, weight, bias) and can_fuse(x) and not records(x, weight, bias)
+        is_usual = by_patches and applies(x, weight, bias) and not records(x, weight, bias)
+        return is_usual and products.multiplies_fast(product_dtype(x))
     dtypes = _HALF_AND_SINGLE if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
     parameters = (weight,) if bias is None else (weight, bias)
     are_usual = all(type(value) in (Tensor, nn.Parameter) and value.dtype in dtypes for value in parameters)

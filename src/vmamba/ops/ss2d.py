@@ -25,11 +25,12 @@ _watcher: ContextVar[Watcher | None] = ContextVar("vmamba_watcher", default=None
 
 
 @contextmanager
-def watch_scans(watcher: Watcher) -> Iterator[None]:
+def watch_scans(watcher: Watcher | None) -> Iterator[None]:
     """Show every call of `ss2d_scan` in the `with` block (of this thread or task) to a function.
 
     Args:
-        watcher: is given the arguments, the first projection done, and the result. A compiled graph calls nothing.
+        watcher: is given the arguments, the first projection done, and the result; None for nobody. A compiled graph
+            calls nothing.
     """
     token = _watcher.set(watcher)
     try:

@@ -101,12 +101,17 @@ def wins(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> 
         uses the processor's matrix unit (AMX), and where nothing could be read as it lies: many rows of an odd number
         of bfloat16.
     """
-    if not rows * in_features * out_features or not is_fast():
+    if not rows * in_features * out_features or not multiplies_fast(dtype):
         return False
+    return dtype is torch.float32 or in_features % 2 == 0 or rows < out_features
+
+
+@torch.compiler.assume_constant_result
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether there are shapes for which `linear` is faster than oneDNN."""
     if dtype is torch.bfloat16:
-        is_best = kernels() == "amx_bf16" or not torch.cpu._is_amx_tile_supported()
-        return is_best and (in_features % 2 == 0 or rows < out_features)
-    return dtype is torch.float32
+        return is_fast() and (kernels() == "amx_bf16" or not torch.cpu._is_amx_tile_supported())
+    return is_fast() and dtype is torch.float32
 
 
 def _same_or_float32(name: str, value: Tensor, x: Tensor) -> None:
