@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def curves(
                 at = min(y, at - 0.045 * (top - bottom))  # below the label before
                 axis.text(x + 0.015 * right, at, f"{name}  {y:.1f}", va="center", color=_colour(name))
     figure.suptitle(title, fontsize=10)
-    figure.supxlabel(foot, fontsize=7, color="#666666")
+    figure.supxlabel(textwrap.fill(foot, int(17 * size[0])), fontsize=7, color="#666666")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
