@@ -165,7 +165,7 @@ def test_changed_stems_are_left_alone(calls, monkeypatch, change):
     CHANGES[change](stem, monkeypatch)
     fused, plain = _results(stem, x)
     assert calls == []
-    assert torch.equal(fused, plain)
+    torch.testing.assert_close(fused, plain)  # the norms around are Triton's, torch's or the library's
 
 
 def test_where_it_is_not_taken(calls):
