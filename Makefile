@@ -15,13 +15,10 @@ demo: $(STAMP) ## train a small VMamba on Fashion-MNIST, test it, show its predi
 	$(BIN)/vmamba predict examples/images --topk 1
 	@echo "The model is $(DEMO)/model.safetensors. Beside it: predictions.png, confusion_matrix.png, learning_curve.png."
 
-# Settings of `make demo-dense` beside those of the recipes, such as DENSE="--optim.epochs 2".
-DENSE ?=
-
 demo-dense: $(GARMENTS)/classes.txt ## segmentation and detection: train on garments, measure, show what is found
-	$(BIN)/vmamba train --config configs/segmentation/garments.yaml --overwrite true $(DENSE)
+	$(BIN)/vmamba train --config configs/segmentation/garments.yaml --overwrite true
 	$(BIN)/vmamba validate --checkpoint $(GARMENTS)_segmentation/model.safetensors
-	$(BIN)/vmamba train --config configs/coco/garments.yaml --overwrite true $(DENSE)
+	$(BIN)/vmamba train --config configs/coco/garments.yaml --overwrite true
 	$(BIN)/vmamba validate --checkpoint $(GARMENTS)_detection/model.safetensors
 	for task in segmentation detection; do $(BIN)/vmamba predict $(GARMENTS)/images/val/000*.jpg \
 	  --checkpoint $(GARMENTS)_$$task/model.safetensors --pictures $(GARMENTS)_$$task || exit; done
