@@ -54,23 +54,23 @@ __attribute__((constructor)) void initialise() {
     vmamba_use_openmp(reinterpret_cast<void*>(GOMP_parallel));
 }
 
-// A dense float32 tensor of this rank, as the graph makes sure of; where it is none, `count` is -1.
+// A dense float32 tensor of the wanted rank, as the graph makes sure of; where it is none, `count` is -1.
 struct Dense {
     const float* data = nullptr;
-    int64_t count = -1;
+    int64_t count = -1, rank = 0;
     int64_t sizes[MOST_SIZES] = {};
 
-    Dense(Handle tensor, int64_t rank = -1) {
+    Dense(Handle tensor, int64_t wanted = -1) {
         bool contiguous = false;
         int32_t dtype = 0;
-        int64_t *given = nullptr, found = 0, numbers = 0;
+        int64_t *given = nullptr, numbers = 0;
         void* address = nullptr;
         if (aoti_torch_is_contiguous(tensor, &contiguous) || aoti_torch_get_dtype(tensor, &dtype)) return;
-        if (aoti_torch_get_dim(tensor, &found) || aoti_torch_get_sizes(tensor, &given)) return;
+        if (aoti_torch_get_dim(tensor, &rank) || aoti_torch_get_sizes(tensor, &given)) return;
         if (aoti_torch_get_numel(tensor, &numbers) || aoti_torch_get_data_ptr(tensor, &address)) return;
-        if (!contiguous || dtype != aoti_torch_dtype_float32() || found > MOST_SIZES) return;
-        if (rank >= 0 && found != rank) return;
-        for (int64_t i = 0; i < found; i++) sizes[i] = given[i];
+        if (!contiguous || dtype != aoti_torch_dtype_float32() || rank > MOST_SIZES) return;
+        if (wanted >= 0 && rank != wanted) return;
+        for (int64_t i = 0; i < rank; i++) sizes[i] = given[i];
         data = static_cast<const float*>(address), count = numbers;
     }
 };
@@ -118,17 +118,16 @@ const int32_t* routes(const char* pattern) {
 
 // y (..., N) = x (..., K) · weight (N, K)ᵀ + bias (N).
 extern "C" int32_t aoti_torch_cpu_linear(Handle x, Handle weight, Handle* bias, Handle* result) {
-    int64_t rank = 0;
     Dense given(x), factor(weight, 2);
-    if (given.count < 0 || factor.count < 0 || aoti_torch_get_dim(x, &rank) || !rank) return 1;
-    int64_t& last = given.sizes[rank - 1];
+    if (given.count < 0 || factor.count < 0 || !given.rank) return 1;
+    int64_t& last = given.sizes[given.rank - 1];
     Parameters parameters;
     Product p = {};
     p.inputs = factor.sizes[1], p.outputs = factor.sizes[0], p.x = given.data, p.weight = factor.data;
     p.bias = parameters.of(bias, p.outputs);
     if (!parameters.fit || last != p.inputs || !p.inputs) return 1;
     p.rows = given.count / p.inputs, last = p.outputs;
-    p.y = made(rank, given.sizes, result);
+    p.y = made(given.rank, given.sizes, result);
     if (!p.rows || !p.outputs) return 0;
     p.threads = threads(p.rows * p.inputs * p.outputs, PRODUCTS_FOR_THREADS);
     return !p.y || vmamba_linear(&p);

@@ -32,8 +32,10 @@ from vmamba.ops.routes import PATTERNS
 
 _CODE = Path(vmamba.__file__).parent / "csrc"
 # Kernels for one instruction set, those of interface.cpp's "baseline"; what calls them; the operators.
-_KERNELS = "scan layers products roi_align enlarging nms winograd"
-_OTHERS = "interface block convolution stem package"
+_SOURCES = (
+    "scan", "layers", "products", "roi_align", "enlarging", "nms", "winograd",
+    "interface", "block", "convolution", "stem", "package",
+)  # fmt: skip
 # As in CMakeLists.txt, and what each instruction set needs.
 _FLAGS = [
     "-c",
@@ -110,14 +112,14 @@ def export_aoti(
     _lay_out(program, list(operators.values()))
     metadata = metadata_of(model, class_names, told)
     with tempfile.TemporaryDirectory() as folder:
-        kernels = _compiled_kernels(compiler, Path(folder))
+        objects = _compiled_kernels(compiler, Path(folder))
         package = Path(folder) / "model.pt2"
         options: dict[str, Any] = {
             "aot_inductor.custom_ops_to_c_shims": {
                 operator: [_declaration(name)] for name, operator in operators.items()
             },
             # What stands here follows "-l" on the linker's command line.
-            "aot_inductor.custom_op_libs": [f":{kernel.name} -L{folder}" for kernel in kernels],
+            "aot_inductor.custom_op_libs": [f":{part.name} -L{folder}" for part in objects],
             "aot_inductor.metadata": metadata,
         }
         if hasattr(config.aot_inductor, "enable_line_tables"):  # which torch 2.11 has not
@@ -160,13 +162,12 @@ def _compiled_kernels(compiler: str, folder: Path) -> list[Path]:
         for name, routes in PATTERNS.items()
         if isinstance(routes, tuple)
     )
-    names = f"{_KERNELS} {_OTHERS}".split()
     flags = [*_FLAGS, *_INSTRUCTIONS.get(kernels() or "", []), f"-DVMAMBA_PATTERNS={', '.join(rows)}"]
-    command = [compiler, *flags, *(str(_CODE / f"{name}.cpp") for name in names)]
+    command = [compiler, *flags, *(str(_CODE / f"{name}.cpp") for name in _SOURCES)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
         raise ExportError(f"the kernels could not be compiled by {compiler}: {done.stderr.strip()[-500:]}")
-    return [folder / f"{name}.o" for name in names]
+    return [folder / f"{name}.o" for name in _SOURCES]
 
 
 def _lay_out(program: torch.export.ExportedProgram, operators: Sequence[Any]) -> None:

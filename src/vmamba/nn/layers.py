@@ -80,6 +80,8 @@ def _convolved(layer: nn.Conv2d, kind: type[nn.Conv2d], x: Tensor) -> Tensor | N
 
 def _is_operator(layer: nn.Conv2d, x: Tensor) -> bool:
     """Whether a layer of this class, or of one that inherits from it, is an operator in the graph that is compiled."""
+    if not is_compiled():  # which is most of the time
+        return False
     by_patches = cpu.is_patchwise(layer) and layer.stride[0] > 1
     is_separate = separates_convolution(x, layer.weight, layer.bias, by_patches)
     return is_separate and layer.padding_mode == "zeros" and _convolves_as(layer, GridConv2d)

@@ -21,7 +21,7 @@ from vmamba.ops.backends.native.products import multiplies_fast
 from vmamba.ops.backends.native.stem import conv_stem as compute_stem
 from vmamba.ops.layers import is_compiled
 from vmamba.ops.precision import without_autocast
-from vmamba.ops.registration import define, pull_back
+from vmamba.ops.registration import define
 from vmamba.ops.ss2d import ss2d_scan, watch_scans
 
 # --- a VSS block -----------------------------------------------------------------------------------------------------
@@ -106,9 +106,6 @@ define(
     " float norm2_eps) -> Tensor",
     _block,
     plain=_plain_block,
-    gradient=lambda ctx, grad: pull_back(
-        lambda *tensors: _plain_block(*tensors, *ctx.options), ctx.saved_tensors, [grad]
-    ),
     fake=lambda x, *_: torch.empty(x.shape, dtype=x.dtype, device=x.device),
 )
 
@@ -156,8 +153,5 @@ define(
     " float norm2_eps) -> Tensor",
     _compute_conv_stem,
     plain=_plain_conv_stem,
-    gradient=lambda ctx, grad: pull_back(
-        lambda *tensors: _plain_conv_stem(*tensors, *ctx.options), ctx.saved_tensors, [grad]
-    ),
     fake=_empty_conv_stem,
 )

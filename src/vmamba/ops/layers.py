@@ -26,7 +26,7 @@ from vmamba.ops.backends.native import products
 from vmamba.ops.exporting import keeps_layers
 from vmamba.ops.operators import runs_eagerly
 from vmamba.ops.precision import without_autocast
-from vmamba.ops.registration import define, is_exporting, pull_back
+from vmamba.ops.registration import define, is_exporting, pull_back, records
 
 _HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -60,11 +60,6 @@ def applies(x: Tensor, *parameters: Tensor | None) -> bool:
 def is_plain_tensor(value: Tensor) -> bool:
     """Whether a tensor is of no class of its own, or what torch.export traces in its place."""
     return type(value) in (Tensor, nn.Parameter) or (keeps_layers() and type(value) is FakeTensor)
-
-
-def records(*values: Tensor | None) -> bool:
-    """Whether autograd records what is computed from these."""
-    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -253,7 +248,6 @@ define(
     "depthwise_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
     lambda grad, x, weight, bias: _convolutions(x).depthwise_silu_backward(grad, x, weight, bias),
     plain=_plain_depthwise_silu_backward,
-    gradient=lambda ctx, *grads: pull_back(_plain_depthwise_silu_backward, ctx.saved_tensors, grads),
     fake=lambda grad, x, weight, bias: (
         _empty(x), _empty(weight), (weight if bias is None else bias).new_empty(weight.shape[0])
     ),
@@ -433,11 +427,6 @@ define(
     "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
     _compute_layer_norm_backward,
     plain=_plain_layer_norm_backward,
-    gradient=lambda ctx, *grads: pull_back(
-        lambda grad, x, weight, bias: _plain_layer_norm_backward(grad, x, weight, bias, *ctx.options),
-        ctx.saved_tensors,
-        grads,
-    ),
     fake=lambda grad, x, weight, bias, eps: (_empty(x), _empty(weight), _empty(bias)),
 )
 
@@ -504,7 +493,6 @@ define(
     "linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
     _compute_linear_gelu,
     plain=_plain_linear_gelu,
-    gradient=lambda ctx, grad: pull_back(_plain_linear_gelu, ctx.saved_tensors, [grad]),
     fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
 )
 
@@ -564,7 +552,6 @@ define(
     "stem(Tensor x, Tensor weight, Tensor bias, Tensor scale, Tensor offset, int stride, float eps) -> Tensor",
     _compute_stem,
     plain=_plain_stem,
-    gradient=lambda ctx, grad: pull_back(lambda *values: _plain_stem(*values, *ctx.options), ctx.saved_tensors, [grad]),
     fake=lambda x, weight, bias, scale, offset, stride, eps: weight.new_empty(
         x.shape[0], (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1, weight.shape[0]
     ),

@@ -19,7 +19,7 @@ from vmamba.ops.arguments import ScanArguments, SS2DArguments, empty_gradients
 from vmamba.ops.backends import BACKENDS, Backend, eager
 from vmamba.ops.exporting import keeps_scans
 from vmamba.ops.precision import without_autocast
-from vmamba.ops.registration import define, is_tracing_for_export, pull_back
+from vmamba.ops.registration import define, is_tracing_for_export
 from vmamba.ops.routes import is_along_axes
 
 _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool"}
@@ -76,10 +76,6 @@ def _register(name: str, kind: type[ScanArguments] | type[SS2DArguments], output
         operator = getattr(torch.ops.vmamba, f"{name}_backward")
         return operator(*(g.contiguous() for g in grads), *ctx.saved_tensors, *ctx.options)
 
-    def second_gradient(ctx: Any, *grads: Tensor) -> list[Tensor | None]:
-        option = ctx.options[0]
-        return pull_back(lambda *values: backward("eager", [*values, option]), ctx.saved_tensors, grads)
-
     define(
         f"{name}({inputs}) -> {results}",
         lambda *values: forward(values[-1], values[:-1]),
@@ -91,7 +87,6 @@ def _register(name: str, kind: type[ScanArguments] | type[SS2DArguments], output
         f"{name}_backward({grads}, {inputs}) -> {gradients}",
         lambda *values: backward(values[-1], values[:-1]),
         plain=lambda *values: backward("eager", values[:-1]),
-        gradient=second_gradient,
         fake=lambda *values: empty_gradients(kind._make(values[outputs:-1])),
     )
 

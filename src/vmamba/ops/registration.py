@@ -35,8 +35,8 @@ def define(
     compute: Callable[..., Any],
     *,
     plain: Callable[..., Any],
-    gradient: Callable[..., Sequence[Tensor | None]],
     fake: Callable[..., Any],
+    gradient: Callable[..., Sequence[Tensor | None]] | None = None,
 ) -> None:
     """Make `torch.ops.vmamba.*`.
 
@@ -44,13 +44,16 @@ def define(
         schema: name, inputs and results. Tensors, optional ones too, come before all other inputs; results are tensors.
         compute: from values to values; they are not recorded. Results are dense and share no memory.
         plain: the same in differentiable functions of torch.
-        gradient: as the backward of `torch.autograd.Function`, gradient(ctx, *grads); returns one for each tensor among
-            the inputs. `ctx.saved_tensors` has these and `ctx.options` the other inputs.
         fake: the same as `compute` for tensors without values.
+        gradient: as the backward of `torch.autograd.Function`, gradient(ctx, *grads); returns one for each tensor among
+            the inputs. `ctx.saved_tensors` has these and `ctx.options` the other inputs. None: that of `plain`.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     operator = getattr(torch.ops.vmamba, name).default
+
+    def plain_gradient(ctx: Any, *grads: Tensor) -> list[Tensor | None]:
+        return pull_back(lambda *tensors: plain(*tensors, *ctx.options), ctx.saved_tensors, grads)
 
     def below_autograd(*inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -68,19 +71,23 @@ def define(
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             tensors = ctx.saved_tensors  # which can be had once only, where a checkpoint computes them again
             given = SimpleNamespace(saved_tensors=tensors, options=ctx.options, needs_input_grad=ctx.needs_input_grad)
-            results = zip(tensors, gradient(given, *grads), strict=True)
+            results = zip(tensors, (gradient or plain_gradient)(given, *grads), strict=True)
             return (*(None if value is None else grad for value, grad in results), *(None for _ in ctx.options))
 
     def recorded(*inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active() or _has_tangent(inputs):
             return plain(*inputs)
-        is_recorded = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in inputs)
-        return (Function.apply if is_recorded else below_autograd)(*inputs)
+        return (Function.apply if records(*inputs) else below_autograd)(*inputs)
 
     _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, recorded, "Autograd")
     _LIBRARY.impl(name, plain, "FuncTorchBatched")
     torch.library.register_fake(operator, fake, lib=_LIBRARY)
+
+
+def records(*values: Any) -> bool:
+    """Whether autograd records what is computed from these; some may be no tensors."""
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 def pull_back(
