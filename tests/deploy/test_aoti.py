@@ -114,7 +114,8 @@ def test_refusals(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/c++"))
-    with pytest.raises(ExportError, match=r"needs a C\+\+ compiler"):
+    # by torch's own patch: pytest's takes the option away for good when it is undone
+    nowhere = config.patch({"cpp.cxx": (None, "/nowhere/c++")})
+    with nowhere, pytest.raises(ExportError, match=r"needs a C\+\+ compiler"):
         export_aoti(vmamba.create_model("vmamba_femto"), tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
