@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +32,11 @@ def made(tmp_path_factory):
     model = VMamba(depths=(1, 1), dims=(8, 12), num_classes=4, img_size=16, stem_stride=2).eval()
     model.stages[1].blocks[0].ss2d.pattern = "bidirectional"
     path, programs = tmp_path_factory.mktemp("aoti") / "model.pt2", []
-    lay_out = aoti._lay_out
+    lay_out, hidden = aoti._lay_out, "-fvisibility=hidden"
+    assert hidden in aoti._FLAGS
     with pytest.MonkeyPatch.context() as patch:
+        # A test below calls the operators of this package, which nobody sees of others.
+        patch.setattr(aoti, "_FLAGS", [flag for flag in aoti._FLAGS if flag != hidden])
         patch.setattr(aoti, "_lay_out", lambda program, *rest: programs.append(program) or lay_out(program, *rest))
         written = export_aoti(model, path, embed=True, class_names=["cat", "dog", "树", "car"])
     if multiplies_fast(torch.float32):  # all that there are kernels for
@@ -62,6 +67,92 @@ def test_packages_take_any_size(made):
         labels, probabilities = package(pictures)
         torch.testing.assert_close(probabilities, expected, rtol=1e-4, atol=1e-6)
         assert labels.tolist() == expected.argmax(1).tolist()
+
+
+# Of a call's tensors, by number, the dimensions that may be of any size.
+_IMAGE, _GRID = {0: (0, 2, 3)}, {0: (0, 1, 2)}
+
+
+def _calls():
+    """Of each operator in a package: its arguments, and those dimensions."""
+
+    def scan(channels, K=4, R=2, N=3):
+        shapes = (K, channels, R), (K, channels), (K, channels, N), (K, channels)
+        return [torch.rand(shape) * sign for shape, sign in zip(shapes, (1, 1, -1, 1), strict=True)]
+
+    weights = [
+        torch.randn(shape) for shape in ((3,), (3,), (12, 3), (12,), (6, 1, 3, 3), (6,), (6,), (6,), (3, 6), (3,))
+    ]
+    mlp = [torch.randn(shape) for shape in ((3,), (3,), (8, 3), (8,), (3, 8), (3,))]
+    stem = [torch.randn(shape) for shape in ((4, 3, 3, 3), (4,), (4,), (4,), (6, 4, 3, 3), (6,), (6,), (6,))]
+    image, grid = torch.randn(2, 3, 9, 7), torch.randn(2, 5, 4, 6)
+    block = [torch.randn(2, 5, 4, 3), torch.randn(4, 8, 6), *scan(6), *weights, *mlp]
+    return {
+        "conv_stem": ([image, *stem, 2, 1, 1e-5, 1e-5], _IMAGE),
+        "grid_convolution": ([grid, torch.randn(4, 6, 3, 3), [2, 2], [1, 1], [1, 1], 1], _GRID | {1: (0,)}),
+        "depthwise_silu": ([grid, torch.randn(6, 1, 3, 3), torch.randn(6)], _GRID),
+        "linear": ([grid, torch.randn(8, 6), torch.randn(8)], _GRID),
+        "recurrence": ([torch.rand(2, 7, 5), torch.randn(2, 7, 5), True], {}),
+        "ss2d_scan": ([grid, torch.randn(2, 5, 4, 4, 8), *scan(6), "cross", "native"], {}),
+        "vss_block": ([*block, "bidirectional", True, False, 1e-5, 1e-5, 1e-5], _GRID),
+    }
+
+
+def _call_in_package(library, name, arguments):
+    """What a package's operator gives: its status, and the tensor."""
+    handles = torch._C._aoti
+    of_capsule, capsule_of = ctypes.pythonapi.PyCapsule_GetPointer, ctypes.pythonapi.PyCapsule_New
+    of_capsule.restype, of_capsule.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    capsule_of.restype, capsule_of.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    capsules, given, kinds = [], [], iter(aoti._DECLARATIONS[name].split(", "))
+
+    def handle(tensor):
+        capsules.append(handles.unsafe_alloc_void_ptr_from_tensor(tensor))
+        return ctypes.c_void_p(of_capsule(capsules[-1], None))
+
+    for argument, kind in zip(arguments, kinds, strict=False):
+        if kind == "T":
+            given.append(handle(argument))
+        elif kind == "?":
+            given.append(None if argument is None else ctypes.byref(handle(argument)))
+        elif kind == "const int64_t*":
+            given += [(ctypes.c_int64 * len(argument))(*argument), ctypes.c_int64(len(argument))]
+            next(kinds)
+        elif kind == "const char*":
+            given.append(ctypes.c_char_p(argument.encode()))
+        else:
+            given.append(
+                {"double": ctypes.c_double, "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32}[kind](argument)
+            )
+    result = ctypes.c_void_p()
+    status = getattr(library, f"aoti_torch_cpu_{name}")(*given, ctypes.byref(result))
+    if result.value:
+        capsules.append(capsule_of(result.value, None, None))
+    tensors = [handles.alloc_tensor_by_stealing_from_void_ptr(capsule) for capsule in capsules]
+    return status, tensors[-1]
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_aoti"), reason="this torch gives no handles of tensors")
+def test_operators_check_shapes(made, tmp_path):
+    """A package has them without Python, which checks elsewhere: what does not fit is an error, not a crash."""
+    with zipfile.ZipFile(made[1]) as package:
+        (name,) = (name for name in package.namelist() if name.endswith(".so"))
+        library = ctypes.CDLL(package.extract(name, tmp_path))
+    calls = _calls()
+    assert calls.keys() == aoti._DECLARATIONS.keys()
+    for name, (arguments, free) in calls.items():
+        status, y = _call_in_package(library, name, arguments)
+        assert status == 0, name
+        torch.testing.assert_close(y, getattr(torch.ops.vmamba, name)(*arguments), rtol=1e-4, atol=1e-5)
+        for i, argument in enumerate(arguments):
+            if not isinstance(argument, torch.Tensor):
+                continue
+            shorter = [argument.narrow(d, 1, argument.shape[d] - 1).clone() for d in range(argument.ndim)]
+            wrong = [value for d, value in enumerate(shorter) if d not in free.get(i, ())]
+            for value in (*wrong, argument.double(), argument.flatten()[:0]):
+                status, _ = _call_in_package(library, name, [*arguments[:i], value, *arguments[i + 1 :]])
+                assert status != 0, (name, i, value.dtype, value.shape)
+        assert _call_in_package(library, name, arguments)[0] == 0, name
 
 
 def test_what_is_no_block_of_ours(tmp_path):

@@ -20,20 +20,7 @@ int32_t vmamba_scan(Scan*);
 
 namespace {
 
-// Below these amounts of work, waking other threads takes longer: values, multiply-adds, steps of 16 channels.
-constexpr int64_t VALUES_FOR_THREADS = 16384, PRODUCTS_FOR_THREADS = 1 << 20, STEPS_FOR_THREADS = 512;
-constexpr int64_t BAND_ROWS = 16, LANES_OF_SCAN = 16;
-
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-int64_t common_divisor(int64_t a, int64_t b) {
-    while (b) {
-        int64_t rest = a % b;
-        a = b, b = rest;
-    }
-    return a;
-}
 
 int64_t size_of(int32_t bfloat16) { return bfloat16 ? 2 : 4; }
 
@@ -48,11 +35,9 @@ struct Calls {
     const Block& p;
     bool failed = false;
 
-    int32_t threads(int64_t work, int64_t least) const { return work > least ? p.threads : 1; }
-
-    Layer layer(const void* x, void* y, int64_t values, int32_t bfloat16) const {
+    Layer layer(const void* x, void* y, int32_t bfloat16) const {
         Layer call{};
-        call.x = x, call.y = y, call.bfloat16 = call.y_bfloat16 = bfloat16, call.threads = threads(values, VALUES_FOR_THREADS);
+        call.x = x, call.y = y, call.bfloat16 = call.y_bfloat16 = bfloat16, call.threads = p.threads;
         return call;
     }
 
@@ -61,7 +46,7 @@ struct Calls {
         int32_t x_bfloat16
     ) {
         if (failed) return;
-        Layer call = layer(x, y, rows * channels, x_bfloat16);
+        Layer call = layer(x, y, x_bfloat16);
         call.width = rows, call.channels = channels, call.weight = weight, call.bias = bias, call.eps = eps;
         call.y_bfloat16 = p.low_products;
         failed = vmamba_layer_norm(&call);
@@ -69,7 +54,7 @@ struct Calls {
 
     void multiply(Product call) {
         if (failed) return;
-        call.threads = threads(call.rows * call.inputs * call.outputs, PRODUCTS_FOR_THREADS);
+        call.threads = p.threads;
         failed = vmamba_linear(&call);
     }
 
@@ -87,38 +72,29 @@ struct Calls {
 
     void convolve(const void* x, void* y) {
         if (failed) return;
-        Layer call = layer(x, y, p.batch * p.height * p.width * p.inner, p.low_products);
+        Layer call = layer(x, y, p.low_products);
         call.batch = p.batch, call.height = p.height, call.width = p.width, call.channels = p.inner;
-        call.bands = divide_up(p.height, BAND_ROWS), call.weight = p.conv_weight, call.bias = p.conv_bias;
+        call.weight = p.conv_weight, call.bias = p.conv_bias;
         failed = vmamba_depthwise_silu(&call);
     }
 
     void elementwise(int32_t (*function)(Layer*), const void* x, void* y, int64_t values) {
         if (failed) return;
-        Layer call = layer(x, y, values, p.low_products);
+        Layer call = layer(x, y, p.low_products);
         call.channels = values;
         failed = function(&call);
     }
 
     Scan scan(const void* u, const float* projected, void* y) const {
-        int64_t blocks = divide_up(p.inner, LANES_OF_SCAN), each = p.rank + 2 * p.states;
+        int64_t each = p.rank + 2 * p.states;
         Scan call{};
         call.batch = p.batch, call.height = p.height, call.width = p.width, call.channels = p.inner, call.groups = 1;
         call.states = p.states, call.rank = p.rank, call.routes = p.routes, call.route_bits = p.route_bits;
         call.pixel_stride = p.routes * each, call.route_stride = each, call.softplus = 1;
         call.u = u, call.dt_low = projected, call.B = projected + p.rank, call.C = call.B + p.states, call.y = y;
         call.dt_weight = p.dt_weight, call.dt_bias = p.dt_bias, call.A = p.A, call.D = p.D;
-        call.bfloat16 = p.low_products;
-        int64_t steps = p.batch * p.height * p.width * p.routes * blocks * p.states;
-        call.threads = threads(steps, STEPS_FOR_THREADS);
-        int64_t tasks = p.batch * (keeps_routes_apart(call) ? p.routes : 1);
-        call.slots = smaller(blocks, call.threads / common_divisor(tasks, call.threads));
+        call.bfloat16 = p.low_products, call.threads = p.threads;
         return call;
-    }
-
-    // Where there are few tasks and many threads.
-    bool keeps_routes_apart(const Scan& call) const {
-        return call.threads > 2 && p.batch * divide_up(p.inner, LANES_OF_SCAN) < 2 * call.threads;
     }
 };
 
@@ -133,12 +109,12 @@ int32_t run_block(const Block& p) {
 
     // Of all pixels: what the convolution takes, which becomes the scan's result; what it gives; the gate; the scan's
     // parameters; routes that are kept apart. Of a stretch: normalised pixels, x after SS2D, the MLP's hidden layer.
-    Scan scan = calls.scan(nullptr, nullptr, nullptr);
+    int64_t bytes_apart = bytes_for_routes(calls.scan(nullptr, nullptr, nullptr));
     Memory memory;
     int64_t whole = rows * inner * size;
     int64_t first = memory.piece(whole), image = memory.piece(whole), gate = memory.piece(p.gated ? whole : 0);
     int64_t projected = memory.piece(rows * parameters * 4);
-    int64_t apart = memory.piece(calls.keeps_routes_apart(scan) ? p.routes * rows * inner * 4 : 0);
+    int64_t apart = memory.piece(bytes_apart);
     int64_t normalised = memory.piece(longest * larger(channels, inner) * size);
     int64_t wide = memory.piece(low ? longest * inner * 4 : 0);
     int64_t middle = memory.piece(has_mlp ? longest * channels * size_of(p.bfloat16) : 0);
@@ -177,8 +153,8 @@ int32_t run_block(const Block& p) {
         calls.multiply(call);
     });
     if (calls.failed) return 1;
-    scan = calls.scan(at(image), reinterpret_cast<float*>(at(projected)), at(first));
-    if (calls.keeps_routes_apart(scan)) scan.route_y = reinterpret_cast<float*>(at(apart));
+    Scan scan = calls.scan(at(image), reinterpret_cast<float*>(at(projected)), at(first));
+    if (bytes_apart) scan.route_y = reinterpret_cast<float*>(at(apart));
     if (vmamba_scan(&scan)) return 1;
 
     in_stretches([&](int64_t begin, int64_t count) {

@@ -5,6 +5,7 @@
 #include "convolution.h"
 #include "enlarging.h"
 #include "layers.h"
+#include "memory.h"
 #include "nms.h"
 #include "products.h"
 #include "roi_align.h"
@@ -113,8 +114,15 @@ namespace {
 
 constexpr int64_t SUM_LENGTH = 16384;
 
+// Below these amounts of work, waking other threads takes longer: values of a layer, multiply-adds of a product, steps of a
+// block of channels.
+constexpr int64_t VALUES_FOR_THREADS = 16384, PRODUCTS_FOR_THREADS = 1 << 20, STEPS_FOR_THREADS = 512;
+
 // A layer's tasks are shares of one size. Several for each thread: one that comes late, or is held up, does fewer.
 constexpr int64_t TASKS_PER_THREAD = 4;
+
+// The convolution's bands are of at most so many rows.
+constexpr int64_t BAND_ROWS = 16;
 
 template <class Call>
 int32_t run(Call* p, void (*task)(const Call&, int64_t, float*), size_t scratch = 0) {
@@ -122,9 +130,37 @@ int32_t run(Call* p, void (*task)(const Call&, int64_t, float*), size_t scratch 
     return !share<Call>(*p, p->tasks, scratch, task);
 }
 
+int32_t run_layer(Layer* p, int64_t values, void (*task)(const Layer&, int64_t, float*), size_t scratch = 0) {
+    if (values <= VALUES_FOR_THREADS) p->threads = 1;
+    return run(p, task, scratch);
+}
+
+int64_t values_of_image(const Layer& p) { return p.batch * p.height * p.width * p.channels; }
+
+int64_t threads_of_scan(const Scan& p) {
+    int64_t steps = p.batch * p.height * p.width * p.routes * chosen->scan->blocks(p) * p.states;
+    return steps > STEPS_FOR_THREADS ? p.threads : 1;
+}
+
+int64_t common_divisor(int64_t a, int64_t b) {
+    while (b) {
+        int64_t rest = a % b;
+        a = b, b = rest;
+    }
+    return a;
+}
+
 }  // namespace
 
+int64_t bytes_for_routes(const Scan& p) {
+    int64_t threads = threads_of_scan(p);
+    bool are_tasks_few = threads > 2 && p.routes > 1 && p.batch * chosen->scan->blocks(p) < 2 * threads;
+    return are_tasks_few ? p.routes * p.batch * p.height * p.width * p.channels * int64_t(sizeof(float)) : 0;
+}
+
+#if !defined(EXPORT)
 #define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
 // A function that computes, 0 or 1 where memory ran out, and the size of its argument: library.py compares it.
 #define COMPUTE(name, Structure)                                   \
@@ -132,7 +168,7 @@ int32_t run(Call* p, void (*task)(const Call&, int64_t, float*), size_t scratch 
     EXPORT int32_t name(Structure* p)
 
 // Changes with the structures and the functions below, so that a library left over from another version is recognised.
-EXPORT int32_t vmamba_interface() { return 11; }
+EXPORT int32_t vmamba_interface() { return 12; }
 
 EXPORT const char* vmamba_kernels() { return chosen->name; }
 
@@ -155,12 +191,24 @@ EXPORT void vmamba_initialise() {
 // Null: start threads of our own for each call.
 EXPORT void vmamba_use_openmp(void* gomp_parallel) { openmp = reinterpret_cast<Parallel>(gomp_parallel); }
 
+// On as many tasks as make equal shares for the threads.
 COMPUTE(vmamba_scan, Scan) {
     const ScanKernels& scan = *chosen->scan;
+    int64_t apart = bytes_for_routes(*p), blocks = scan.blocks(*p);
+    Memory memory;
+    if (apart && !p->route_y) {
+        int64_t begin = memory.piece(apart);
+        char* base = memory.obtain();
+        if (!base) return 1;
+        p->route_y = reinterpret_cast<float*>(base + begin);
+    }
+    p->threads = threads_of_scan(*p);
+    int64_t shares = p->threads / common_divisor(p->batch * (p->route_y ? p->routes : 1), p->threads);
+    p->slots = blocks < shares ? blocks : shares;
     if (!share<Scan>(*p, scan.forward_tasks(*p), scan.forward_scratch(*p), scan.forward)) return 1;
     if (p->route_y) {
         auto merge = [](const Scan& q, int64_t task, float*) { chosen->scan->merge(q, task); };
-        share<Scan>(*p, p->batch * scan.blocks(*p), 0, merge);
+        share<Scan>(*p, p->batch * blocks, 0, merge);
     }
     return 0;
 }
@@ -168,6 +216,7 @@ COMPUTE(vmamba_scan, Scan) {
 // The sums over slots and over images go to the first slot and the first image.
 COMPUTE(vmamba_scan_backward, Scan) {
     const ScanKernels& scan = *chosen->scan;
+    p->threads = threads_of_scan(*p);
     if (!share<Scan>(*p, scan.backward_tasks(*p), scan.backward_scratch(*p), scan.backward)) return 1;
     if (p->slots > 1) {
         auto add_slots = [](const Scan& q, int64_t task, float*) {
@@ -190,29 +239,34 @@ COMPUTE(vmamba_scan_backward, Scan) {
     return 0;
 }
 
-COMPUTE(vmamba_layer_norm, Layer) { return run(p, chosen->layers->layer_norm); }
+COMPUTE(vmamba_layer_norm, Layer) { return run_layer(p, p->width * p->channels, chosen->layers->layer_norm); }
 
-COMPUTE(vmamba_depthwise_silu, Layer) { return run(p, chosen->layers->depthwise_silu); }
+COMPUTE(vmamba_depthwise_silu, Layer) {
+    p->bands = divide_up(p->height, BAND_ROWS);
+    return run_layer(p, values_of_image(*p), chosen->layers->depthwise_silu);
+}
 
 // The sum over images and bands goes to the first of grad_weights.
 COMPUTE(vmamba_depthwise_silu_backward, Layer) {
     const LayerKernels& layers = *chosen->layers;
-    if (run(p, layers.depthwise_silu_backward, layers.depthwise_silu_backward_scratch(*p))) return 1;
+    size_t scratch = layers.depthwise_silu_backward_scratch(*p);
+    if (run_layer(p, values_of_image(*p), layers.depthwise_silu_backward, scratch)) return 1;
     int64_t size = p->channels * (TAPS + 1);
     chosen->scan->sum(p->grad_weights, p->batch * p->bands, size, size);
     return 0;
 }
 
-COMPUTE(vmamba_gelu, Layer) { return run(p, chosen->layers->gelu); }
+COMPUTE(vmamba_gelu, Layer) { return run_layer(p, p->channels, chosen->layers->gelu); }
 
-COMPUTE(vmamba_gelu_backward, Layer) { return run(p, chosen->layers->gelu_backward); }
+COMPUTE(vmamba_gelu_backward, Layer) { return run_layer(p, p->channels, chosen->layers->gelu_backward); }
 
-COMPUTE(vmamba_gate, Layer) { return run(p, chosen->layers->gate); }
+COMPUTE(vmamba_gate, Layer) { return run_layer(p, p->channels, chosen->layers->gate); }
 
-COMPUTE(vmamba_widen, Layer) { return run(p, chosen->layers->widen); }
+COMPUTE(vmamba_widen, Layer) { return run_layer(p, p->channels, chosen->layers->widen); }
 
 COMPUTE(vmamba_linear, Product) {
     const ProductKernels& products = *chosen->products;
+    if (p->rows * p->inputs * p->outputs <= PRODUCTS_FOR_THREADS) p->threads = 1;
     return !share<Product>(*p, products.tasks(*p), products.scratch(*p), products.multiply);
 }
 

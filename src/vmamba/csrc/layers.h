@@ -11,7 +11,7 @@ constexpr int TAPS = 9;  // of the convolution
 // channels of one.
 struct Layer {
     int64_t batch, height, width, channels;
-    int64_t bands;         // of rows, into which the convolution splits each image
+    int64_t bands;         // of rows, into which the convolution splits each image; forwards set by interface.cpp
     int64_t tasks;         // equal shares of the work, as many as keep all threads busy; set by interface.cpp
     const void* x;         // float or bfloat16
     const void* grad;      // of y, dtype of x
@@ -21,7 +21,7 @@ struct Layer {
     void* grad_x;          // dtype of x
     float* grad_weights;   // (batch, bands, channels · TAPS + channels): of the convolution's weight, then of its bias
     float eps;
-    int32_t bfloat16, y_bfloat16, threads;
+    int32_t bfloat16, y_bfloat16, threads;  // at most so many
 };
 
 // The layers of one instruction set; a task runs as those of struct ScanKernels do.

@@ -42,11 +42,10 @@ int32_t vmamba_scan(Scan*);
 
 namespace {
 
-// As in ops/backends/native/.
-constexpr int64_t STEPS_FOR_THREADS = 512, VALUES_FOR_THREADS = 16384, PRODUCTS_FOR_THREADS = 1 << 20;
-constexpr int64_t BAND_ROWS = 16, LANES_OF_SCAN = 16, STRETCH = 1 << 21;
+constexpr int64_t STRETCH = 1 << 21;  // as in ops/backends/native/block.py
 
 constexpr int64_t MOST_SIZES = 8;  // of a tensor
+constexpr int64_t ROUTES = 4;      // of a pattern
 
 __attribute__((constructor)) void initialise() {
     vmamba_initialise();
@@ -98,15 +97,11 @@ float* made(int64_t rank, const int64_t* sizes, Handle* result) {
     return aoti_torch_get_data_ptr(*result, &data) ? nullptr : static_cast<float*>(data);
 }
 
-int32_t threads(int64_t work, int64_t least) { return work > least ? omp_get_max_threads() : 1; }
-
-int64_t greatest_common_divisor(int64_t a, int64_t b) { return b ? greatest_common_divisor(b, a % b) : a; }
-
 // Four routes of a pattern, 1 by columns, 2 backwards; null of one that is not known.
 const int32_t* routes(const char* pattern) {
     static const struct {
         const char* name;
-        int32_t bits[4];
+        int32_t bits[ROUTES];
     } PATTERNS[] = {VMAMBA_PATTERNS};
     for (const auto& known : PATTERNS) {
         if (!strcmp(pattern, known.name)) return known.bits;
@@ -129,7 +124,7 @@ extern "C" int32_t aoti_torch_cpu_linear(Handle x, Handle weight, Handle* bias, 
     p.rows = given.count / p.inputs, last = p.outputs;
     p.y = made(given.rank, given.sizes, result);
     if (!p.rows || !p.outputs) return 0;
-    p.threads = threads(p.rows * p.inputs * p.outputs, PRODUCTS_FOR_THREADS);
+    p.threads = omp_get_max_threads();
     return !p.y || vmamba_linear(&p);
 }
 
@@ -141,8 +136,7 @@ extern "C" int32_t aoti_torch_cpu_depthwise_silu(Handle x, Handle weight, Handle
     p.batch = image.sizes[0], p.height = image.sizes[1], p.width = image.sizes[2], p.channels = image.sizes[3];
     p.x = image.data, p.weight = parameters.of(weight, p.channels * TAPS), p.bias = parameters.of(bias, p.channels);
     if (image.count < 0 || !parameters.fit) return 1;
-    p.bands = divide_up(p.height, BAND_ROWS), p.threads = threads(image.count, VALUES_FOR_THREADS);
-    p.y = made(4, image.sizes, result);
+    p.threads = omp_get_max_threads(), p.y = made(4, image.sizes, result);
     return image.count && (!p.y || vmamba_depthwise_silu(&p));
 }
 
@@ -214,7 +208,8 @@ extern "C" int32_t aoti_torch_cpu_vss_block(
     p.fc2_weight = parameters.of(fc2_weight, pixel * hidden), p.fc2_bias = parameters.of(fc2_bias, pixel);
     p.norm1_eps = norm1_eps, p.norm_eps = norm_eps, p.norm2_eps = norm2_eps;
     bool is_whole = in_weight && conv_weight && out_weight && !fc1_weight == !fc2_weight;
-    if (is_low || !p.route_bits || image.count < 0 || steps.count < 0 || !parameters.fit || !is_whole) return 1;
+    bool are_steps = decay.count >= 0 && steps.count >= 0 && p.routes == ROUTES;
+    if (is_low || !p.route_bits || image.count < 0 || !are_steps || !parameters.fit || !is_whole) return 1;
     int64_t widest = wide > hidden ? wide : hidden;
     p.stretch = widest < STRETCH ? STRETCH / widest : 1;
     p.y = made(4, image.sizes, result);
@@ -233,26 +228,16 @@ extern "C" int32_t aoti_torch_cpu_ss2d_scan(
     p.batch = image.sizes[0], p.height = image.sizes[1], p.width = image.sizes[2], p.channels = image.sizes[3];
     p.routes = steps.sizes[0], p.rank = steps.sizes[2], p.states = decay.sizes[2], p.groups = p.softplus = 1;
     p.route_stride = p.rank + 2 * p.states, p.pixel_stride = p.routes * p.route_stride;
-    int64_t pixels = p.batch * p.height * p.width, blocks = divide_up(p.channels, LANES_OF_SCAN);
+    int64_t pixels = p.batch * p.height * p.width;
     p.u = image.data, p.dt_weight = steps.data, p.A = decay.data, p.route_bits = routes(pattern);
     p.dt_low = parameters.of(projected, pixels * p.pixel_stride), p.dt_bias = parameters.of(dt_bias, p.routes * p.channels);
     p.D = parameters.of(D, p.routes * p.channels);
-    if (!p.route_bits || image.count < 0 || steps.count < 0 || decay.count < 0 || !parameters.fit) return 1;
+    bool are_steps = steps.count == p.routes * p.channels * p.rank && decay.count == p.routes * p.channels * p.states;
+    if (!p.route_bits || image.count < 0 || !are_steps || p.routes != ROUTES || !parameters.fit) return 1;
     p.B = p.dt_low + p.rank, p.C = p.B + p.states;
     p.y = made(4, image.sizes, result);
-    if (!image.count) return 0;
-    if (!p.y) return 1;
-    p.threads = threads(pixels * p.routes * blocks * p.states, STEPS_FOR_THREADS);
-    Memory memory;
-    if (p.threads > 2 && p.batch * blocks < 2 * p.threads) {
-        int64_t apart = memory.piece(p.routes * image.count * sizeof(float));
-        char* base = memory.obtain();
-        if (!base) return 1;
-        p.route_y = reinterpret_cast<float*>(base + apart);
-    }
-    int64_t shares = p.threads / greatest_common_divisor(p.batch * (p.route_y ? p.routes : 1), p.threads);
-    p.slots = blocks < shares ? blocks : shares;
-    return vmamba_scan(&p);
+    p.threads = omp_get_max_threads();
+    return image.count && (!p.y || vmamba_scan(&p));
 }
 
 // recurrence(a (batch, L, F), b (batch, L, F), backwards) -> h of the shape of b: h_t = a_t·h_{t-1} + b_t from 0.

@@ -13,7 +13,7 @@ struct Product {
     const float* bias;     // (outputs) or null
     const void* residual;  // (rows, outputs) or null, dtype of y
     void* y;               // (rows, outputs), float or, where x is that, bfloat16
-    int32_t bfloat16, weight_bfloat16, y_bfloat16, gelu, threads;
+    int32_t bfloat16, weight_bfloat16, y_bfloat16, gelu, threads;  // at most so many
 };
 
 // The product of one instruction set; a task runs as those of struct ScanKernels do.

@@ -13,7 +13,7 @@ struct Scan {
     int64_t groups;          // of neighbouring channels that share B and C
     int64_t states, rank;    // N and R
     int64_t routes;          // K
-    int64_t slots;           // into how many tasks an image's channel blocks are split
+    int64_t slots;           // into how many tasks an image's channel blocks are split; forwards set by interface.cpp
     int64_t pixel_stride;    // of dt_low, B and C from one position to the next
     int64_t route_stride;    // of dt_low, B and C from one route to the next
     int64_t group_stride;    // of B and C from one group to the next
@@ -29,15 +29,19 @@ struct Scan {
     const float* D;          // (K, channels) or null
     void* y;                 // (batch, L, channels), dtype of u
     float* last;             // (batch, channels, N) or null
-    float* route_y;          // (K, batch, L, channels) in the order of adding, where routes are computed apart; else null
+    float* route_y;          // (K, batch, L, channels) in the order of adding, where `bytes_for_routes`, or null
     const void* grad_y;      // (batch, L, channels), dtype of u
     const float* grad_last;  // (batch, channels, N) or null
     float* grad_u;           // (batch, L, channels)
     float* grad_delta;       // (batch, L, channels) or null
     float* grad_parameters;  // (slots, batch, L, pixel_stride): gradients of dt_low, B, C where those lie
     float* grad_weights;     // (batch, K D R + K D + K D N + D): of dt_weight, dt_bias, A and the sum over k of D's
-    int32_t bfloat16, softplus, threads;
+    int32_t bfloat16, softplus, threads;  // at most so many
 };
+
+// Of the memory in which a scan keeps its routes apart, as it does where there are few tasks and many threads; else 0. A
+// scan without a `route_y` obtains it.
+int64_t bytes_for_routes(const Scan&);
 
 // The scans of one instruction set. A task is what one thread does at a time; tasks write to disjoint memory, and what
 // a task computes does not depend on which thread runs it or how many there are.

@@ -44,6 +44,7 @@ _FLAGS = [
     "-fPIC",
     "-fopenmp",
     "-DVMAMBA_ISA=baseline",
+    '-DEXPORT=extern "C"',  # to the package's own operators alone
     "-fvisibility=hidden",
     "-w",
     "-fno-exceptions",

@@ -19,9 +19,7 @@ from vmamba.ops.backends.native.library import compute_function, fields, reason_
 
 __all__ = ["depthwise_silu", "depthwise_silu_backward", "gelu", "gelu_backward", "layer_norm", "reason_unavailable"]
 
-# Below this many values, waking other threads takes longer than the work.
-_VALUES_FOR_THREADS = 16384
-# The convolution works on bands of at most so many rows: the split fixes the order in which gradients are added up.
+# The convolution's gradients are added up in bands of at most so many rows: the split fixes the order.
 _BAND_ROWS = 16
 _TAPS = 9
 
@@ -126,9 +124,10 @@ def depthwise_silu_backward(
     grad_x, channels = torch.empty_like(x), x.shape[-1]
     if x.numel():
         size = channels * _TAPS
-        parts = x.new_empty((len(x) * _bands(x), size + channels), dtype=torch.float32)
+        bands = -(-x.shape[1] // _BAND_ROWS)
+        parts = x.new_empty((len(x) * bands, size + channels), dtype=torch.float32)
         _call_depthwise_silu_backward(
-            _image_layer(x, grad=grad_u, weight=filters, bias=offset, grad_x=grad_x, grad_weights=parts)
+            _image_layer(x, bands=bands, grad=grad_u, weight=filters, bias=offset, grad_x=grad_x, grad_weights=parts)
         )
         # No views: those would keep the parts of all images.
         grad_weight, grad_bias = parts[0, :size].clone().view(filters.shape), parts[0, size:].clone()
@@ -190,19 +189,15 @@ def gelu_backward(grad: Tensor, h: Tensor, overwrite: bool = False) -> tuple[Ten
 
 def _layer(x: Tensor, **arguments: Tensor | float | None) -> _Layer:
     """What the library is told: of tensors, where they are. It writes nothing that is not given here."""
-    threads = torch.get_num_threads() if x.numel() > _VALUES_FOR_THREADS else 1
     fields = {name: v.data_ptr() if isinstance(v, Tensor) else v for name, v in arguments.items()}
     is_low = x.dtype is torch.bfloat16
+    threads = torch.get_num_threads()
     return _Layer(x=x.data_ptr(), bfloat16=is_low, y_bfloat16=is_low, threads=threads, **fields)
 
 
-def _image_layer(x: Tensor, **tensors: Tensor | None) -> _Layer:
+def _image_layer(x: Tensor, **arguments: Tensor | float | None) -> _Layer:
     batch, height, width, channels = x.shape
-    return _layer(x, batch=batch, height=height, width=width, channels=channels, bands=_bands(x), **tensors)
-
-
-def _bands(image: Tensor) -> int:
-    return -(-image.shape[1] // _BAND_ROWS)
+    return _layer(x, batch=batch, height=height, width=width, channels=channels, **arguments)
 
 
 def require_native(name: str, value: Tensor) -> None:

@@ -19,9 +19,6 @@ from vmamba.ops.backends.native.library import compute_function, fields, is_fast
 
 __all__ = ["linear", "reason_unavailable", "wins"]
 
-# Below this many multiply-adds, waking other threads takes longer than the work.
-_PRODUCTS_FOR_THREADS = 2**20
-
 
 class _Product(ctypes.Structure):
     """`struct Product` of csrc/products.h."""
@@ -80,8 +77,7 @@ def linear(
                 bias=None if offset is None else offset.data_ptr(), y=y.data_ptr(),
                 residual=None if residual is None else residual.data_ptr(), bfloat16=x.dtype is torch.bfloat16,
                 weight_bfloat16=weight.dtype is torch.bfloat16, y_bfloat16=y.dtype is torch.bfloat16,
-                gelu=activation == "gelu",
-                threads=torch.get_num_threads() if count * inputs > _PRODUCTS_FOR_THREADS else 1,
+                gelu=activation == "gelu", threads=torch.get_num_threads(),
             )
         )  # fmt: skip
     return y

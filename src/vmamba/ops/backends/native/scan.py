@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,6 @@ from vmamba.ops.backends.native.library import compute_function, fields
 from vmamba.ops.precision import state_dtype
 from vmamba.ops.routes import get_routes
 
-# Below this many steps of 16 channels, waking other threads takes longer than the work.
-_STEPS_FOR_THREADS = 512
 # The backward pass splits the channels of a batch into about this many tasks, on any number of threads, because the
 # split fixes the order in which gradients are added up.
 _BACKWARD_TASKS = 64
@@ -62,10 +59,7 @@ def ss2d_scan(arguments: SS2DArguments) -> Tensor:
     scan, keep = _grid_scan(arguments)
     if u.numel():
         scan.y = y.data_ptr()
-        if scan.threads > 2 and scan.batch * _blocks(scan) < 2 * scan.threads:
-            keep.append(route_y := _buffer(scan.routes, *u.shape))
-            scan.route_y = route_y.data_ptr()
-        _run_forward(scan)
+        _call_scan(scan)
     del keep
     return y.to(u.dtype)
 
@@ -197,7 +191,7 @@ def _ungated(scan: _Scan, keep: list[Tensor]) -> tuple[Tensor, Tensor]:
     last = _buffer(scan.batch, scan.channels, scan.states).zero_()
     if y.numel():
         scan.y, scan.last = y.data_ptr(), last.data_ptr()
-        _run_forward(scan)
+        _call_scan(scan)
     return y.transpose(1, 2), last
 
 
@@ -232,20 +226,12 @@ def _complete(scan: _Scan, parameters: Tensor, B_offset: int, C_offset: int) -> 
     """dt_low, B and C begin at these offsets of `parameters`."""
     scan.dt_low = begin = parameters.data_ptr()
     scan.B, scan.C = (begin + offset * parameters.element_size() for offset in (B_offset, C_offset))
-    steps = scan.batch * scan.height * scan.width * scan.routes * _blocks(scan) * scan.states
-    scan.threads = torch.get_num_threads() if steps > _STEPS_FOR_THREADS else 1
+    scan.threads = torch.get_num_threads()
 
 
 def _blocks(scan: _Scan) -> int:
     """Blocks of neighbouring channels; a block lies within one group."""
     return scan.groups * -(-(scan.channels // scan.groups) // _BLOCK)
-
-
-def _run_forward(scan: _Scan) -> None:
-    """Runs on as many tasks as make equal shares for the threads."""
-    tasks = scan.batch * (scan.routes if scan.route_y else 1)
-    scan.slots = min(_blocks(scan), scan.threads // math.gcd(tasks, scan.threads))
-    _call_scan(scan)
 
 
 def _run_backward(scan: _Scan) -> tuple[Tensor, Tensor, Tensor]:
