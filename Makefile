@@ -15,10 +15,14 @@ demo: $(STAMP) ## train a small VMamba on Fashion-MNIST, test it, show its predi
 	$(BIN)/vmamba predict examples/images --topk 1
 	@echo "The model is $(DEMO)/model.safetensors. Beside it: predictions.png, confusion_matrix.png, learning_curve.png."
 
+# Settings of the two trainings beside those of their recipes, such as SEGMENTATION="--optim.epochs 3".
+SEGMENTATION ?=
+DETECTION ?=
+
 demo-dense: $(GARMENTS)/classes.txt ## segmentation and detection: train on garments, measure, show what is found
-	$(BIN)/vmamba train --config configs/segmentation/garments.yaml --overwrite true
+	$(BIN)/vmamba train --config configs/segmentation/garments.yaml --overwrite true $(SEGMENTATION)
 	$(BIN)/vmamba validate --checkpoint $(GARMENTS)_segmentation/model.safetensors
-	$(BIN)/vmamba train --config configs/coco/garments.yaml --overwrite true
+	$(BIN)/vmamba train --config configs/coco/garments.yaml --overwrite true $(DETECTION)
 	$(BIN)/vmamba validate --checkpoint $(GARMENTS)_detection/model.safetensors
 	for task in segmentation detection; do $(BIN)/vmamba predict $(GARMENTS)/images/val/000*.jpg \
 	  --checkpoint $(GARMENTS)_$$task/model.safetensors --pictures $(GARMENTS)_$$task || exit; done

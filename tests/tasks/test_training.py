@@ -62,7 +62,7 @@ def test_another_task_trains_is_measured_and_predicts_through_the_same_code(tmp_
 def test_progress_names_the_score_of_the_task(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = toy_recipe("runs/toy", epochs=2)
-    config.trainer.progress, config.trainer.validate_every = True, 2
+    config.trainer.progress, config.trainer.validate_every = True, 5  # after the last epoch
     train(config)
     first, second = capsys.readouterr().err.splitlines()
     rows = history(Path("runs/toy"))

@@ -99,7 +99,7 @@ class TrainerConfig:
     accumulate: int = 1
     """Steps whose gradients are added up before an update."""
     validate_every: int = 1
-    """Validate after every so many epochs; a divisor of optim.epochs, so that the last is validated."""
+    """Validate after every so many epochs; a divisor of optim.epochs, or more: then after the last alone."""
     deterministic: bool = False
     """On GPUs: use only operations whose results do not vary from run to run."""
     progress: bool = True
@@ -137,6 +137,12 @@ class BaseTrainConfig:
         """Where the run is kept."""
         return Path(self.run or f"runs/{self.model.name}")
 
+    @property
+    def validated_every(self) -> int:
+        """Epochs from one validation to the next: the last is validated."""
+        every = self.trainer.validate_every
+        return every if self.optim.steps is not None else min(every, self.optim.epochs)
+
     def check(self) -> None:
         """Refuse settings that contradict each other, before any work.
 
@@ -163,7 +169,7 @@ class BaseTrainConfig:
             raise RecipeError(f"optim.milestones {plain(o.milestones)} do not go with optim.schedule {o.schedule}")
         if not 0 <= o.ema_decay < 1:
             raise RecipeError(f"optim.ema_decay is {o.ema_decay}; expected 0 (none) or a value below 1, such as 0.9999")
-        if o.epochs % t.validate_every and o.steps is None:
+        if o.epochs % self.validated_every and o.steps is None:
             raise RecipeError(f"trainer.validate_every {t.validate_every} does not divide optim.epochs {o.epochs}")
         if m.pretrained and m.checkpoint:
             raise RecipeError("model.pretrained and model.checkpoint both name initial weights: give one of them")

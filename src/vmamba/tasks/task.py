@@ -264,7 +264,7 @@ class Task(L.LightningModule):
             self.train_loader = self._loader(training=True)
             assert self.recipe is not None
             if self.recipe.optim.steps is not None:
-                every = self.recipe.trainer.validate_every
+                every = self.recipe.validated_every
                 times = self.recipe.optim.steps / self.updates / every
                 self.trainer.fit_loop.max_epochs = max(round(times), 1) * every
 

@@ -81,7 +81,7 @@ def train(config: BaseTrainConfig) -> Path:
         trainer = make_trainer(
             config.trainer, callbacks=callbacks, max_epochs=config.optim.epochs, default_root_dir=run.path,
             accumulate_grad_batches=config.trainer.accumulate, gradient_clip_val=config.optim.clip_grad,
-            check_val_every_n_epoch=config.trainer.validate_every,
+            check_val_every_n_epoch=config.validated_every,
         )  # fmt: skip
         if config.model.compile:
             task.model.compile()
