@@ -168,7 +168,7 @@ def test_non_contiguous_and_empty_inputs(backend):
 @pytest.mark.parametrize(("constant", "dtype"), [("B", torch.float16), ("C", torch.bfloat16)])
 def test_half_precision_gradients_are_added_up_in_float32(backend, dtype, constant):
     """Of B or C that is the same at every step, and of a step that channels share."""
-    values = {name: value.to(dtype) for name, value in scan_arguments(2, 6, 64, 2, 2).items()}
+    values = {name: value.to(dtype) for name, value in scan_arguments(2, 6, 40, 2, 2).items()}
     values["delta"] = values["delta"][:, :2]
     values["delta_bias"] = values["delta_bias"][:2]
     values[constant] = torch.randn(6, 2).to(dtype)
