@@ -33,7 +33,7 @@ COMMANDS = [
 ]
 
 # What makes a command short enough for a test; everything else runs as it stands.
-ONE_EPOCH = "--optim.epochs 1 --optim.warmup_epochs 0 --data.batch_size 4 --trainer.progress false".split()
+ONE_EPOCH = shlex.split("--optim.epochs 1 --optim.warmup_epochs 0 --data.batch_size 4 --trainer.progress false")
 SHORTENED = {
     "examples": ["--train", "8", "--val", "7"],
     "imagenet": [*ONE_EPOCH, "--data.img_size", "32", "--data.workers", "0"],

@@ -16,6 +16,7 @@ from compiling import operators_in
 from PIL import Image
 
 import vmamba
+from vmamba.cli import main
 from vmamba.deploy import aoti, export_aoti
 from vmamba.errors import ExportError
 from vmamba.models.vmamba import VMamba
@@ -198,7 +199,7 @@ def test_the_example_in_cpp(made, tmp_path):
     assert "short.ppm is no binary PPM" in done.stderr
 
 
-def test_refusals(tmp_path, monkeypatch):
+def test_refusals(tmp_path, monkeypatch, capsys):
     detector = vmamba.create_model("maskrcnn", backbone="vmamba_femto", num_classes=2, channels=8, hidden=8)
     with pytest.raises(ExportError, match="is a model for detection"):
         export_aoti(detector, tmp_path / "model.pt2")
@@ -209,4 +210,8 @@ def test_refusals(tmp_path, monkeypatch):
     nowhere = config.patch({"cpp.cxx": (None, "/nowhere/c++")})
     with nowhere, pytest.raises(ExportError, match=r"needs a C\+\+ compiler"):
         export_aoti(vmamba.create_model("vmamba_femto"), tmp_path / "model.pt2")
+    with nowhere:
+        command = ["export", "vmamba_femto", "--pretrained", "false", "--format", "aoti"]
+        assert main([*command, "--output", str(tmp_path / "model.pt2")]) == 1
+    assert "a package of AOTInductor needs a C++ compiler" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -42,4 +42,7 @@ def test_commands_and_snippets(tmp_path, monkeypatch, capfd):
     assert {path.name for path in tmp_path.iterdir()} == {
         "model.safetensors", "model.onnx", "pictures.onnx", "small.onnx", "model.pt2", "photos", "int8.onnx", "int8.pt2"
     }  # fmt: skip
-    assert 'torch.Size([1, 3]) ["cat", "dog", "树"]' in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert 'torch.Size([1, 3]) ["cat", "dog", "树"]' in out
+    said = re.findall(r"^checked on [\d×]+: differs from the model by [\d.]+e[+-]\d+ of the", err, re.MULTILINE)
+    assert len(said) == 12  # on three sizes by each of four exports

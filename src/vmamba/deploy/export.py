@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vmamba import __version__
 from vmamba.data.transforms import Preprocessing
+from vmamba.deploy import programs
 from vmamba.deploy.detection import OUTPUTS, DetectionGraph, in_rows, unmatched
 from vmamba.deploy.graphs import (
     Images,
@@ -243,7 +244,9 @@ def export_torch(
     program, trials = traced_from_one(network, images)
     metadata = metadata_of(model, class_names, preprocessing_for(model, images, preprocessing))
     with replacing(target) as partial:
-        module = stored(program, partial, metadata)
+        programs.write(program, partial, metadata)
+        with partial.open("rb") as file:
+            module = torch.export.load(file).module()
         limit = TOLERANCE if tolerance is None else tolerance
         differences = checked(
             lambda batch: outputs_of(module(batch)),
@@ -253,14 +256,6 @@ def export_torch(
             target,
         )
     return Exported(target, time.perf_counter() - start, differences)
-
-
-def stored(program: torch.export.ExportedProgram, file: Path, metadata: Mapping[str, str]) -> nn.Module:
-    """Write a program with the metadata as its extra file "metadata.json"; what is read back from there."""
-    with silenced("torch._export.serde.serialize"), file.open("wb") as writing:
-        torch.export.save(program, writing, extra_files={"metadata.json": json.dumps(metadata)})
-    with file.open("rb") as reading:
-        return torch.export.load(reading).module()
 
 
 def checked(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,11 +88,6 @@ def quantised(
         found = convert_pt2e(observed)
     _drop_unused(found)
     return found, quantizer.marked
-
-
-def load(path: str | os.PathLike[str], files: dict[str, Any]) -> GraphModule:
-    """Read what was written; `files` names the extra files to read, and takes their content."""
-    return torch.export.load(path, extra_files=files).module()
 
 
 def _drop_unused(model: GraphModule) -> None:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.data.transforms import Preprocessing
+from vmamba.deploy import programs
 from vmamba.deploy.calibration import Calibration, Pictures, gather
 from vmamba.deploy.detection import drift
-from vmamba.deploy.export import export_onnx, metadata_of, preprocessing_for, stored, task_of
+from vmamba.deploy.export import export_onnx, metadata_of, preprocessing_for, task_of
 from vmamba.deploy.graphs import Images, check_target, outputs_of, prepared, traced, traced_from_one
 from vmamba.errors import DataError, ExportError
 from vmamba.files import replacing, shown
@@ -158,23 +159,19 @@ def load_quantized(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, A
 
     The program as it is rounds to 8 bits and computes in float32. It is fast once it is compiled, with weights as
     constants: set ``torch._inductor.config.freezing = True``, and call ``torch.compile(module)`` under `torch.no_grad`.
+    A file that would have torch run anything but operators is refused unread, as `torch.export.load` does not do.
 
     Returns:
         The program, which takes float32 batches as that of `export_torch` does; and its metadata, which has "model",
         "task", "vmamba_version", "class_names" and "preprocessing", as far as they are known, and "quantization".
 
     Raises:
-        ExportError: it is no such file.
+        ExportError: it is no such file, or asks for more than operators.
         ImportError: torchao is missing.
     """
-    int8 = _int8_torch()
-    files = {"metadata.json": ""}
-    try:
-        module = int8.load(path, files)
-    except Exception as error:  # whatever torch says of a file that it cannot read
-        raise ExportError(f"{shown(path)} cannot be read as a torch program: {error}") from error
-    told = {name: _parsed(text) for name, text in json.loads(files["metadata.json"] or "{}").items()}
-    return module, told
+    _int8_torch()  # brings the operators
+    program, told = programs.read(path)
+    return program.module(), {name: _parsed(text) for name, text in told.items()}
 
 
 def _write_onnx(
@@ -240,7 +237,8 @@ def _write_torch(
     metadata = metadata_of(source, class_names, told) | {NOTE: _note(len(calibration.seen), reduce_range)}
     program, _ = traced_from_one(module, images)
     with replacing(target) as partial:
-        written = stored(program, partial, metadata)
+        programs.write(program, partial, metadata)
+        written = programs.read(partial)[0].module()
         damage = _damage(
             lambda batch: outputs_of(written(batch)), lambda batch: outputs_of(network(batch)), calibration, task
         )
