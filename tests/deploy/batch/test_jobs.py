@@ -22,6 +22,7 @@ import pytest
 from vmamba.cli import main, make_parser
 from vmamba.deploy.batch.config import BatchConfig
 from vmamba.deploy.batch.run import run_batch
+from vmamba.deploy.batch.worker import Worker
 from vmamba.errors import BatchError
 from vmamba.tasks.prediction import Classifier
 
@@ -43,22 +44,54 @@ def buckets(tmp_path_factory):
     return tmp_path_factory.mktemp("s3")
 
 
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+
+
 @pytest.fixture(scope="module")
-def nodes(buckets):
-    """The address of a cluster of two nodes with a core each, for which s3:// is a folder."""
+def cluster(buckets):
+    """A cluster of two nodes with a core each, for which s3:// is a folder."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**SETTINGS, "FAKE_S3": str(buckets), "PYTHONPATH": str(FAKES)}.items():
             patch.setenv(name, value)
         patch.syspath_prepend(str(FAKES))
         from ray.cluster_utils import Cluster
 
-        node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=node)
-        cluster.add_node(**node)
+        impatient = {"health_check_period_ms": 500, "health_check_timeout_ms": 2000}  # where a node has died
+        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": impatient})
+        cluster.add_node(**NODE)
         try:
-            yield cluster.address
+            yield cluster
         finally:
             cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nodes(cluster):
+    """Its address."""
+    return cluster.address
+
+
+@pytest.fixture
+def gate(tmp_path, monkeypatch):
+    """A folder where each worker leaves its number, and waits at its first unit until there is a file `open`."""
+    folder = tmp_path / "gate"
+    folder.mkdir()
+
+    class Waiting(Worker):
+        def do(self, unit, deaths=0):
+            (folder / str(os.getpid())).touch()
+            while not (folder / "open").exists():
+                time.sleep(0.01)
+            return super().do(unit, deaths)
+
+    monkeypatch.setattr("vmamba.deploy.batch.run.Worker", Waiting)
+    return folder
+
+
+def two_at(gate: Path) -> list[psutil.Process]:
+    """Two workers that have a unit each."""
+    wait_until(lambda: len(os.listdir(gate)) == 2)
+    return [psutil.Process(int(pid)) for pid in os.listdir(gate)]
 
 
 def rows_of(output: Path | str) -> list[dict]:
@@ -88,16 +121,15 @@ def workers_below(process: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def test_two_nodes_do_a_job_and_a_killed_worker_is_replaced(nodes, pictures, weights, tmp_path, capsys):
+def test_two_nodes_do_a_job_and_a_killed_worker_is_replaced(nodes, gate, pictures, weights, tmp_path, capsys):
     output, raylets, killed = tmp_path / "out", set(), []
 
     def kill_one_at_work():
-        wait_until(lambda: len(parts_in(output)) >= 2)
-        # One worker may have written parts before the other is there.
-        workers = wait_until(lambda: found if len(found := workers_below(psutil.Process())) == 2 else None)
+        workers = two_at(gate)
         raylets.update(worker.ppid() for worker in workers)
         workers[0].kill()
         killed.append(workers[0].pid)
+        (gate / "open").touch()
 
     thread = threading.Thread(target=kill_one_at_work, daemon=True)
     thread.start()
@@ -123,11 +155,46 @@ def test_two_nodes_do_a_job_and_a_killed_worker_is_replaced(nodes, pictures, wei
     assert {row["model"][:18] for row in rows} == {"model.safetensors "}
 
 
+def test_a_job_ends_without_a_node_that_has_left(cluster, gate, pictures, weights, tmp_path, capsys):
+    config = BatchConfig(str(tmp_path / "out"), checkpoint=weights, part_size=4, address=cluster.address)
+    results = []
+    job = threading.Thread(target=lambda: results.append(run_batch([pictures / "deep"], config)), daemon=True)
+    job.start()
+    raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes}
+    (leaving,) = [raylets[worker.ppid()] for worker in two_at(gate) if worker.ppid() in raylets]
+    try:
+        cluster.remove_node(leaving, allow_graceful=False)
+        (gate / "open").touch()
+        job.join(120)  # Ray's waiting cannot be interrupted by pytest's own limit
+        assert not job.is_alive()
+    finally:
+        cluster.add_node(**NODE)
+    (done,) = results
+    assert (done.images, done.parts, done.bad, done.deaths) == (12, 3, 0, 1)
+    assert capsys.readouterr().err.count("a worker died (out of memory, or killed) over") == 1
+    assert Counter(row["file"] for row in rows_of(tmp_path / "out")).most_common(1)[0][1] == 1
+
+
+def test_a_worker_that_cannot_begin_ends_the_job(nodes, pictures, weights, tmp_path, monkeypatch):
+    class Broken(Worker):
+        def __init__(self, *_):
+            raise OSError("no such device")
+
+    monkeypatch.setattr("vmamba.deploy.batch.run.Worker", Broken)
+    config = BatchConfig(str(tmp_path / "out"), checkpoint=weights, address=nodes, actors=1)
+    with pytest.raises(BatchError, match=r"(?s)a worker cannot begin: .*no such device"):
+        run_batch([pictures / "02.png"], config)
+
+
 def test_a_job_from_and_to_an_object_store(nodes, buckets, pictures, weights, capsys):
     (buckets / "in").mkdir()
     (buckets / "in" / "a.png").write_bytes((pictures / "02.png").read_bytes())
     (buckets / "in" / "shard.tar").write_bytes((pictures / "shard.tar").read_bytes())
     config = BatchConfig("s3://out/results", checkpoint=weights, address=nodes, actors=1)
+    with pytest.raises(BatchError, match="there is no bucket out, or none that these keys may look at; make it first"):
+        run_batch(["s3://in"], config)
+    assert not (buckets / "out").exists()
+    (buckets / "out").mkdir()
     done = run_batch(["s3://in"], config)
     assert (done.images, done.bad) == (41, 0)
     files = {row["file"] for row in rows_of(buckets / "out/results")}

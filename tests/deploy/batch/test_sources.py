@@ -187,6 +187,22 @@ def test_results_of_such_jobs_are_no_sources(pictures, tmp_path):
     assert [item.name for item in items(find([str(tmp_path)]))] == [f"{tmp_path}/a.png", f"{tmp_path}/results/b.png"]
 
 
+def test_parquet_files_without_images_are_left_out_of_folders_only(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(picture(0))
+    for name in ("b", "c"):
+        pq.write_table(pa.table({"n": [1, 2]}), tmp_path / f"{name}.parquet")
+    for source in (tmp_path, tmp_path / "*"):
+        assert [item.name for item in items(find([str(source)]))] == [f"{tmp_path}/a.png"]
+        told = capsys.readouterr().err
+        assert told.startswith(f"A Parquet file is left out. {tmp_path}/b.parquet: no column holds images;")
+        assert told.endswith("Its columns are n (int64). So are 1 more.\n")
+    with pytest.raises(BatchError, match=r"c\.parquet: no column holds images"):
+        find([str(tmp_path), f"{tmp_path}/c.parquet"])
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(BatchError, match=r"b\.parquet: no column holds images.*\n.*c\.parquet: no column"):
+        find([str(tmp_path)])
+
+
 # --- addresses
 
 
@@ -213,10 +229,10 @@ def test_addresses(memory, pictures):
     assert names == ["deep/two.jpg", *listed, "one.png", *shard]
     for place, seed in ((0, 2), (1, 1), (2, 2), (4, 1), (44, 139)):
         assert np.array_equal(pixels(found[place]), original(seed))
-    with pytest.raises(ImageError, match=r"gone\.png: "):
+    with pytest.raises(ImageError, match=r"gone\.png: no such file$"):
         found[3].read(3)
     assert len(items(find(["memory://data/*.png"]))) == 1
-    with pytest.raises(BatchError, match="memory://nothing cannot be looked at"):
+    with pytest.raises(BatchError, match="memory://nothing cannot be looked at: no such file"):
         find(["memory://nothing"])
 
 

@@ -89,13 +89,22 @@ def write(address: str, content: bytes) -> None:
 
 
 def make_folder(address: str) -> None:
-    """Make a folder, and those it lies in, where there are such things.
+    """Make a folder, and those it lies in, where there are such things; but no bucket, whose name may be misspelt.
 
     Raises:
+        BatchError: there is no such bucket.
         OSError: it cannot be made.
     """
     if is_remote(address):
-        file_system(address).makedirs(address, exist_ok=True)
+        files = file_system(address)
+        if hasattr(files, "split_path"):  # there are buckets, which `makedirs` would make
+            bucket = files.split_path(address)[0]
+            if not files.exists(bucket):
+                raise BatchError(
+                    f"{shown(address)}: there is no bucket {shown(bucket)}, or none that these keys may look at; "
+                    "make it first, or correct the name"
+                )
+        files.makedirs(address, exist_ok=True)
     else:
         os.makedirs(address, exist_ok=True)
 
@@ -148,4 +157,13 @@ def found(address: str) -> Sequence[str]:
     except ImportError:
         raise
     except Exception as error:  # clients have exceptions of their own for refused keys and missing buckets
-        raise BatchError(f"{shown(address)} cannot be looked at: {error or type(error).__name__}") from error
+        raise BatchError(f"{shown(address)} cannot be looked at: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be read, in words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[0].lower() + error.strerror[1:]
+    if isinstance(error, FileNotFoundError):  # fsspec's, which hold nothing but the name
+        return "no such file"
+    return shown(" ".join(str(error).split()) or type(error).__name__)

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
@@ -31,7 +31,8 @@ from vmamba.files import shown
 from vmamba.tasks.prediction import load_weights
 from vmamba.tasks.runs import report
 
-_MOST_DEATHS = 12  # of workers over one unit
+_MOST_DEATHS = 12  # of workers over one unit, or of one after another before they begin
+_PATIENCE = 30  # seconds without a worker, after which the job says that it waits for one
 
 
 @dataclass(frozen=True)
@@ -139,23 +140,36 @@ def _share(ray: Any, config: BatchConfig) -> _Share:
     cores, cards = int(there.get("CPU", 0)), there.get("GPU", 0)
     gpus = config.gpus if config.gpus is not None else float(cards > 0)
     cpus = config.cpus or (max(1, min(8, int(cores * gpus / cards))) if gpus and cards else 1)
-    fits = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            has = node["Resources"]
-            fits += int(min(has.get("CPU", 0) / cpus, has.get("GPU", 0) / gpus if gpus else float("inf")))
-    if not fits:
-        raise BatchError(
-            f"no machine has room for a worker of {cpus} cores and {gpus:g} GPUs: all have {cores} and {cards:g}"
-        )
+    fits = _room(ray, cpus, gpus)
     return _Share(cpus, gpus, min(fits, config.actors or fits))
+
+
+def _room(ray: Any, cpus: int, gpus: float) -> int:
+    """How many workers the living machines have room for, if nothing else is at work there.
+
+    Raises:
+        BatchError: not for one.
+    """
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    each = [(has.get("CPU", 0), has.get("GPU", 0)) for has in machines]
+    fits = sum(int(min(cores / cpus, cards / gpus if gpus else float("inf"))) for cores, cards in each)
+    if not fits:
+        cores, cards = (sum(have) for have in zip((0, 0), *each, strict=True))
+        raise BatchError(
+            f"no machine has room for a worker of {cpus} cores and {gpus:g} GPUs: all have {cores:g} and {cards:g}"
+        )
+    return fits
 
 
 def _plan(ray: Any, journal: Journal, sources: Sequence[str], config: BatchConfig, work: Work, workers: int) -> None:
     def each(function: Callable[..., list[Extent]], *arguments: Iterable[Any]) -> Iterator[list[Extent]]:
         """`map`, on all machines."""
         remote = ray.remote(num_cpus=1)(function)
-        yield from ray.get([remote.remote(*values) for values in zip(*arguments, strict=True)])
+        try:
+            lists = ray.get([remote.remote(*values) for values in zip(*arguments, strict=True)])
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        yield from lists
 
     extents = find(sources, config.column, each)
     images = sum(map(len, extents))
@@ -181,35 +195,116 @@ def _work(ray: Any, journal: Journal, config: BatchConfig, work: Work, share: _S
         kind = ray.remote(**options)(Worker)
         return kind.remote(weights, journal.output, model, config.column, share.cpus, device)
 
-    free = [hire() for _ in range(min(share.most, len(left)))]
-    busy: dict[Any, tuple[Any, int]] = {}
-    with Progress(journal.images, before) as progress:
-        while left or busy:
-            while left and free:
-                worker, unit = free.pop(), left.popleft()
-                busy[worker.do.remote(unit, deaths[unit])] = worker, unit
-            (ready,), _ = ray.wait(list(busy))
-            worker, unit = busy.pop(ready)
-            result = _result(ray, ready)
-            if result is None:
+    with Progress(journal.images, before) as progress, _Crew(ray, share, hire, len(left)) as crew:
+        while left or crew.busy:
+            worker, unit, result = crew.next()
+            if result is not None:
+                bad += result.bad
+                progress.add(result.images)
+            elif unit is not None:
                 deaths[unit] += 1
                 _mourn(journal, unit, deaths[unit])
                 left.appendleft(unit)
-                worker = hire()
+                continue
+            if left:
+                unit = left.popleft()
+                crew.give(worker, unit, deaths[unit])
             else:
-                bad += result.bad
-                progress.add(result.images)
-            free.append(worker)
+                crew.idle.append(worker)
         seconds = progress.seconds
     computed = journal.images - before
-    return Summary(journal.output, journal.images, journal.units, computed, bad, deaths.total(), seconds)
+    return Summary(journal.output, journal.images, journal.units, computed, bad, crew.deaths, seconds)
+
+
+class _Crew:
+    """Workers. Each is asked whether it is ready before it is given a unit: there may never be room for it.
+
+    Args:
+        ray: the cluster.
+        share: what each takes, and how many there are.
+        hire: starts one.
+        units: how many there are to do.
+
+    Attributes:
+        asked: workers that have not answered yet, and how many died one after another in the place of each.
+        busy: workers that are at work, and their units.
+        idle: workers that have nothing to do.
+        deaths: workers that died and were replaced.
+    """
+
+    def __init__(self, ray: Any, share: _Share, hire: Callable[[], Any], units: int) -> None:
+        self.ray, self.share, self.hire = ray, share, hire
+        self.asked: dict[Any, tuple[Any, int]] = {}
+        self.busy: dict[Any, tuple[Any, int]] = {}
+        self.idle: list[Any] = []
+        self.deaths = 0
+        for _ in range(min(share.most, units)):
+            self._ask(hire())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker, _died in self.asked.values():  # which would wait on
+            self.ray.kill(worker)
+
+    def give(self, worker: Any, unit: int, deaths: int) -> None:
+        """Have a worker do a unit, over which so many died."""
+        self.busy[worker.do.remote(unit, deaths)] = worker, unit
+
+    def next(self) -> tuple[Any, int | None, Done | None]:
+        """The next worker that can be given a unit, with the one it has done, if any, and what it says of that.
+
+        Of a worker that died over a unit: only the unit.
+
+        Raises:
+            BatchError: no worker can begin.
+            Exception: what went wrong in a worker.
+        """
+        while True:
+            answer = self._answer()
+            result = _result(self.ray, answer)
+            if answer in self.busy:
+                worker, unit = self.busy.pop(answer)
+                if result is not None:
+                    return worker, unit, result
+                self.deaths += 1
+                for other in (self.hire(), *self.idle):  # the idle ones may have died in the same way
+                    self._ask(other)
+                self.idle.clear()
+                return None, unit, None
+            worker, died = self.asked.pop(answer)
+            if result is not None:
+                return worker, None, None
+            self.deaths += 1
+            report("a worker without work died (out of memory, or killed); another takes its place")
+            if died + 1 >= _MOST_DEATHS:
+                raise BatchError(
+                    f"{died + 1} workers died before they had begun. If memory runs out, take fewer --actors"
+                )
+            self._ask(self.hire(), died + 1)
+
+    def _ask(self, worker: Any, died: int = 0) -> None:
+        self.asked[worker.ready.remote()] = worker, died
+
+    def _answer(self) -> Any:
+        """What the next worker answers, be it at work or asked whether it is ready."""
+        told = False
+        while True:
+            answers, _ = self.ray.wait([*self.busy, *self.asked], timeout=None if self.busy else _PATIENCE)
+            if answers:
+                return answers[0]
+            _room(self.ray, self.share.cpus, self.share.gpus)
+            if not told:
+                report(f"no worker has begun in {_PATIENCE} seconds; the job waits for room in the cluster")
+            told = True
 
 
 def _done(journal: Journal) -> list[int]:
     return [unit for unit in journal.parts() if unit < journal.units]
 
 
-def _result(ray: Any, ready: Any) -> Done | None:
+def _result(ray: Any, answer: Any) -> Any:
     """What a worker says; None if it is dead.
 
     Raises:
@@ -217,14 +312,13 @@ def _result(ray: Any, ready: Any) -> Done | None:
     """
     died = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
     try:
-        result: Done = ray.get(ready)
+        return ray.get(answer)
     except died as error:
-        if isinstance(error, ray.exceptions.ActorDiedError) and "creation task" in str(error) and error.__cause__:
+        if getattr(error, "actor_init_failed", False):
             raise BatchError(f"a worker cannot begin: {error}") from error
         return None
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
-    return result
 
 
 def _mourn(journal: Journal, unit: int, deaths: int) -> None:

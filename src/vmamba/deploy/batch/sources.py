@@ -25,6 +25,7 @@ from vmamba.data.images import image_files, is_hidden, is_image, read_image
 from vmamba.deploy.batch import places
 from vmamba.errors import BatchError, ImageError
 from vmamba.files import shown
+from vmamba.tasks.runs import report
 
 _MOST_BYTES = 1 << 28  # of one image that is read as a whole
 _SHARDS = (".tar", ".parquet")
@@ -39,11 +40,11 @@ class Segment(NamedTuple):
     """A stretch of a source.
 
     Attributes:
-        kind: "file", "tar", "parquet", or "bad" for what cannot be read at all.
+        kind: "file", "tar", "parquet", "bad" for what cannot be read at all, or "none" for what holds no images.
         path: of the file.
         start: byte where the first image's header begins (tar), or row (parquet).
         images: how many.
-        error: why it cannot be read (bad).
+        error: why it cannot be read (bad), or is left out (none).
     """
 
     kind: str
@@ -91,7 +92,7 @@ class Item(NamedTuple):
         try:
             return Item(self.name, places.read(self.content))
         except Exception as error:  # clients have exceptions of their own
-            return Item(self.name, ImageError(f"{shown(self.name)}: {_reason(error)}"))
+            return Item(self.name, ImageError(f"{shown(self.name)}: {places.reason(error)}"))
 
     def read(self, in_chans: int) -> Image.Image:
         """The decoded image.
@@ -118,14 +119,15 @@ def find(
         sources: image files, .tar files of images, Parquet files, folders of any of these, patterns of their names; as
             paths or as addresses such as ``s3://bucket/folder``.
         column: of Parquet files: where the images are, as bytes or paths.
-        each: calls a function with the path of every .tar and Parquet file, and the column; as `map` does.
+        each: calls a function with the path of every .tar and Parquet file, and more; as `map` does.
 
     Raises:
-        BatchError: a source is not there, or holds no images.
+        BatchError: a source is not there, or holds no images; of a Parquet file it is not clear where they are.
         ImportError: the package that reads such addresses is missing.
     """
     files: dict[str, None] = {}
     problems: list[str] = []
+    named = set(map(places.plain, sources))
     for source in map(places.plain, sources):
         names, told = (_behind(source), []) if places.is_remote(source) else _local(source)
         if not names and not told:
@@ -135,8 +137,16 @@ def find(
     if problems:
         raise BatchError("\n".join(problems))
     shards = [name for name in files if name.lower().endswith(_SHARDS)]
-    inside = dict(zip(shards, each(extents_of, shards, [column] * len(shards)), strict=True))
-    return [extent for name in files for extent in inside.get(name, [Extent(Segment("file", name))]) if len(extent)]
+    lists = each(extents_of, shards, [column] * len(shards), [name in named for name in shards])
+    inside = dict(zip(shards, lists, strict=True))
+    all_of_them = [extent for name in files for extent in inside.get(name, [Extent(Segment("file", name))])]
+    found = [extent for extent in all_of_them if len(extent)]
+    if remarks := [str(extent.segment.error) for extent in all_of_them if extent.segment.kind == "none"]:
+        if not found:
+            raise BatchError("\n".join(remarks))
+        more = f" So are {len(remarks) - 1:,} more." if remarks[1:] else ""
+        report(f"A Parquet file is left out. {remarks[0]}.{more}")
+    return found
 
 
 def _is_wanted(path: str) -> bool:
@@ -160,7 +170,7 @@ def _local(source: str) -> tuple[list[str], list[str]]:
     problems = [] if matches else [f"{shown(source)}: no such file or folder"]
 
     def unreadable(error: OSError) -> None:
-        problems.append(f"{shown(error.filename)}: {_reason(error)}")
+        problems.append(f"{shown(error.filename)}: {places.reason(error)}")
 
     for match in matches:
         if not os.path.isdir(match):
@@ -177,16 +187,26 @@ def _without_results(names: list[str]) -> list[str]:
     return [name for name in names if "/_job/" not in name and name not in mine]
 
 
-def extents_of(path: str, column: str | None) -> list[Extent]:
-    """What a .tar or Parquet file holds. Of a file that is damaged: what comes before, and a bad segment."""
+def extents_of(path: str, column: str | None, is_named: bool = True) -> list[Extent]:
+    """What a .tar or Parquet file holds. Of a file that is damaged: what comes before, and a bad segment.
+
+    A Parquet file without images is nothing to stop for if it is not named, but was met in a folder.
+
+    Raises:
+        BatchError: a Parquet file has no column of images, or several.
+    """
     try:
         if path.lower().endswith(".parquet"):
             return [_parquet_extent(path, column)]
         return _tar_extents(path)
+    except _NoColumnError as error:
+        if is_named:
+            raise
+        return [Extent(Segment("none", path, images=0, error=str(error)))]
     except (BatchError, ImportError):
         raise
     except Exception as error:  # pyarrow's, the client's, the system's
-        return [Extent(Segment("bad", path, error=f"{shown(path)}: {_reason(error)}"))]
+        return [Extent(Segment("bad", path, error=f"{shown(path)}: {places.reason(error)}"))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +221,7 @@ def _tar_extents(path: str) -> list[Extent]:
             for member in _members(file):
                 starts.append(member.offset)  # of a long name's own header, where there is one
         except _TAR_ERRORS as problem:
-            error = f"{shown(path)} cannot be read to its end as a .tar file: {_reason(problem)}"
+            error = f"{shown(path)} cannot be read to its end as a .tar file: {places.reason(problem)}"
     extents = [Extent(Segment("tar", path, images=len(starts)), np.array(starts, np.int64))]
     return [*extents, Extent(Segment("bad", path, error=error))] if error else extents
 
@@ -242,6 +262,10 @@ def _tar_items(segment: Segment) -> Iterator[Item]:
 # Parquet
 
 
+class _NoColumnError(BatchError):
+    """No column holds images."""
+
+
 def _parquet_extent(path: str, column: str | None) -> Extent:
     with places.open_file(path) as file:
         parquet = pq.ParquetFile(file)
@@ -267,13 +291,14 @@ def _column(schema: pa.Schema, column: str | None, path: str) -> str:
     listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
     if column is not None:
         if not kinds.get(column):
-            raise BatchError(f"{shown(path)} has no column {column!r} of bytes or paths; its columns are {listed}")
+            raise _NoColumnError(f"{shown(path)} has no column {column!r} of bytes or paths; its columns are {listed}")
         return column
     found = [name for name, kind in kinds.items() if kind == "bytes"]
     found = found or [name for name, kind in kinds.items() if kind == "paths" and name.lower() in _PATH_COLUMNS]
     if len(found) != 1:
         which = f"{' or '.join(found)} could hold the images" if found else "no column holds images"
-        raise BatchError(f"{shown(path)}: {which}; name the column with --column. Its columns are {listed}")
+        kind = BatchError if found else _NoColumnError
+        raise kind(f"{shown(path)}: {which}; name the column with --column. Its columns are {listed}")
     return found[0]
 
 
@@ -342,18 +367,12 @@ def images_of(segment: Segment, column: str | None = None) -> Iterator[Item]:
     except GeneratorExit:
         raise
     except Exception as error:  # as in `extents_of`
-        reason = _reason(error)
+        reason = places.reason(error)
     for missing in range(given, segment.images):
         name = (
             f"{segment.path}#{segment.start + missing if segment.kind == 'parquet' else f'{segment.start}+{missing}'}"
         )
         yield Item(name, ImageError(f"{shown(name)}: {reason}"))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror[0].lower() + error.strerror[1:]
-    return shown(" ".join(str(error).split()) or type(error).__name__)
 
 
 def _too_large(name: str, size: int) -> ImageError:

@@ -64,6 +64,10 @@ class Worker:
         about = [("model", pa.string()), ("version", pa.string())]
         self.schema = pa.schema([("file", pa.string()), ("error", pa.string()), *work.columns, *about])
 
+    def ready(self) -> bool:
+        """Answers as soon as the worker can be given something to do."""
+        return True
+
     def do(self, unit: int, deaths: int = 0) -> Done:
         """Compute a unit and write its part; one that is there already is left as it is.
 

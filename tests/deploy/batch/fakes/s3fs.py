@@ -26,3 +26,7 @@ class S3FileSystem(DirFileSystem):
 
     def unstrip_protocol(self, name):
         return f"s3://{self._strip_protocol(name)}"
+
+    def split_path(self, path):
+        bucket, _, key = self._strip_protocol(path).partition("/")
+        return bucket, key, None
