@@ -315,7 +315,8 @@ def _result(ray: Any, answer: Any) -> Any:
         return ray.get(answer)
     except died as error:
         if getattr(error, "actor_init_failed", False):
-            raise BatchError(f"a worker cannot begin: {error}") from error
+            reason = str(error).strip().splitlines()[-1]  # below Ray's trace
+            raise BatchError(f"a worker cannot begin: {reason}") from error
         return None
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
