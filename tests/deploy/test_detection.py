@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import vmamba
+from vmamba.cli import main
 from vmamba.deploy import detection, export_onnx
 from vmamba.errors import ExportError
+from vmamba.models.checkpoints import save_checkpoint
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -37,6 +39,7 @@ def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("detection") / "model.onnx"
     written = export_onnx(model, path, class_names=["cat", "dog", "树"])
     assert max(written.differences.values()) <= 2e-2
+    assert written.detections > 0
     return model, path
 
 
@@ -64,8 +67,10 @@ def test_detections_are_the_models(made):
             assert (got[1][here].diff() <= 0).all()
 
 
-def test_nothing_found(tmp_path):
-    export_onnx(_detector(score_thr=1.0), tmp_path / "model.onnx")
+def test_nothing_found(tmp_path, capsys):
+    save_checkpoint(_detector(score_thr=1.0), tmp_path / "model.safetensors")
+    assert main(["export", str(tmp_path / "model.safetensors"), "--output", str(tmp_path / "model.onnx")]) == 0
+    assert "the model finds nothing in the noise that it was checked on" in capsys.readouterr().err
     got = _run(tmp_path / "model.onnx", torch.randn(2, 3, 64, 64))
     assert [tuple(value.shape) for value in got] == [(0, 4), (0,), (0,), (0,), (0, 64, 64)]
 

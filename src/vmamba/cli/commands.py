@@ -152,6 +152,8 @@ def export(config: ExportConfig, name: str) -> int:
     report(f"{shown(written.path)}: {size}{nodes}, {written.seconds:.0f} s")
     for shape, share in written.differences.items():
         report(f"checked on {'×'.join(map(str, shape))}: differs from the model by {share:.1e} {written.unit}")
+    if written.detections == 0:
+        report("the model finds nothing in the noise that it was checked on: compare the file on pictures of your own")
     return 0
 
 

@@ -50,6 +50,7 @@ class Exported:
             of the output's largest value.
         nodes: of an ONNX file, those of its graph and of the graphs inside.
         unit: what the differences are shares of.
+        detections: of a detector, how many the model found in those batches, which are noise.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Exported:
     differences: dict[tuple[int, ...], float]
     nodes: int | None = None
     unit: str = "of the largest output"
+    detections: int | None = None
 
 
 class Network(nn.Module):
@@ -190,8 +192,12 @@ def export_onnx(
         session = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
         return lambda batch: session.run(None, {"images": batch.numpy()})[first:]
 
+    found: list[int] = []
+
     def expected(batch: Tensor) -> list[Tensor]:
-        return outputs_of(reference(batch))[first:]
+        wanted = outputs_of(reference(batch))[first:]
+        found.append(len(wanted[0]))
+        return wanted
 
     first = 1 if embed and not detects else 0  # where two classes are almost equal, rounding decides the label
     compare, unit = (unmatched, "of the detections") if detects else (difference, Exported.unit)
@@ -200,7 +206,7 @@ def export_onnx(
         batches = map(inputs, images.trials())
         differences = checked(runner(partial), expected, batches, limit, target, compare, unit)
     nodes = sum(1 for _ in written.model.graph.all_nodes())
-    return Exported(target, time.perf_counter() - start, differences, nodes, unit)
+    return Exported(target, time.perf_counter() - start, differences, nodes, unit, sum(found) if detects else None)
 
 
 def surrounded(
