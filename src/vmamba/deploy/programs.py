@@ -96,13 +96,12 @@ def _in_graph(part: Any) -> Iterator[str]:
         for entry in part:
             yield from _in_graph(entry)
     elif isinstance(part, dict):
-        operators = [node["target"] for node in part.get("nodes") or ()] if isinstance(part.get("nodes"), list) else []
-        operators += [part["as_operator"]] if isinstance(part.get("as_operator"), str) else []
+        operators = [node["target"] for node in part.get("nodes", ())]
+        operators += [part["as_operator"]] if "as_operator" in part else []
         yield from (f"its graph calls {name}" for name in operators if not _OPERATOR.fullmatch(name))
-        size = part.get("expr_str")
-        if isinstance(size, str) and not all(map(_SIZE.fullmatch, re.findall(r"'[^']*'|\d+\.\d+|\w+|\W", size))):
+        size, guards = part.get("expr_str", ""), part.get("guards_code", ())
+        if not all(map(_SIZE.fullmatch, re.findall(r"'[^']*'|\d+\.\d+|\w+|\W", size))):
             yield f"it has the size {size}"
-        guards = part.get("guards_code") or ()
         yield from (f"it has the guard {guard}" for guard in guards if not _is_guard(ast.parse(guard, mode="eval")))
         for entry in part.values():
             yield from _in_graph(entry)
