@@ -18,6 +18,7 @@ import vmamba
 from vmamba.cli import main
 from vmamba.models.checkpoints import save_checkpoint
 from vmamba.models.registry import load_model
+from vmamba.tasks import parts_of, settings_of
 
 NAMES = ["cat", "dog", "树"]
 
@@ -186,3 +187,10 @@ def test_dense_models_are_shared_too_and_predict_reads_them(
     words = ["predict", str(tmp_path / "picture.png"), "--checkpoint", f"local-dir:{tmp_path / 'out'}"]
     assert main([*words, "--pictures", str(tmp_path / "found")]) == 0
     assert (tmp_path / "found/overlays/picture.png").exists()
+    for place in (f"local-dir:{tmp_path / 'out'}", str(tmp_path / "out")):
+        capsys.readouterr()
+        assert main(["info", place, "--format", "json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["folder"], told["task"], told["variant"]) == (place, model.task, name)
+        assert (told["num_classes"], told["img_size"]) == (3, [64, 96])
+        assert settings_of("validate", ["--checkpoint", place]) is parts_of(model.task).load("validate_config")

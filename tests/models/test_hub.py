@@ -150,6 +150,15 @@ def test_weights_of_torch_are_read_without_running_them(name: str, classifier: A
     assert_same(classifier, vmamba.create_model(f"local-dir:{folder}", pretrained=True).eval())
 
 
+def test_a_grey_network_is_written_without_being_told_its_mean(tmp_path: Path) -> None:
+    model = vmamba.create_model("vmamba_femto", num_classes=3, in_chans=1).eval()
+    save_folder(model, tmp_path)
+    again, known = load_model(tmp_path)
+    assert known["mean"] == [pytest.approx((0.485 + 0.456 + 0.406) / 3)]
+    assert known["std"] == [pytest.approx((0.229 + 0.224 + 0.225) / 3)]
+    assert_same(model, again)
+
+
 class Hostile:
     def __reduce__(self) -> tuple[Any, ...]:
         return open, (self.mark, "w")

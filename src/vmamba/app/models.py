@@ -16,8 +16,8 @@ from torch import nn
 from vmamba.app.texts import Language, plain
 from vmamba.errors import CheckpointError, RecipeError
 from vmamba.files import shown
-from vmamba.models.checkpoints import identify_checkpoint
 from vmamba.models.download import download
+from vmamba.models.folders import task_of
 from vmamba.models.registry import ENTRIES, create_model, list_models
 from vmamba.tasks import parts_of
 from vmamba.tasks.prediction import Predictor, Weights, load_weights
@@ -70,7 +70,7 @@ class Catalogue:
     """The models to choose from; the ones used last stay loaded.
 
     Args:
-        checkpoints: files, listed first, which must be readable.
+        checkpoints: files or folders, listed first, which must be readable.
         pretrained: models whose published weights are offered, downloaded now if they are not in the cache.
         runs: a folder of runs, whose models are listed as far as they can be read.
 
@@ -125,7 +125,7 @@ class Catalogue:
 
 
 def _of_file(path: str | Path, name: str) -> Choice:
-    return Choice(name, identify_checkpoint(path).task, "trained", lambda: load_weights(str(path)))
+    return Choice(name, task_of(path), "trained", lambda: load_weights(str(path)))
 
 
 def _of_runs(folder: Path) -> Iterable[Choice]:

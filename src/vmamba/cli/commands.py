@@ -266,8 +266,9 @@ def info(config: InfoConfig, name: str) -> int:
 
 
 def _described(name: str) -> tuple[Any, dict[str, Any]]:
-    """The model of a name or of a checkpoint file, and what is known about it."""
+    """The model of a name, of a checkpoint file or of a folder, and what is known about it."""
     from vmamba.models.checkpoints import identify_checkpoint
+    from vmamba.models.folders import source_of, task_of
     from vmamba.models.registry import ENTRIES, create_model, load_model
     from vmamba.models.variants import VARIANTS
 
@@ -276,8 +277,15 @@ def _described(name: str) -> tuple[Any, dict[str, Any]]:
         about["img_size"] = entry.img_size
         about["release"] = {**entry.published, "url": entry.url} if entry.url else None
         return create_model(name), about
+    if source_of(name):
+        model, metadata = load_model(name)
+        about = {"folder": shown(name), "task": task_of(name)}
+        about |= {key: metadata.get(key) for key in ("variant", "num_classes", "in_chans", "img_size")}
+        return model, about | {"metadata": metadata}
     if not os.path.exists(name):
-        raise CheckpointError(f"{shown(name)} is neither a variant nor a file; `vmamba models` lists the variants")
+        raise CheckpointError(
+            f"{shown(name)} is neither a variant nor a file or folder; `vmamba models` lists the variants"
+        )
     found = identify_checkpoint(name)
     model, metadata = load_model(name)
     about = {

@@ -186,7 +186,13 @@ def default_metadata(model: nn.Module) -> dict[str, Any]:
         "model_kwargs": {name: value for name, value in arguments.items() if own.get(name) is None},
         **{name: cfg.get(name) for name in INPUT_KEYS},
     }
+    known |= {name: per_channel(known[name], own["in_chans"]) for name in ("mean", "std")}
     return {"format": METADATA_FORMAT, **{name: value for name, value in known.items() if value is not None}}
+
+
+def per_channel(values: Any, channels: int | None) -> Any:
+    """Means or standard deviations of a network's input: those of RGB become one where the network takes grey alone."""
+    return (sum(values) / 3,) if channels == 1 and values is not None and len(values) == 3 else values
 
 
 def _backbone(model: nn.Module) -> VMamba | None:

@@ -7,13 +7,14 @@ size, and the weights are read by `vmamba.models.weight_files` alone.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vmamba.errors import CheckpointError, CheckpointNotFoundError
-from vmamba.models.checkpoints import INPUT_KEYS
+from vmamba.models.checkpoints import INPUT_KEYS, identify_checkpoint
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # In the order in which timm looks for them. Those of torch.save are read without running what is in them.
@@ -26,6 +27,14 @@ _EXPECTED = f"Expected a folder with {CONFIG} and {WEIGHTS}, as vmamba.models.hu
 def is_source(name: str) -> bool:
     """Whether a model's name says where a folder is: "local-dir:FOLDER" or "hf-hub:OWNER/NAME"."""
     return name.partition(":")[0].lower() in _LOCAL + _HUB and ":" in name
+
+
+def source_of(path: str | os.PathLike[str]) -> str | None:
+    """A name for `ModelFolder`, if this is one or the path of a folder; None for the path of a file."""
+    name = os.fspath(path)
+    if is_source(name):
+        return name
+    return f"{_LOCAL[0]}:{name}" if os.path.isdir(name) else None
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,11 @@ class ModelFolder:
     def architecture(self) -> str:
         """The model's name for `vmamba.create_model` or `timm.create_model`."""
         return self.config.get("architecture") or self.config["pretrained_cfg"]["architecture"]
+
+    @property
+    def task(self) -> str:
+        """What the model is for; timm's configurations, of classifiers all, do not say it."""
+        return str(self.config.get("task") or "classification")
 
     def weights(self) -> Path:
         """The file with the weights, fetched if need be.
@@ -141,3 +155,13 @@ class ModelFolder:
             f"cannot fetch {file} of {self.name}: {reason}. Check the name, and `hf auth login` for private models; or"
             " fetch the folder another way and give local-dir:FOLDER."
         ) from cause
+
+
+def task_of(path: str | os.PathLike[str]) -> str:
+    """What the model of a file or of a folder is for, without building it.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no model.
+    """
+    source = source_of(path)
+    return ModelFolder(source).task if source else identify_checkpoint(path).task

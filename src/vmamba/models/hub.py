@@ -28,7 +28,7 @@ from torch import nn
 
 from vmamba.errors import CheckpointError, HubError
 from vmamba.files import atomic_write
-from vmamba.models.checkpoints import INPUT_KEYS, default_metadata, named_pattern, save_checkpoint
+from vmamba.models.checkpoints import INPUT_KEYS, default_metadata, named_pattern, per_channel, save_checkpoint
 from vmamba.models.feature_maps import DenseModel
 from vmamba.models.folders import CARD, CONFIG, WEIGHTS, ModelFolder
 from vmamba.models.model_card import CardFacts, model_card
@@ -155,6 +155,7 @@ def _config_of(model: nn.Module, known: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"the model cannot be described in a folder: {error}") from error
     labels = {"label_names": told["class_names"]} if told.get("class_names") else {}
     data = {name: told[name] for name in INPUT_KEYS if told.get(name) is not None}
+    data |= {name: per_channel(data[name], told["in_chans"]) for name in ("mean", "std") if name in data}
     if size := told.get("img_size"):
         data["input_size"] = [told["in_chans"], *((size, size) if isinstance(size, int) else size)]
     if isinstance(model, DenseModel) and model.variant is not None:

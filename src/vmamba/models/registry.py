@@ -34,7 +34,7 @@ from torch import nn
 from vmamba.errors import CheckpointError
 from vmamba.models.checkpoints import INPUT_KEYS, Checkpoint, default_metadata
 from vmamba.models.download import download
-from vmamba.models.folders import ModelFolder, is_source
+from vmamba.models.folders import ModelFolder, is_source, source_of
 from vmamba.models.limits import at_most, check_arguments, check_metadata
 from vmamba.models.variants import VARIANTS, Variant
 from vmamba.models.vmamba import VMamba
@@ -140,7 +140,7 @@ def load_model(path: str | PathLike[str], ema: bool = False) -> tuple[nn.Module,
 
     Args:
         path: a file written by `save_checkpoint`, or any other with the layout of a known variant; or
-            "local-dir:FOLDER" or "hf-hub:OWNER/NAME", see `create_model`.
+            a folder, "local-dir:FOLDER" or "hf-hub:OWNER/NAME", see `create_model`.
         ema: of a file that holds both, whether to take the averaged weights.
 
     Returns:
@@ -150,8 +150,8 @@ def load_model(path: str | PathLike[str], ema: bool = False) -> tuple[nn.Module,
     Raises:
         CheckpointError: see `load_checkpoint`.
     """
-    if is_source(str(path)):
-        folder = ModelFolder(str(path))
+    if source := source_of(path):
+        folder = ModelFolder(source)
         path = folder.weights()
         if "vmamba" not in (read_weight_file(path).header or {}):  # not written here: only config.json tells the model
             model = _from_folder(folder, True, {}).eval()

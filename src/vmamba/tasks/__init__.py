@@ -92,10 +92,10 @@ def _task_of_model(checkpoint: str | None, name: str | None) -> str | None:
     from vmamba.tasks.runs import LATEST, RunFolder
 
     file = checkpoint or (None if name else RunFolder(LATEST).model)
-    if file and not os.path.isfile(file):  # as where help is asked for, which is to be quick
+    if file and not os.path.exists(file) and ":" not in str(file):  # as where help is asked for, which is to be quick
         return None
-    from vmamba.models import checkpoints, registry
+    from vmamba.models import folders, registry
 
     if file:
-        return checkpoints.identify_checkpoint(file).task
+        return folders.task_of(file)
     return registry.ENTRIES[name].task if name in registry.ENTRIES else None

@@ -19,6 +19,7 @@ from vmamba.data.images import read_image
 from vmamba.data.transforms import ImageTransform, Preprocessing
 from vmamba.errors import CheckpointError, ImageError, RecipeError
 from vmamba.files import shown
+from vmamba.models.checkpoints import per_channel
 from vmamba.models.registry import ENTRIES, create_model, load_model
 from vmamba.tasks import parts_of
 from vmamba.tasks.recipe import PredictConfig
@@ -266,9 +267,7 @@ def preprocessing_of(model: nn.Module, settings: Any = None, stored: dict[str, A
             f"the model takes images of {channels} channels; image files are read with 1 (grey) or 3 (RGB)"
         )
     known["in_chans"] = given["in_chans"] = channels
-    for name in ("mean", "std"):  # a model for RGB that was given one grey channel
-        if name not in given and len(known.get(name, ())) == 3 and channels == 1:
-            known[name] = (sum(known[name]) / 3,)
+    known |= {name: per_channel(known[name], channels) for name in ("mean", "std") if name in known}
     try:
         return Preprocessing.from_dict(known | given)
     except ValueError as error:
