@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import json
+import re
 import shutil
 import subprocess
 import zipfile
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ import vmamba
 from vmamba.cli import main
 from vmamba.deploy import aoti, export_aoti
 from vmamba.errors import ExportError
+from vmamba.models.checkpoints import save_checkpoint
 from vmamba.models.vmamba import VMamba
 from vmamba.ops.backends.native.products import multiplies_fast
 
@@ -28,26 +32,27 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A model, and its package with normalisation and decision."""
+    """A model, its package with normalisation and decision, and what the command says that writes it."""
     torch.manual_seed(0)
-    model = VMamba(depths=(1, 1), dims=(8, 12), num_classes=4, img_size=16, stem_stride=2).eval()
+    options = {"depths": (1, 1), "dims": (8, 12), "num_classes": 4, "img_size": 16, "stem_stride": 2}
+    model = vmamba.create_model("vmamba_femto", **options).eval()
     model.stages[1].blocks[0].ss2d.pattern = "bidirectional"
-    path, programs = tmp_path_factory.mktemp("aoti") / "model.pt2", []
+    weights = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_checkpoint(model, weights, {"class_names": ["cat", "dog", "树", "car"]})
+    path, programs, said = tmp_path_factory.mktemp("aoti") / "model.pt2", [], io.StringIO()
     lay_out, hidden = aoti._lay_out, "-fvisibility=hidden"
     assert hidden in aoti._FLAGS
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
         # A test below calls the operators of this package, which nobody sees of others.
         patch.setattr(aoti, "_FLAGS", [flag for flag in aoti._FLAGS if flag != hidden])
         patch.setattr(aoti, "_lay_out", lambda program, *rest: programs.append(program) or lay_out(program, *rest))
-        written = export_aoti(model, path, embed=True, class_names=["cat", "dog", "树", "car"])
+        command = ["export", str(weights), "--format", "aoti", "--embed", "true", "--output", str(path)]
+        assert main(command) == 0, said.getvalue()
     if multiplies_fast(torch.float32):  # all that there are kernels for
         names = ["conv_stem", "vss_block", "grid_convolution", "vss_block"]
         assert operators_in(programs[0]) == [f"vmamba.{name}.default" for name in names]
-    assert written.path == path
     assert list(path.parent.iterdir()) == [path]
-    assert len(written.differences) == 3
-    assert max(written.differences.values()) < 1e-5
-    return model, path
+    return model, path, said.getvalue()
 
 
 def _expected(model, pictures):
@@ -56,8 +61,18 @@ def _expected(model, pictures):
         return model((pictures / 255 - mean) / std).softmax(1)
 
 
+def test_the_command_says_how_near_the_package_is(made):
+    _, path, said = made
+    size = f"{path.stat().st_size / 1e6:.1f}"
+    assert re.search(rf"^\S*model\.pt2: {re.escape(size)} MB, \d+ s$", said, re.MULTILINE)
+    line = r"^checked on ([\d×]+): differs from the model by (\S+) of the largest output$"
+    checks = re.findall(line, said, re.MULTILINE)
+    assert len(dict(checks)) == 3
+    assert max(float(share) for _, share in checks) < 1e-5
+
+
 def test_packages_take_any_size(made):
-    model, path = made
+    model, path, _ = made
     package = torch._inductor.aoti_load_package(str(path))
     metadata = package.get_metadata()
     assert json.loads(metadata["class_names"]) == ["cat", "dog", "树", "car"]
@@ -176,7 +191,7 @@ def test_the_example_in_cpp(made, tmp_path):
     """Built as its first line says, and run on two pictures."""
     if shutil.which("cmake") is None:
         pytest.skip("there is no CMake")
-    model, path = made
+    model, path, _ = made
     configure = ["cmake", "-S", EXAMPLE, "-B", tmp_path / "build", f"-DTORCH={torch.__path__[0]}"]
     for command in (configure, ["cmake", "--build", tmp_path / "build"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)

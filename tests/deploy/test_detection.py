@@ -18,9 +18,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 def _detector(**options):
     """Random weights whose scores lie apart, so that rounding decides nothing."""
     torch.manual_seed(0)
-    model = vmamba.create_model(
-        "maskrcnn", backbone="vmamba_femto", num_classes=3, channels=8, hidden=16, img_size=64, **options
-    ).eval()
+    options = {"backbone": "vmamba_femto", "num_classes": 3, "channels": 8, "hidden": 16, "img_size": 64} | options
+    model = vmamba.create_model("maskrcnn", **options).eval()
     for layer in (model.rpn_head.rpn_cls, model.rpn_head.rpn_reg, model.roi_head.bbox_head.fc_cls):
         torch.nn.init.normal_(layer.weight, std=0.5)
     torch.nn.init.normal_(model.roi_head.bbox_head.fc_reg.weight, std=0.1)
@@ -75,16 +74,51 @@ def test_nothing_found(tmp_path, capsys):
     assert [tuple(value.shape) for value in got] == [(0, 4), (0,), (0,), (0,), (0, 64, 64)]
 
 
+def _found_in(model, pictures):
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        return detection.in_rows(model((pictures / 255 - mean) / std))
+
+
 def test_boxes_alone_from_pictures(tmp_path):
     model, path = _detector(masks=False, score_thr=0.3), tmp_path / "model.onnx"
     export_onnx(model, path, embed=True)
     pictures = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    with torch.no_grad():
-        expected = detection.in_rows(model((pictures / 255 - mean) / std))
     got = _run(path, pictures)
     assert len(got) == 4
-    assert detection.unmatched(got, expected) <= 0.02
+    assert detection.unmatched(got, _found_in(model, pictures)) <= 0.02
+
+
+def test_a_backbone_of_timms(tmp_path):
+    backbone = {"backbone": "test_resnet", "out_norm": False, "out_indices": (2, 3)}
+    model, path = _detector(**backbone, score_thr=0.3, max_per_img=20), tmp_path / "model.onnx"
+    export_onnx(model, path)
+    images = torch.randn(2, 3, 50, 91)
+    with torch.no_grad():
+        expected = detection.in_rows(model(images))
+    assert len(expected[0]) > 10
+    assert detection.unmatched(_run(path, images), expected) <= 0.02
+
+
+@pytest.mark.parametrize("embed", [False, True])
+def test_half_precision(embed, tmp_path):
+    """Layers in float16; what enters and leaves the file is as in float32."""
+    layers = {"depths": (1, 1), "dims": (16, 24)}
+    model, path = _detector(**layers, score_thr=0.3, max_per_img=20, masks=not embed), tmp_path / "half.onnx"
+    written = export_onnx(model, path, half=True, embed=embed)
+    assert max(written.differences.values()) <= 0.1
+    pictures = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    got = _run(path, pictures if embed else (pictures / 255 - mean) / std)
+    expected = _found_in(model, pictures)
+    assert len(expected[0]) > 10
+    assert [value.dtype for value in got] == [value.dtype for value in expected]
+    assert detection.unmatched(got, expected, score=1e-2, box=0.95, mask=0.9) <= 0.1
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    kernels = [value for value in proto.graph.initializer if value.name.endswith("weight") and len(value.dims) == 4]
+    assert len(kernels) > 10
+    assert {kernel.data_type for kernel in kernels} == {onnx.TensorProto.FLOAT16}
 
 
 def test_what_counts_as_the_same():
@@ -127,8 +161,6 @@ def test_how_far_two_models_are_apart():
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ExportError, match="float32 alone"):
-        export_onnx(_detector(), tmp_path / "model.onnx", half=True)
     with pytest.raises(ExportError, match="is a model for detection"):
         vmamba.deploy.export_torch(_detector(), tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,18 @@ onnxruntime = pytest.importorskip("onnxruntime")
 def _small(**options):
     torch.manual_seed(0)
     options = {"depths": (1, 1), "dims": (16, 24), "num_classes": 5, "img_size": 24, "stem_stride": 2} | options
-    return VMamba(**options).eval()
+    model = VMamba(**options).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as if trained: some begin as zero, which leaves nothing of a branch
+            for values in (module.weight, module.running_mean, module.running_var):
+                nn.init.uniform_(values, 0.5, 1.5)
+    return model
+
+
+def _segmenter(backbone, **options):
+    torch.manual_seed(0)
+    options = {"num_classes": 3, "channels": 8, "auxiliary_channels": 0, "img_size": 48} | options
+    return vmamba.create_model("upernet", backbone=backbone, **options).eval()
 
 
 def _run(path, images, **options):
@@ -49,8 +60,9 @@ def _assert_as(model, path, *shapes):
         {"d_state": 3, "gated": True, "mlp_ratio": 0.0, "stem": "patch", "downsample": "merge", "in_chans": 1},
         {"pattern": "bidirectional", "in_chans": 5},
         {"pattern": "spiral"},
+        {"mlp": "local", "mlp_ratio": 1.0, "norm": "batch", "stem": "wide", "local_stages": 1},
     ],
-    ids=["vanilla", "bidirectional", "function"],
+    ids=["vanilla", "bidirectional", "function", "local"],
 )
 def test_files_compute_what_the_model_does(options, tmp_path):
     """At batches, heights and widths that the graph was not traced with; of standard operators alone."""
@@ -82,10 +94,7 @@ def test_changed_models(tmp_path):
 
 
 def test_dense_models_and_features(tmp_path):
-    torch.manual_seed(0)
-    model = vmamba.create_model(
-        "upernet", backbone="vmamba_femto_s2", num_classes=3, channels=8, auxiliary_channels=0, img_size=48
-    ).eval()
+    model = _segmenter("vmamba_femto_s2")
     export_onnx(model, tmp_path / "dense.onnx", class_names=["sky", "树", "road"])
     _assert_as(model, tmp_path / "dense.onnx", (1, 3, 41, 64), (2, 3, 32, 32))
     metadata = {prop.key: prop.value for prop in onnx.load(tmp_path / "dense.onnx").metadata_props}
@@ -97,15 +106,25 @@ def test_dense_models_and_features(tmp_path):
     _assert_as(extractor, tmp_path / "features.onnx", (1, 3, 16, 40))
 
 
+def test_segmentation_on_a_backbone_of_timms(tmp_path):
+    model = _segmenter("test_resnet", out_norm=False, out_indices=(2, 3))
+    export_onnx(model, tmp_path / "model.onnx")
+    _assert_as(model, tmp_path / "model.onnx", (1, 3, 41, 64), (2, 3, 32, 32))
+
+
+def _probabilities(model, pictures):
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        return model((pictures / 255 - mean) / std).softmax(1).numpy()
+
+
 def test_pictures_in_labels_out(tmp_path):
     model, path = _small(), tmp_path / "model.onnx"
     export_onnx(model, path, embed=True, class_names=list("abcde"))
     pictures = torch.randint(0, 256, (3, 3, 30, 26), dtype=torch.uint8)
     labels, probabilities = _run(path, pictures)
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    with torch.no_grad():
-        expected = model((pictures / 255 - mean) / std).softmax(1)
-    np.testing.assert_allclose(probabilities, expected.numpy(), atol=1e-5)
+    expected = _probabilities(model, pictures)
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
     assert labels.tolist() == expected.argmax(1).tolist()
 
 
@@ -118,6 +137,28 @@ def test_half_precision(tmp_path):
         whole = model(images).numpy()
     assert half.dtype == np.float32
     assert 1e-6 < np.abs(whole - half).max() / np.abs(whole).max() < 2e-2
+    weights = {tensor.data_type for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 4}
+    assert onnx.TensorProto.FLOAT16 in weights
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_half_precision_from_pictures(task, tmp_path):
+    """Normalisation and decision stay in float32, and the scans' sums, which here are beyond what float16 can say."""
+    layers = {"depths": (1, 1), "dims": (16, 24)}
+    model = _small() if task == "classification" else _segmenter("vmamba_femto", **layers)
+    for module in model.modules():
+        if isinstance(module, SS2D):
+            module.conv.weight.data.mul_(100)
+            module.D.data.fill_(6e4)
+    path = tmp_path / "half.onnx"
+    export_onnx(model, path, half=True, embed=True)
+    pictures = torch.randint(0, 256, (2, 3, 40, 33), dtype=torch.uint8)
+    labels, probabilities = _run(path, pictures)
+    expected = _probabilities(model, pictures)
+    assert (labels.dtype, probabilities.dtype) == (np.int64, np.float32)
+    assert (labels == probabilities.argmax(1)).all()
+    assert 1e-6 < np.abs(probabilities - expected).max() < 2e-2
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)  # as those of a softmax in float16 would not
     weights = {tensor.data_type for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 4}
     assert onnx.TensorProto.FLOAT16 in weights
 

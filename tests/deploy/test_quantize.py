@@ -325,7 +325,7 @@ def test_refusals(whole, eighth, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="has no published weights"):
         quantize("vmamba_femto", path, pictures)
     detector = vmamba.create_model("maskrcnn", backbone="vmamba_femto", num_classes=2, channels=8, hidden=8)
-    with pytest.raises(ExportError, match="for which ONNX alone has a graph, in float32 or int8"):
+    with pytest.raises(ExportError, match="for which ONNX alone has a graph, in float32, float16 or int8"):
         quantize(detector, path, pictures, format="torch")
     with pytest.raises(ExportError, match="no matrix product"):
         quantize(nn.ReLU(), path, [torch.randn(3, 8, 8) for _ in range(8)])

@@ -18,7 +18,8 @@ class ExportConfig:
     pretrained: bool = True
     """Of a model given by name, take the published weights; false for random ones, to measure speed."""
     half: bool = False
-    """ONNX: weights and layers in float16, of half the size; the scans' states, inputs and outputs stay float32."""
+    """ONNX: weights and layers in float16, of half the size; inputs, outputs, the scans and what detection does between
+    and behind its heads stay float32."""
     embed: bool = False
     """ONNX and aoti: put the normalisation before the network and the decision behind it: uint8 pictures in, labels
     out."""
@@ -27,7 +28,8 @@ class ExportConfig:
     other, such as timm's Swin."""
     tolerance: float | None = None
     """Largest difference from the model that is accepted, as a share of its largest output; null for 1e-4, or 2e-2 in
-    half precision. For detection, the share of detections that may have no counterpart; null for 2e-2."""
+    half precision. For detection, the share of detections that may have no counterpart; null for 2e-2, or 0.1 in
+    half precision."""
 
 
 @dataclass

@@ -65,13 +65,16 @@ def _(probabilities: Tensor, boxes: Tensor, images: Tensor) -> Tensor:
 class DetectionGraph(nn.Module):
     """A model for detection between images and results that are tensors.
 
+    Images, results and all that is done between the heads are float32, whatever the layers compute in.
+
     Args:
         model: whose layers, thresholds and counts are taken as they are.
+        dtype: of its parameters.
     """
 
-    def __init__(self, model: MaskRCNN) -> None:
+    def __init__(self, model: MaskRCNN, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.dtype = model, dtype
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Detections of a batch, by picture and falling score.
@@ -86,8 +89,9 @@ class DetectionGraph(nn.Module):
         model = self.model
         height, width = (torch.full((1,), side, dtype=torch.float32) for side in images.shape[2:])
         limits = torch.cat([width, height, width, height])
-        maps = model.neck(model.backbone(images))
+        maps = model.neck(model.backbone(images.to(self.dtype)))
         boxes, scores, levels = self._candidates(maps, limits)
+        maps = [x.float() for x in maps]
         chosen = suppress_all(_apart(boxes, levels, scores >= 0), scores[:, None], _PROPOSALS, 0.7)
         picture, number = chosen[:, 0], chosen[:, 2]
         regions = boxes[picture, number]
@@ -108,7 +112,7 @@ class DetectionGraph(nn.Module):
         if model.roi_head.mask_head is None:
             return found, score, label, picture
         masks = model.roi_head.mask_head(self._pool(maps, picture, found, 14))
-        own = masks[torch.arange(label.shape[0]), label]
+        own = masks[torch.arange(label.shape[0]), label].float()
         return found, score, label, picture, paste_all(own.sigmoid(), found, images)
 
     def _candidates(self, maps: Sequence[Tensor], limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +134,7 @@ class DetectionGraph(nn.Module):
         return found, torch.where(has_area, best, -1.0), torch.cat(levels)
 
     def _pool(self, maps: Sequence[Tensor], picture: Tensor, boxes: Tensor, side: int) -> Tensor:
-        """As `MaskRCNN.pool`."""
+        """As `MaskRCNN.pool`, of maps in float32."""
         rows = torch.cat([picture[:, None].to(boxes), boxes], 1)
         levels = bx.region_levels(boxes, len(maps) - 1, finest=14 * self.model.strides[0])
         parts, members = [], []
@@ -140,7 +144,7 @@ class DetectionGraph(nn.Module):
             parts.append(torchvision.ops.roi_align(x, rows[here], side, 1 / stride, sampling_ratio=0, aligned=True))
         order = torch.cat(members)
         places = torch.zeros_like(picture).scatter(0, order, torch.arange(order.shape[0]))
-        return torch.cat(parts)[places]
+        return torch.cat(parts)[places].to(self.dtype)
 
 
 def _clipped(boxes: Tensor, limits: Tensor) -> Tensor:
@@ -188,22 +192,24 @@ def drift(found: Sequence[Any], expected: Sequence[Any]) -> tuple[Tensor, Tensor
     return torch.cat([counts, counts_2]), torch.cat([one[1], other[1]]), 2 * pairs
 
 
-def unmatched(found: Sequence[Any], expected: Sequence[Any]) -> float:
+def unmatched(
+    found: Sequence[Any], expected: Sequence[Any], score: float = 1e-3, box: float = 0.99, mask: float = 0.95
+) -> float:
     """The share of detections, of both, for which the other has none in the same place.
 
-    Two are the same if picture and label are, the scores differ by less than 1e-3, the boxes overlap by 99 % and the
-    masks by 95 %, or differ in fewer than five pixels. The order of scores that are almost equal decides which of the
-    boxes stay, and rounding decides that order, so that single ones may differ.
+    Two are the same if picture and label are, the scores differ by less than `score`, and boxes and masks overlap by
+    `box` and `mask`, or the masks differ in fewer than five pixels. The order of scores that are almost equal decides
+    which of the boxes stay, and rounding decides that order, so that single ones may differ.
     """
     one, other = ([torch.as_tensor(value) for value in rows] for rows in (found, expected))
     if not len(one[0]) + len(other[0]):
         return 0.0
-    same = box_iou(one[0].double(), other[0].double()) > 0.99
-    same &= (one[1][:, None] - other[1]).abs() < 1e-3
+    same = box_iou(one[0].double(), other[0].double()) > box
+    same &= (one[1][:, None] - other[1]).abs() < score
     same &= (one[2][:, None] == other[2]) & (one[3][:, None] == other[3])
     if len(one) > 4:
         for i, j in same.nonzero().tolist():
             differing = (one[4][i] ^ other[4][j]).sum()
-            same[i, j] = bool(differing < 5 or differing <= 0.05 * (one[4][i] | other[4][j]).sum())
+            same[i, j] = bool(differing < 5 or differing <= (1 - mask) * (one[4][i] | other[4][j]).sum())
     alone = (~same.any(1)).sum() + (~same.any(0)).sum()
     return float(alone) / (len(one[0]) + len(other[0]))

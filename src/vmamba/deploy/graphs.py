@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from vmamba.errors import ExportError
 from vmamba.files import why_unwritable
 from vmamba.models.checkpoints import default_metadata
+from vmamba.nn import SS2D
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def prepared(model: nn.Module, dtype: torch.dtype = torch.float32, detection: bo
 
     Args:
         model: to be copied.
-        dtype: of the copy's parameters.
+        dtype: of the copy's parameters, but in float16 for the norms behind scans.
         detection: whether a model for detection is accepted, whose results are lists of any length.
 
     Raises:
@@ -108,16 +109,24 @@ def prepared(model: nn.Module, dtype: torch.dtype = torch.float32, detection: bo
     if getattr(model, "task", None) == "detection" and not detection:
         raise ExportError(
             f"{type(model).__name__} is a model for detection: what it does between its networks depends on what it"
-            " finds, for which ONNX alone has a graph, in float32 or int8. Classification, segmentation and feature"
-            " extractors have others too."
+            " finds, for which ONNX alone has a graph, in float32, float16 or int8. Classification, segmentation and"
+            " feature extractors have others too."
         )
     with torch.no_grad():
         copied = copy.deepcopy(model).cpu().eval().requires_grad_(False).to(dtype)
     for module in list(copied.modules()):
+        if isinstance(module, SS2D) and dtype == torch.float16:
+            _scan_in_float32(module)
         for name, child in module.named_children():
             if type(child) is nn.AdaptiveAvgPool2d:
                 setattr(module, name, AdaptiveAveragePool(child.output_size))
     return copied
+
+
+def _scan_in_float32(mixer: SS2D) -> None:
+    """Keep float32 from the scans to the norm behind them: in a trained model their sum may be beyond float16."""
+    mixer.conv.register_forward_hook(lambda layer, given, y: y.float())
+    mixer.norm.float().register_forward_hook(lambda layer, given, y: y.half())
 
 
 def traced(model: nn.Module, example: Tensor, images: Images) -> torch.export.ExportedProgram:
