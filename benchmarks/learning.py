@@ -65,7 +65,7 @@ def resnet(channels: tuple[int, int, int]) -> nn.Module:
 
 
 CONTENDERS: dict[str, Callable[[], nn.Module]] = {
-    "VMamba": lambda: vmamba.create_model("vmamba_femto", **SMALL),
+    "VMamba": lambda: vmamba.create_model("vmamba_femto_local", **SMALL),
     "Swin": lambda: timm.models.SwinTransformer(
         img_size=28, patch_size=2, embed_dim=44, depths=(1, 2, 1), num_heads=(2, 4, 8), window_size=7, **SMALL
     ),

@@ -7,7 +7,8 @@ import timm
 import torch
 
 import vmamba
-from vmamba.models.complexity import profile, scan_flops
+from vmamba.models.complexity import COUNTED, profile, scan_flops
+from vmamba.models.registry import ENTRIES
 from vmamba.models.variants import VARIANTS
 
 RELEASED = {name: variant.release for name, variant in VARIANTS.items() if variant.release}
@@ -21,6 +22,12 @@ def test_published_parameters_and_flops(name):
     assert found.flops / 1e9 == pytest.approx(RELEASED[name].flops, rel=0.02)
     assert sum(part.params for part in found.parts) == found.params
     assert sum(part.flops for part in found.parts) == found.flops
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in ENTRIES.values() if not (entry.params and entry.flops)])
+def test_what_was_counted_before(name):
+    found = profile(vmamba.create_model(name, device="meta"))
+    assert (found.params, found.flops / 1e9) == (COUNTED[name][0], pytest.approx(COUNTED[name][1], rel=5e-4))
 
 
 def test_a_small_model_by_hand():

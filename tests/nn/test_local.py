@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import vmamba
-from vmamba.nn import SS2D, VSSBlock
-from vmamba.nn.local import BatchNorm, LocalBlock, LocalMlp
-from vmamba.nn.stem import ConvStem
+from vmamba.nn import SS2D, LayerNorm, VSSBlock
+from vmamba.nn.local import BatchNorm, LocalBlock, LocalMlp, ResidualDownsample
+from vmamba.nn.stem import ConvStem, SmallStem
 
 LOCAL = {"mlp": "local", "norm": "batch", "mlp_ratio": 1.0}
 
@@ -81,6 +81,41 @@ def test_the_wide_stem_halves_as_the_other_does(stride):
     wide, x = ConvStem(3, 8, stride, norm="batch", wide=True), torch.randn(2, 3, 17, 24)
     assert wide(x).shape == ConvStem(3, 8, stride)(x).shape
     assert wide.conv1.weight.shape == (8, 3, 7, 7)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_small_stem_is_a_convolution_a_norm_and_a_relu(stride):
+    stem, x = SmallStem(3, 8, stride, norm="batch").eval(), torch.randn(2, 3, 17, 24)
+    y = nn.functional.conv2d(x, stem.conv1.weight, None, stride, 1) * (1 + stem.norm1.bn.eps) ** -0.5
+    torch.testing.assert_close(stem(x), y.relu().permute(0, 2, 3, 1))
+    assert isinstance(SmallStem(3, 8).norm1, LayerNorm)
+    with pytest.raises(ValueError, match="stem stride is 4; the small stem has 1 or 2"):
+        SmallStem(3, 8, 4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 2)])
+def test_residual_downsampling_is_a_shortcut_and_a_local_mlp(stride, size):
+    down, x = ResidualDownsample(4, 6, stride).eval(), torch.randn(2, *size, 4)
+    scale = (1 + down.norm.bn.eps) ** -0.5
+    means = nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), stride, ceil_mode=True, count_include_pad=False)
+    shortcut = scale * nn.functional.conv2d(means, down.proj.weight).permute(0, 2, 3, 1)
+    torch.testing.assert_close(down(x), shortcut.relu())  # the branch begins as nothing
+    nn.init.ones_(down.mlp.norm2.bn.weight)
+    branch = down.mlp(x)
+    assert branch.shape == (2, *(-(-side // stride) for side in size), 6)
+    torch.testing.assert_close(down(x), (shortcut + branch).relu())
+    with pytest.raises(ValueError, match="residual downsampling has 'batch' alone"):
+        ResidualDownsample(4, 6, norm="layer")
+
+
+def test_residual_downsampling_keeps_the_grid_where_the_output_stride_asks_for_it():
+    options = {"depths": (1, 1, 1), "dims": (8, 8, 16), "num_classes": 2, "img_size": 32, "downsample": "residual"}
+    coarse, fine = (vmamba.VMamba(output_stride=stride, **options, **LOCAL).eval() for stride in (None, 8))
+    fine.load_state_dict(coarse.state_dict())
+    images = torch.randn(1, 3, 40, 48)
+    assert coarse.forward_features(images).shape == (1, 3, 3, 16)
+    assert fine.forward_features(images).shape == (1, 5, 6, 16)
 
 
 def test_a_local_model_learns():

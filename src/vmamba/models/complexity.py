@@ -118,3 +118,33 @@ def _is_folder(module: nn.Module) -> bool:
 
 def _params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+# What `profile` says of the models without published numbers, at the size of each: parameters, and multiply-accumulates
+# in units of 1e9. Listing all models would take ten seconds if they were counted each time.
+COUNTED: dict[str, tuple[int, float]] = {
+    "vmamba_nano": (7_019_176, 1.09),
+    "vmamba_pico_s2": (3_424_808, 0.2329),
+    "vmamba_femto_s2": (1_034_920, 0.03467),
+    "vmamba_femto": (869_512, 0.01389),
+    "vmamba_pico_local": (2_789_960, 0.04472),
+    "vmamba_femto_local": (870_280, 0.02311),
+    "upernet_vmamba_small_s1l20": (80_666_348, 1024),
+    "upernet_vmamba_base_s1l20": (120_125_996, 1165),
+    "upernet_vmamba_nano": (35_885_708, 863.5),
+    "upernet_vmamba_pico_s2": (31_567_372, 3420),
+    "upernet_vmamba_femto_s2": (23_774_988, 2863),
+    "upernet_vmamba_femto": (18_593_100, 652.8),
+    "upernet_vmamba_pico_local": (30_727_500, 850.6),
+    "upernet_vmamba_femto_local": (23_149_964, 2847),
+    "upernet": (61_902_572, 947.3),
+    "maskrcnn_vmamba_small_s1l20": (68_519_088, 345.8),
+    "maskrcnn_vmamba_base_s1l20": (105_988_080, 481.4),
+    "maskrcnn_vmamba_nano": (26_724_432, 191.7),
+    "maskrcnn_vmamba_pico_s2": (23_225_296, 534.2),
+    "maskrcnn_vmamba_femto_s2": (20_243_152, 507.3),
+    "maskrcnn_vmamba_femto": (19_490_576, 180.8),
+    "maskrcnn_vmamba_pico_local": (22_561_552, 180.1),
+    "maskrcnn_vmamba_femto_local": (20_113_744, 498.2),
+    "maskrcnn": (49_755_312, 270.5),
+}

@@ -50,10 +50,11 @@ class Variant:
         mlp: "pixel" for an MLP at each pixel, "local" for two 3×3 convolutions in its place.
         local_stages: first stages whose blocks are such convolutions alone and do not scan.
         norm: "layer", or "batch" in stem and downsampling, before each SS2D and inside it.
-        stem: "conv" for two 3×3 convolutions, "wide" for a 7×7 one before the second, "patch" for one convolution whose
-            stride is its kernel.
+        stem: "conv" for two 3×3 convolutions, "wide" for a 7×7 one before the second, "small" for one of 3×3, "patch"
+            for one whose stride is its kernel.
         stem_stride: 1, 2 or 4.
-        downsample: "conv" for a 3×3 convolution of stride 2, "merge" for patch merging.
+        downsample: "conv" for a 3×3 convolution of stride 2, "residual" for two with a shortcut, "merge" for patch
+            merging.
         drop_path_rate: stochastic depth of the published or recommended training recipe.
         img_size: height and width the variant is meant for; any other size works as well.
         release: published weights, if any.
@@ -69,9 +70,9 @@ class Variant:
     mlp: Literal["pixel", "local"] = "pixel"
     local_stages: int = 0
     norm: Literal["layer", "batch"] = "layer"
-    stem: Literal["conv", "wide", "patch"] = "conv"
+    stem: Literal["conv", "wide", "small", "patch"] = "conv"
     stem_stride: Literal[1, 2, 4] = 4
-    downsample: Literal["conv", "merge"] = "conv"
+    downsample: Literal["conv", "residual", "merge"] = "conv"
     drop_path_rate: float = 0.0
     img_size: tuple[int, int] = (224, 224)
     release: Release | None = None
@@ -134,9 +135,13 @@ VARIANTS: dict[str, Variant] = {
     "vmamba_pico_s2": Variant((1, 2, 4, 1), (48, 96, 192, 256), stem_stride=2, img_size=(64, 64)),
     "vmamba_femto_s2": Variant((1, 2, 1), (48, 96, 192), stem_stride=2, img_size=(32, 32)),
     "vmamba_femto": Variant((1, 2), (64, 160), img_size=(28, 28)),
-    # And with neighbours in every part, which learns colour pictures in less time (docs/learning.md).
+    # And with neighbours in every part, which learns in less time (docs/learning.md).
     "vmamba_pico_local": Variant(
         (2, 2, 2, 1), (32, 64, 128, 256), mlp_ratio=1.0, mlp="local", local_stages=3, norm="batch", stem="wide",
         img_size=(64, 64),
+    ),
+    "vmamba_femto_local": Variant(
+        (2, 1, 1), (32, 64, 128), mlp_ratio=1.0, mlp="local", local_stages=2, norm="batch", stem="small", stem_stride=2,
+        downsample="residual", img_size=(28, 28),
     ),
 }  # fmt: skip

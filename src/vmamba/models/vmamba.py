@@ -18,17 +18,22 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from vmamba.nn import SS2D, ConvDownsample, ConvStem, LayerNorm, PatchMerging, PatchStem, VSSBlock
-from vmamba.nn.local import BatchNorm, LocalBlock, LocalMlp
+from vmamba.nn import SS2D, ConvDownsample, ConvStem, LayerNorm, PatchMerging, PatchStem, SmallStem, VSSBlock
+from vmamba.nn.local import BatchNorm, LocalBlock, LocalMlp, ResidualDownsample
 from vmamba.ops.registration import is_tracing_for_export
 from vmamba.ops.routes import Pattern, check_pattern
 
 _STEMS: dict[str, Callable[..., nn.Module]] = {
     "conv": ConvStem,
     "wide": partial(ConvStem, wide=True),
+    "small": SmallStem,
     "patch": PatchStem,
 }
-_DOWNSAMPLES: dict[str, Callable[..., nn.Module]] = {"conv": ConvDownsample, "merge": PatchMerging}
+_DOWNSAMPLES: dict[str, Callable[..., nn.Module]] = {
+    "conv": ConvDownsample,
+    "residual": ResidualDownsample,
+    "merge": PatchMerging,
+}
 
 
 class Stage(nn.Module):
@@ -62,8 +67,8 @@ class VMamba(nn.Module):
         local_stages: how many of the first stages do not scan: their blocks are `vmamba.nn.local.LocalBlock`.
         norm: of stem and downsampling, before each SS2D and inside it, "layer" or "batch"; not for the vanilla models'
             parts.
-        stem, stem_stride: "conv", "wide" (`vmamba.nn.ConvStem`) or "patch"; 4, 2 or 1.
-        downsample: "conv" or "merge".
+        stem, stem_stride: "conv", "wide" (`vmamba.nn.ConvStem`), "small" or "patch"; 4, 2 or 1.
+        downsample: "conv", "residual" (`vmamba.nn.local.ResidualDownsample`) or "merge".
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after each SS2D and in each MLP.
         drop_path_rate: stochastic depth of the last block; it grows linearly over the blocks from 0.
@@ -95,9 +100,9 @@ class VMamba(nn.Module):
         mlp: Literal["pixel", "local"] = "pixel",
         local_stages: int = 0,
         norm: Literal["layer", "batch"] = "layer",
-        stem: Literal["conv", "wide", "patch"] = "conv",
+        stem: Literal["conv", "wide", "small", "patch"] = "conv",
         stem_stride: Literal[1, 2, 4] = 4,
-        downsample: Literal["conv", "merge"] = "conv",
+        downsample: Literal["conv", "residual", "merge"] = "conv",
         init: Literal["v0", "v1", "v2"] = "v0",
         pattern: Pattern | Sequence[Pattern] = "cross",
         drop_rate: float = 0.0,

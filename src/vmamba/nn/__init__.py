@@ -5,7 +5,7 @@ from vmamba.nn.downsample import ConvDownsample, PatchMerging
 from vmamba.nn.layers import GELU, Conv2d, ConvSiLU, GridConv2d, LayerNorm, Linear
 from vmamba.nn.mlp import Mlp
 from vmamba.nn.ss2d import SS2D
-from vmamba.nn.stem import ConvStem, PatchStem
+from vmamba.nn.stem import ConvStem, PatchStem, SmallStem
 
 __all__ = [
     "GELU",
@@ -20,5 +20,6 @@ __all__ = [
     "Mlp",
     "PatchMerging",
     "PatchStem",
+    "SmallStem",
     "VSSBlock",
 ]

@@ -68,15 +68,24 @@ class LocalMlp(nn.Module):
 
     It needs no norm before it. With as many hidden channels as outer ones it is the branch of a ResNet block, and like
     that begins as nothing: the weight of the last norm is 0.
+
+    Args:
+        dim, hidden: channels that come in, and between the convolutions.
+        drop: rate of the dropout.
+        out_dim: channels that go out, `dim` by default.
+        stride: of the first convolution.
     """
 
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0, **dd: Any) -> None:
+    def __init__(
+        self, dim: int, hidden: int, drop: float = 0.0, out_dim: int | None = None, stride: int = 1, **dd: Any
+    ) -> None:
         super().__init__()
-        self.conv1 = GridConv2d(dim, hidden, 3, padding=1, bias=False, **dd)
+        out_dim = out_dim or dim
+        self.conv1 = GridConv2d(dim, hidden, 3, stride=stride, padding=1, bias=False, **dd)
         self.norm1 = BatchNorm(hidden, **dd)
         self.act = nn.ReLU()
-        self.conv2 = GridConv2d(hidden, dim, 3, padding=1, bias=False, **dd)
-        self.norm2 = BatchNorm(dim, **dd)
+        self.conv2 = GridConv2d(hidden, out_dim, 3, padding=1, bias=False, **dd)
+        self.norm2 = BatchNorm(out_dim, **dd)
         self.drop = nn.Dropout(drop)
         self.close()
 
@@ -85,7 +94,7 @@ class LocalMlp(nn.Module):
         nn.init.zeros_(self.norm2.bn.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to the same."""
+        """(B, H, W, dim) to (B, ⌈H/stride⌉, ⌈W/stride⌉, out_dim)."""
         return self.drop(self.norm2(self.conv2(self.act(self.norm1(self.conv1(x))))))
 
 
@@ -112,4 +121,28 @@ class LocalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) to the same."""
         y: Tensor = self.act(x + self.drop_path(self.mlp(x)))
+        return y
+
+
+class ResidualDownsample(nn.Module):
+    """ReLU(shortcut(x) + LocalMlp(x)): the block with which a ResNet's stage begins, half the grid and more channels.
+
+    The shortcut takes the mean of 2×2 pixels, a 1×1 convolution and BatchNorm (ResNet-D; He et al., CVPR 2019, Bag of
+    Tricks, section 4). With `stride=1` the grid keeps its size, and there is no mean.
+    """
+
+    def __init__(self, dim: int, out_dim: int, stride: int = 2, norm: Literal["batch"] = "batch", **dd: Any) -> None:
+        super().__init__()
+        if norm != "batch":
+            raise ValueError(f"norm is {norm!r}; residual downsampling has 'batch' alone")
+        self.mlp = LocalMlp(dim, out_dim, out_dim=out_dim, stride=stride, **dd)
+        self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
+        self.proj = GridConv2d(dim, out_dim, 1, bias=False, **dd)
+        self.norm = BatchNorm(out_dim, **dd)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) to (B, ⌈H/stride⌉, ⌈W/stride⌉, out_dim)."""
+        means = self.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y: Tensor = self.act(self.norm(self.proj(means)) + self.mlp(x))
         return y

@@ -78,6 +78,29 @@ class ConvStem(nn.Module):
         return conv_stem(x, conv1, norm1, conv2, norm2, (self.conv1.stride[0], self.conv2.stride[0]))
 
 
+class SmallStem(nn.Module):
+    """One 3×3 convolution, a norm and a ReLU: the stem that ResNets have for small images.
+
+    Args:
+        in_chans, dim: channels of the image and of the grid.
+        stride: 2 or 1.
+        norm: "layer" or "batch".
+    """
+
+    def __init__(self, in_chans: int, dim: int, stride: int = 2, norm: Norm = "layer", **dd: Any) -> None:
+        super().__init__()
+        if stride not in (1, 2):
+            raise ValueError(f"stem stride is {stride}; the small stem has 1 or 2")
+        self.conv1 = nn.Conv2d(in_chans, dim, 3, stride=stride, padding=1, bias=False, **dd)
+        self.norm1 = norm_layer(norm, dim, **dd)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) to (B, ⌈H/stride⌉, ⌈W/stride⌉, dim)."""
+        y: Tensor = self.act(self.norm1(_to_grid(self.conv1, x)))
+        return y
+
+
 class PatchStem(nn.Module):
     """One convolution over non-overlapping patches and a LayerNorm (the vanilla models)."""
 
