@@ -99,11 +99,10 @@ class DetectedFile(Outcome):
 
 
 @dataclass(frozen=True)
-class FoundObjects:
-    """A picture with the objects that were found in it, best first.
+class Objects:
+    """The objects that were found in a picture, best first.
 
     Attributes:
-        picture: RGB.
         boxes: float32 (n, 4), x and y of two corners in pixels.
         scores: float32 (n,).
         labels: int64 (n,), indices into ``class_names``.
@@ -111,7 +110,6 @@ class FoundObjects:
         class_names, category_ids: one a class.
     """
 
-    picture: Image.Image
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
     labels: NDArray[np.int64]
@@ -131,6 +129,13 @@ class FoundObjects:
             DetectedObject(self.class_names[i], i, self.category_ids[i], score, tuple(box), mask)
             for i, score, box, mask in rows
         )
+
+
+@dataclass(frozen=True)
+class FoundObjects(Objects):
+    """The same with the picture, RGB."""
+
+    picture: Image.Image
 
     def overlay(self) -> Image.Image:
         """The picture with boxes, names, scores, masks and a legend, at a size that is good to look at."""
@@ -212,12 +217,25 @@ class Detector(Predictor):
         return cls(model, sides, names, list(ids), source, bool(known))
 
     @torch.inference_mode()
-    def _detections(self, picture: Tensor, window: int | None) -> Detections:
+    def objects_together(
+        self, pictures: Sequence[Tensor], threshold: float = 0.3, window: int | None = None
+    ) -> Iterator[Objects]:
+        """The objects in several pictures, one after another, with one forward pass for all whole pictures.
+
+        Args:
+            pictures: uint8 (3, H, W), RGB. Where they are not of one size once they are fitted into `sides`, what the
+                smaller ones are filled up with has a say in what is found.
+            threshold, window: see `detect`.
+        """
         if window is not None and window < _LEAST:
             raise RecipeError(f"windows of {window} pixels are too small: give {_LEAST} or more")
-        picture = picture.to(next(self.model.parameters()).device)
-        whole: Detections = detect(self.model, [picture], self.sides)[0]
-        return whole if window is None else _with_windows(self.model, picture, window, whole)
+        pictures = [picture.to(next(self.model.parameters()).device) for picture in pictures]
+        found = detect(self.model, pictures, self.sides)
+        for picture, whole in zip(pictures, found, strict=True):
+            each = whole if window is None else _with_windows(self.model, picture, window, whole)
+            kept = each["scores"] >= threshold
+            parts: dict[str, Any] = {name: values[kept].cpu().numpy() for name, values in each.items()}
+            yield Objects(**{"masks": None, **parts}, class_names=self.class_names, category_ids=self.category_ids)
 
     def detect(
         self,
@@ -241,13 +259,8 @@ class Detector(Predictor):
         return self._found(pil_to_tensor(any_image(image)), threshold, window)
 
     def _found(self, picture: Tensor, threshold: float, window: int | None) -> FoundObjects:
-        found = self._detections(picture, window)
-        kept = found["scores"] >= threshold
-        parts = {name: values[kept].cpu().numpy() for name, values in found.items()}
-        return FoundObjects(
-            to_pil_image(picture), parts["boxes"], parts["scores"], parts["labels"], parts.get("masks"),
-            self.class_names, self.category_ids,
-        )  # fmt: skip
+        (objects,) = self.objects_together([picture], threshold, window)
+        return FoundObjects(**vars(objects), picture=to_pil_image(picture))
 
     @override
     def outcomes(self, files: Sequence[str], config: PredictConfig) -> Iterator[DetectedFile]:

@@ -153,7 +153,7 @@ class SegmentationTask(Task):
             if self.multi_scale:
                 found = segment(network, picture, ratios=SEVERAL, flip=True).argmax(0)
             else:
-                logits = network_logits(network, self.pre, picture)
+                logits = network_logits(network, self.pre, [picture])
                 found = best_classes(logits, labels.shape)
                 self._add_loss(logits, labels)
             self.counts += torch.bincount(labels[known] * len(self.names) + found[known], minlength=len(self.counts))

@@ -78,9 +78,7 @@ class Segmentation:
     @property
     def shares(self) -> tuple[ClassShare, ...]:
         """The classes that are there, the largest first."""
-        counts = np.bincount(self.labels.ravel())
-        order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
-        return tuple(ClassShare(self.class_names[i], i, float(counts[i] / self.labels.size)) for i in order)
+        return class_shares(self.labels, self.class_names)
 
     def overlay(self) -> Image.Image:
         """The picture with tinted regions, outlines and a legend, at a size that is good to look at."""
@@ -144,12 +142,23 @@ class Segmenter(Predictor):
         Raises:
             RecipeError: the window is too small.
         """
-        picture = picture.to(next(self.model.parameters()).device)
         if window is not None and window < _LEAST:
             raise RecipeError(f"windows of {window} pixels are too small: the model needs {_LEAST} or more")
         if window is not None and min(picture.shape[1:]) >= _LEAST:
-            return _by_window(self.model, self.pre, picture, window).cpu()
-        return best_classes(network_logits(self.model, self.pre, picture), picture.shape[1:]).cpu()
+            return _by_window(self.model, self.pre, picture.to(next(self.model.parameters()).device), window).cpu()
+        return next(self.labels_together([picture]))
+
+    @torch.inference_mode()
+    def labels_together(self, pictures: Sequence[Tensor]) -> Iterator[Tensor]:
+        """`labels` of several whole pictures, one after another, in one forward pass.
+
+        Args:
+            pictures: which the network sees at one size, see `seen_size`.
+        """
+        device = next(self.model.parameters()).device
+        logits = network_logits(self.model, self.pre, [picture.to(device) for picture in pictures])
+        for place, picture in enumerate(pictures):
+            yield best_classes(logits[place : place + 1], picture.shape[1:]).cpu()
 
     def segment(
         self, image: str | os.PathLike[str] | Image.Image | NDArray[np.uint8], window: int | None = None
@@ -201,11 +210,23 @@ def segmentation_preprocessing(
     return Preprocessing(**{**vars(pre), "img_size": (side, 4 * side)}) if isinstance(side, int) else pre
 
 
-def network_logits(model: torch.nn.Module, pre: Preprocessing, picture: Tensor) -> Tensor:
-    """A whole picture, uint8 (C, H, W), to float32 logits (1, classes, h, w) at the size that the network sees."""
+def class_shares(labels: NDArray[np.integer], class_names: Sequence[str]) -> tuple[ClassShare, ...]:
+    """The classes that are among the labels of a picture, the largest first."""
+    counts = np.bincount(labels.ravel())
+    order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+    return tuple(ClassShare(class_names[i], i, float(counts[i] / labels.size)) for i in order)
+
+
+def seen_size(pre: Preprocessing, picture: Tensor) -> tuple[int, int]:
+    """Height and width at which the network sees a whole picture (C, H, W)."""
     height, width = fitted_size(picture.shape[1], picture.shape[2], max(pre.img_size), min(pre.img_size))
-    size = max(height, _LEAST), max(width, _LEAST)  # a strip of a few pixels becomes broader
-    logits: Tensor = model(pre.normalise(resize_bilinear_uint8(picture, size)[None]))
+    return max(height, _LEAST), max(width, _LEAST)  # a strip of a few pixels becomes broader
+
+
+def network_logits(model: torch.nn.Module, pre: Preprocessing, pictures: Sequence[Tensor]) -> Tensor:
+    """Whole pictures, uint8 (C, H, W), that are seen at one size, to float32 logits (B, classes, h, w) of that size."""
+    seen = torch.stack([resize_bilinear_uint8(picture, seen_size(pre, picture)) for picture in pictures])
+    logits: Tensor = model(pre.normalise(seen))
     return logits.float()
 
 

@@ -1,4 +1,7 @@
-"""How units are shared out among workers that wait, die and come late: with a cluster that does what it is told."""
+"""How a plan is made and units are shared out among workers that wait, die and come late.
+
+With a cluster that does what it is told.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,26 @@ from vmamba.deploy.batch import run
 from vmamba.deploy.batch.config import BatchConfig
 from vmamba.deploy.batch.journal import Journal
 from vmamba.deploy.batch.sources import Extent, Segment
-from vmamba.deploy.batch.worker import Done
+from vmamba.deploy.batch.worker import Done, LostError
 from vmamba.errors import BatchError
 
 
 class DeadError(Exception):
     """A worker has died."""
+
+
+class MemoryShortError(Exception):
+    """A worker was stopped, for the memory of its machine ran short."""
+
+
+class LateError(Exception):
+    """There is no answer yet."""
+
+
+class WrongError(Exception):
+    """Something went wrong in a worker."""
+
+    cause = LostError("memory ran short: CUDA out of memory")
 
 
 class Actor:
@@ -35,7 +52,8 @@ class Ray:
     """
 
     exceptions = SimpleNamespace(
-        RayActorError=DeadError, WorkerCrashedError=DeadError, OutOfMemoryError=DeadError, RayTaskError=(),
+        RayActorError=DeadError, WorkerCrashedError=DeadError, NodeDiedError=DeadError, RayTaskError=WrongError,
+        OutOfMemoryError=MemoryShortError, GetTimeoutError=LateError,
     )  # fmt: skip
 
     def __init__(self, tell):
@@ -63,12 +81,12 @@ class Ray:
             try:
                 if self.tell(*self.questions[number]):
                     return [number], []
-            except DeadError:
+            except (DeadError, MemoryShortError, WrongError):
                 return [number], []
         assert timeout is not None, "waits for ever"
         return [], asked
 
-    def get(self, number):
+    def get(self, number, timeout=None):
         self.tell(*self.questions[number])
         return self.questions[number][1]
 
@@ -131,3 +149,77 @@ def test_idle_workers_are_asked_again_before_they_get_the_unit_of_a_dead_one(tmp
     assert sorted(unit for actor in ray.actors[:3] for unit in actor.units) == [0, 1, 2]
     assert [actor.units for actor in ray.actors[3:]] == [[0]]
     assert ray.killed == [1, 2]
+
+
+def test_what_became_of_a_worker_is_told(tmp_path, capsys, monkeypatch):
+    def die(actor, answer):
+        if actor.number < 3 and answer is not True:
+            raise (DeadError, MemoryShortError, WrongError)[actor.number]
+        return True
+
+    assert work_with(Ray(die), tmp_path, units=1, workers=1).deaths == 3
+    told = capsys.readouterr().err.splitlines()[1:]
+    reasons = "out of memory, or killed", "memory ran short on its machine", "memory ran short: CUDA out of memory"
+    over = f"over {tmp_path}/part-00000000.parquet; another takes its place"
+    assert told == [f"a worker died ({reason}) {over}" for reason in reasons]
+    monkeypatch.setattr(WrongError, "cause", ZeroDivisionError("in a worker"))
+    with pytest.raises(ZeroDivisionError, match="in a worker"):
+        work_with(Ray(die), tmp_path / "again", units=1, workers=1)
+
+
+# --- the plan
+
+
+class Lister(Ray):
+    """A cluster that runs functions: ``tell`` is asked about each and its arguments, none for the one that begins."""
+
+    def remote(self, **_):
+        return lambda function: SimpleNamespace(remote=lambda *values: self.ask(function, values))
+
+    def get(self, asked, timeout=None):
+        self.waits += 1
+        assert self.waits < 100
+        for number in asked:
+            if not self.tell(*self.questions[number]):
+                raise LateError
+        return [function(*values) for function, values in map(self.questions.get, asked)]
+
+
+def listed(ray, *shards):
+    return run._each(ray, lambda path: [path.upper()], shards)
+
+
+def test_a_plan_that_waits_for_room_says_so_once(capsys):
+    ray = Lister(lambda function, values: ray.waits > 5)
+    assert listed(ray, "a", "b") == [["A"], ["B"]]
+    assert capsys.readouterr().err == (
+        "no machine has begun to look through the sources in 30 seconds; the job waits for room in the cluster\n"
+    )
+    assert listed(Lister(None)) == []  # without shards no machine is asked
+
+
+def test_shards_that_take_long_are_no_lack_of_room(capsys):
+    ray = Lister(lambda function, values: not values or ray.waits > 5)
+    assert listed(ray, "a") == [["A"]]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_plan_ends_without_machines(has_begun):
+    def leave(function, values):
+        ray.machines[0]["Alive"] = ray.waits < 3
+        return has_begun and not values
+
+    ray = Lister(leave)
+    with pytest.raises(BatchError, match="no machine has room for a worker of 1 cores and 0 GPUs: all have 0 and 0"):
+        listed(ray, "a")
+
+
+def test_a_plan_for_which_memory_is_short_ends_with_that():
+    def die(function, values):
+        if values == ("b",):
+            raise MemoryShortError
+        return True
+
+    with pytest.raises(BatchError, match=r"a process that did so died \(memory ran short on its machine\)"):
+        listed(Lister(die), "a", "b")

@@ -255,12 +255,14 @@ def test_a_killed_job_goes_on_where_it_was(nodes, pictures, weights, tmp_path, c
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"address": "ray://10.0.0.1:10001"}, "is a door for clients outside of a cluster"),
+        ({"address": "ray://10.0.0.1:10001"}, r"^ray://10\.0\.0\.1:10001 is a door for clients outside of a cluster"),
+        ({"address": "auto"}, r"^ray://10\.0\.0\.2:10001 is a door for clients outside of a cluster"),
         ({"part_size": 0}, "part_size is 0; expected 1 or more"),
         ({"gpus": -1.0}, "gpus is -1.0; expected 0 or more"),
     ],
 )
-def test_settings_that_are_wrong_are_refused(settings, message, pictures, weights, tmp_path):
+def test_settings_that_are_wrong_are_refused(settings, message, pictures, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.2:10001")
     with pytest.raises(BatchError, match=message):
         run_batch([pictures], BatchConfig(str(tmp_path), checkpoint=weights, **settings))
 
@@ -277,10 +279,11 @@ def test_commands_and_snippets_of_the_documentation(nodes, pictures, weights, tm
     text = (Path(__file__).parents[3] / "docs/batch.md").read_text()
     commands, *snippets = re.findall(r"```(?:bash|python)\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", nodes)  # else auto is the newest cluster of the machine, be it whose it may
     Path("photos").symlink_to(pictures / "deep")
     Path("model.safetensors").symlink_to(weights)
     first, *others = [shlex.split(line)[1:] for line in commands.splitlines()]
-    assert main([*first, "--actors", "1", "--address", nodes]) == 0
+    assert main([*first, "--actors", "1", "--address", "auto"]) == 0
     for words in others:  # these need shards, a bucket and a cluster
         make_parser("batch").parse_args(words)
     for snippet in snippets:  # the last of which finds all images done

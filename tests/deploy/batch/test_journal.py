@@ -57,6 +57,17 @@ def test_another_job_is_refused_unless_it_may_overwrite(tmp_path):
     assert files_in(tmp_path / "out") == {"_job/job.json", "part-1.parquet", "mine.txt"}
 
 
+def test_a_job_that_came_to_no_plan_is_in_nobodys_way(tmp_path):
+    """As where a source was misspelt."""
+    journal = Journal(str(tmp_path))
+    journal.begin(ABOUT)
+    journal.begin({**ABOUT, "sources": ["/b"]})
+    assert files_in(tmp_path) == {"_job/job.json"}
+    journal.plan([Extent(Segment("file", "/b/a.png"))], 1)
+    with pytest.raises(BatchError, match="another job: sources"):
+        journal.begin(ABOUT)
+
+
 def test_results_without_a_job_and_damaged_jobs_are_refused(tmp_path):
     (tmp_path / "part-00000000.parquet").write_bytes(b"x")
     with pytest.raises(BatchError, match="holds results of an unknown job"):

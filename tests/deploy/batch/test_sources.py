@@ -248,7 +248,7 @@ def test_s3_through_the_package_that_fsspec_names(bucket, pictures):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
-    with pytest.raises(ImportError, match=r"addresses of gs:// need one more package: pip install gcsfs"):
+    with pytest.raises(ImportError, match=r'addresses of gs:// need one more package: pip install "vmamba\[gcs\]"'):
         find(["gs://bucket/x"])
     with pytest.raises(BatchError, match="there are no addresses of nonsense://"):
         find(["nonsense://bucket/x"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,14 +18,14 @@ from vmamba.deploy.batch.config import BatchConfig
 from vmamba.deploy.batch.journal import Journal
 from vmamba.deploy.batch.sources import Extent, Segment, find
 from vmamba.deploy.batch.work import Work, work_for
-from vmamba.deploy.batch.worker import Done, Worker, ahead
+from vmamba.deploy.batch.worker import Done, LostError, Worker, ahead
 from vmamba.errors import BatchError, CheckpointError
 from vmamba.models.registry import create_model
 from vmamba.tasks.detector import Detector
 from vmamba.tasks.prediction import Classifier, Weights, load_weights
 from vmamba.tasks.segmenter import Segmenter
 
-from .conftest import files_in
+from .conftest import files_in, picture, tar_of
 
 
 def journal_of(folder, extents, part_size) -> Journal:
@@ -116,6 +119,107 @@ def test_objects_are_those_that_predict_finds(pictures, tmp_path):
         assert np.array_equal(mask.decode(found["mask"]), mask.decode(true.mask))
 
 
+@pytest.fixture
+def mixed(tmp_path) -> list:
+    """Sources of 15 pictures of four sizes, seen at three, in turns, with two files in error between them."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for index in range(8):
+        size = ((40, 36), (36, 40), (80, 72), (50, 50))[index % 4]
+        (folder / f"{index}.png").write_bytes(picture(index, size))
+    (folder / "1b.png").write_bytes(b"no picture at all")
+    members = [(f"{index}.png", picture(20 + index, ((40, 36), (36, 40))[index % 2])) for index in range(7)]
+    members.insert(3, ("bad.png", b"neither"))
+    return [folder, tar_of(members, tmp_path / "shard.tar")]
+
+
+def dense(task: str, batch_size: int | None = None, **settings) -> Work:
+    torch.manual_seed(1)
+    if task == "segmentation":
+        model = create_model("upernet", backbone="vmamba_femto_s2", num_classes=4, channels=16)
+        about = {"img_size": [48, 192]}
+    else:
+        model = create_model(
+            "maskrcnn", backbone="vmamba_femto_s2", num_classes=3, channels=32, hidden=32, max_per_img=3
+        )
+        with torch.no_grad():  # scores far enough from each other that rounding does not change their order
+            for layer in (model.rpn_head.rpn_cls, model.roi_head.bbox_head.fc_cls):
+                layer.weight *= 20
+        about = {"sides": [64, 96]}
+        settings = {"threshold": 0.05, **settings}
+    return work_for(Weights(model.eval(), about, "x"), BatchConfig("", batch_size=batch_size, **settings))
+
+
+def recorded(monkeypatch, work: Work) -> list[int]:
+    """The numbers of samples that it takes together."""
+    numbers: list[int] = []
+    rows = work.rows
+    monkeypatch.setattr(work, "rows", lambda samples: (numbers.append(len(samples)), rows(samples))[1])
+    return numbers
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_pictures_seen_at_one_size_go_together_and_are_found_what_they_are_alone(
+    mixed, tmp_path, monkeypatch, task, threads
+):
+    mask = pytest.importorskip("faster_coco_eval.core.mask")
+    alone, together = dense(task), dense(task, batch_size=4)
+    ones, fours = recorded(monkeypatch, alone), recorded(monkeypatch, together)
+    expected = rows_of(alone, mixed, tmp_path / "one")
+    found = rows_of(together, mixed, tmp_path / "four", threads=threads)
+    assert ones == [1] * 15
+    assert fours == [4, 4, 4, 1, 2]  # 8 upright, two of them from larger files, 5 lying, 2 square
+    assert [row["file"] for row in found] == [row["file"] for row in expected]
+    assert [row["error"] for row in found] == [row["error"] for row in expected]
+    assert sum(row["error"] is not None for row in found) == 2
+    entries = 0
+    for one, four in zip(expected, found, strict=True):
+        assert (one["height"], one["width"]) == (four["height"], four["width"])
+        for name, numbers in (("regions", ["share"]), ("objects", ["score", "box"])):
+            pairs = list(zip(one.get(name) or [], four.get(name) or [], strict=True))
+            entries += len(pairs)
+            for a, b in pairs:
+                assert (a["label"], a["index"]) == (b["label"], b["index"])
+                assert np.allclose(*(np.hstack([entry[number] for number in numbers]) for entry in (a, b)), atol=1e-3)
+                assert (mask.decode(a["mask"]) != mask.decode(b["mask"])).mean() < 1e-3
+    assert entries > 15
+
+
+def test_few_pictures_wait_for_others_of_their_size(tmp_path, monkeypatch):
+    """However many sizes there are, and fewer of large ones."""
+    pytest.importorskip("faster_coco_eval.core.mask")
+    folder = tmp_path / "sizes"
+    folder.mkdir()
+    for index in range(24):
+        (folder / f"{index:02}.png").write_bytes(picture(index, (32 + 4 * (index % 12), 64)))
+    work = dense("segmentation", batch_size=4)
+    waiting, most, sample, rows = Counter(), [], work.sample, work.rows
+
+    def counted(image):
+        waiting["pictures"] += 1
+        most.append(waiting["pictures"])
+        return sample(image)
+
+    monkeypatch.setattr(work, "sample", counted)
+    monkeypatch.setattr(work, "rows", lambda samples: (waiting.subtract(pictures=len(samples)), rows(samples))[1])
+    assert all(row["error"] is None for row in rows_of(work, [folder], tmp_path / "out"))
+    assert max(most) == 8
+    most.clear()
+    monkeypatch.setattr("vmamba.deploy.batch.work._DENSE_PIXELS", 3 * 64 * 50)
+    rows_of(work, [folder], tmp_path / "again")
+    assert max(most) < 8
+
+
+def test_dense_batches_where_nobody_chose_them():
+    pytest.importorskip("faster_coco_eval.core.mask")
+    for settings, on_cpu, elsewhere in (({}, 1, 8), ({"batch_size": 3}, 3, 3), ({"batch_size": 3, "window": 64}, 1, 1)):
+        work = dense("segmentation", **settings)
+        assert work.batch_size == on_cpu
+        work.to("meta")
+        assert work.batch_size == elsewhere
+
+
 def test_a_digest_knows_weights_names_and_preprocessing(weights):
     def digest(**settings):
         return work_for(loaded, BatchConfig("", **settings)).digest()
@@ -168,6 +272,88 @@ def test_an_image_that_the_network_cannot_take_costs_no_other_its_row(pictures, 
     errors = {row["file"]: row["error"] for row in rows_of(work, [pictures / "deep"], tmp_path) if row["error"]}
     name = str(pictures / "deep" / "03.png")
     assert errors == {name: f"{name}: the network cannot take it: can't allocate memory"}
+    assert work.batch_size == 8
+
+
+# --- memory that is short
+
+
+class Hungry(Work):
+    """Takes so many samples, and no dark ones; ``at_first`` none, so often."""
+
+    task = "classification"
+    columns = (("size", pa.int64()),)
+    source = "x"
+
+    def __init__(self, takes, at_first=0, batch_size=8):
+        self.model, self.takes, self.batch_size = torch.nn.Identity(), takes, batch_size
+        self.tried, self.at_first = [], at_first
+
+    def fits(self):
+        if self.takes == 0:
+            raise BatchError("x cannot be used")
+
+    def rows(self, samples):
+        self.tried.append(len(samples))
+        is_dark = any(np.asarray(sample).max() < 255 for sample in samples)
+        if len(samples) > self.takes or len(self.tried) <= self.at_first or is_dark:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return [{"size": len(samples)} for _ in samples]
+
+
+@pytest.fixture
+def squares(tmp_path) -> list:
+    """A .tar file of 20 white pictures."""
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), "white").save(content, "PNG")
+    return [tar_of(((f"{index:02}.png", content.getvalue()) for index in range(20)), tmp_path / "white.tar")]
+
+
+def test_batches_for_which_memory_is_short_become_smaller(squares, tmp_path):
+    work = Hungry(takes=3)
+    rows = rows_of(work, squares, tmp_path / "out")
+    assert [row["error"] for row in rows] == [None] * 20
+    assert work.tried == [8, 4, 2, 2, *[2] * 8]
+    assert work.batch_size == 2
+
+
+def test_memory_that_was_short_for_a_while_costs_nothing(squares, tmp_path):
+    work = Hungry(takes=8, at_first=4)
+    assert [row["error"] for row in rows_of(work, squares, tmp_path / "out")] == [None] * 20
+    assert work.tried[:5] == [8, 4, 2, 1, 1]
+
+
+def test_an_image_that_takes_too_much_memory_makes_no_batch_smaller(squares, tmp_path):
+    Image.new("RGB", (8, 8), "black").save(tmp_path / "dark.png")
+    work = Hungry(takes=8)
+    rows = rows_of(work, [tmp_path / "dark.png", *squares], tmp_path / "out")
+    name = tmp_path / "dark.png"
+    reason = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert {row["error"] for row in rows} == {f"{name}: the network cannot take it: {reason}", None}
+    assert work.batch_size == 8
+    assert work.tried == [8, 4, 2, 1, 1, 1, 2, 4, 8, 5]
+
+
+def test_a_worker_without_memory_for_any_image_gives_up_its_unit(squares, tmp_path):
+    journal = journal_of(tmp_path / "out", find([str(squares[0])]), 100)
+    with pytest.raises(LostError, match=r"^memory ran short: CUDA out of memory\. Tried to allocate 2\.00 GiB\.$"):
+        Worker(Hungry(takes=0), journal.output, "model").do(0)
+    assert journal.parts() == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(MemoryError(), "memory ran short: MemoryError"), (torch.AcceleratorError("bad"), "its accelerator failed: bad")],
+)
+def test_a_worker_that_is_of_no_more_use_says_so(squares, tmp_path, monkeypatch, error, message):
+    def fail(image):
+        raise error
+
+    work = Hungry(takes=8)
+    monkeypatch.setattr(work, "sample", fail)
+    journal = journal_of(tmp_path / "out", find([str(squares[0])]), 100)
+    with pytest.raises(LostError, match=f"^{message}$"):
+        Worker(work, journal.output, "model").do(0)
 
 
 # --- workers that have died

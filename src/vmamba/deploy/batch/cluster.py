@@ -45,6 +45,8 @@ def cluster(address: str | None, cores: int | None = None, weights: int = 0) -> 
         BatchError: it cannot be joined or started.
         ImportError: Ray is missing.
     """
+    if address == "auto":  # Ray itself would look there as well, and join in whatever way it says
+        address = os.environ.get("RAY_ADDRESS") or address
     if address is not None and address.startswith("ray://"):
         raise BatchError(
             f"{address} is a door for clients outside of a cluster; give the address of its head, HOST:PORT, or start "

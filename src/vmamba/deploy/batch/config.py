@@ -32,8 +32,9 @@ class BatchConfig:
     img_size: int | tuple[int, int] | None = None
     """Side, or height and width, that the network sees, or for segmentation and detection the short side, or the short
     and the long one; null for the size it was trained at."""
-    batch_size: int = 32
-    """Images in one forward pass of a classifier; segmentation and detection take one at a time."""
+    batch_size: int | None = None
+    """Images in one forward pass, at most; null for 32, or for segmentation and detection 8 on a GPU and 1 on the CPU,
+    where more are no faster. Of those, pictures go together that the network sees at the same size, without windows."""
     column: str | None = None
     """Of Parquet sources: the column that holds images, as bytes or as paths; null to find it."""
     part_size: int | None = None

@@ -65,7 +65,7 @@ class Journal:
         before = {} if overwrite else self._before()
         if before == about:
             return
-        if before:
+        if before and (parts or self.is_planned):  # else nothing is lost
             changes = "; ".join(
                 f"{name}: {_brief(before.get(name))} -> {_brief(about.get(name))}"
                 for name in sorted({*before, *about})

@@ -14,8 +14,7 @@ from vmamba.errors import BatchError
 from vmamba.files import atomic_write, shown
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# What fsspec needs besides itself, and how it is called where the name of the package is not that of the module.
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of this package: with what fsspec needs besides itself
 
 
 def is_remote(address: str) -> bool:
@@ -44,7 +43,7 @@ def file_system(address: str) -> Any:
     try:
         return fsspec.filesystem(protocol)
     except ImportError as error:
-        how = f"pip install {_PACKAGES[protocol]}" if protocol in _PACKAGES else error
+        how = f'pip install "vmamba[{_EXTRAS[protocol]}]"' if protocol in _EXTRAS else error
         raise ImportError(f"addresses of {protocol}:// need one more package: {how}") from error
     except ValueError as error:
         raise BatchError(f"{address}: there are no addresses of {protocol}://: {error}") from error

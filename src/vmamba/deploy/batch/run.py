@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import partial
+from typing import Any, NamedTuple, Self
 
 from filelock import FileLock, Timeout
 
@@ -25,14 +26,14 @@ from vmamba.deploy.batch.journal import Journal, part_size_for
 from vmamba.deploy.batch.progress import Progress
 from vmamba.deploy.batch.sources import Extent, find
 from vmamba.deploy.batch.work import Work, work_for
-from vmamba.deploy.batch.worker import Done, Worker
+from vmamba.deploy.batch.worker import Done, LostError, Worker
 from vmamba.errors import BatchError
 from vmamba.files import shown
 from vmamba.tasks.prediction import load_weights
 from vmamba.tasks.runs import report
 
 _MOST_DEATHS = 12  # of workers over one unit, or of one after another before they begin
-_PATIENCE = 30  # seconds without a worker, after which the job says that it waits for one
+_PATIENCE = 30  # seconds without room in the cluster, after which the job says that it waits for it
 
 
 @dataclass(frozen=True)
@@ -161,21 +162,63 @@ def _room(ray: Any, cpus: int, gpus: float) -> int:
     return fits
 
 
-def _plan(ray: Any, journal: Journal, sources: Sequence[str], config: BatchConfig, work: Work, workers: int) -> None:
-    def each(function: Callable[..., list[Extent]], *arguments: Iterable[Any]) -> Iterator[list[Extent]]:
-        """`map`, on all machines."""
-        remote = ray.remote(num_cpus=1)(function)
-        try:
-            lists = ray.get([remote.remote(*values) for values in zip(*arguments, strict=True)])
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-        yield from lists
+def _first(ray: Any, asked: Sequence[Any], cpus: int, gpus: float, waiting: str, patience: float | None) -> Any:
+    """The first of the answers that is there. If that takes longer than ``patience``, what is waiting is told once.
 
-    extents = find(sources, config.column, each)
+    Raises:
+        BatchError: no machine has room for it any more.
+    """
+    told = False
+    while True:
+        answers, _ = ray.wait(asked, timeout=patience)
+        if answers:
+            return answers[0]
+        _room(ray, cpus, gpus)
+        if not told:
+            report(f"{waiting} in {patience} seconds; the job waits for room in the cluster")
+        told = True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+def _plan(ray: Any, journal: Journal, sources: Sequence[str], config: BatchConfig, work: Work, workers: int) -> None:
+    """Write down what there is to do."""
+    extents = find(sources, config.column, partial(_each, ray))
     images = sum(map(len, extents))
     if not images:
         raise BatchError(f"{', '.join(map(shown, sources))}: no images")
     journal.plan(extents, config.part_size or part_size_for(images, work.part_size, workers, work.batch_size))
+
+
+def _each(ray: Any, function: Callable[..., list[Extent]], *arguments: Sequence[Any]) -> list[list[Extent]]:
+    """`map` over the shards of a source, on all machines.
+
+    Raises:
+        BatchError: no machine has room for it, or memory for a shard.
+        Exception: what went wrong in the function.
+    """
+    values = list(zip(*arguments, strict=True))
+    if not values:
+        return []
+    begun = ray.remote(num_cpus=1)(lambda: True).remote()  # for a shard may take long, however much room there is
+    _first(ray, [begun], 1, 0, "no machine has begun to look through the sources", _PATIENCE)
+    remote = ray.remote(num_cpus=1)(function)
+    answers = [remote.remote(*each) for each in values]
+    while True:
+        try:
+            lists: list[list[Extent]] | str = _result(ray, answers, _PATIENCE)
+        except ray.exceptions.GetTimeoutError:
+            _room(ray, 1, 0)
+            continue
+        if isinstance(lists, str):
+            raise BatchError(f"the sources cannot be looked through: a process that did so died ({lists})")
+        return lists
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The work
 
 
 def _work(ray: Any, journal: Journal, config: BatchConfig, work: Work, share: _Share, model: str) -> Summary:
@@ -197,15 +240,15 @@ def _work(ray: Any, journal: Journal, config: BatchConfig, work: Work, share: _S
 
     with Progress(journal.images, before) as progress, _Crew(ray, share, hire, len(left)) as crew:
         while left or crew.busy:
-            worker, unit, result = crew.next()
+            worker, result = crew.next()
+            if isinstance(result, _Death):
+                deaths[result.unit] += 1
+                _mourn(journal, result, deaths[result.unit])
+                left.appendleft(result.unit)
+                continue
             if result is not None:
                 bad += result.bad
                 progress.add(result.images)
-            elif unit is not None:
-                deaths[unit] += 1
-                _mourn(journal, unit, deaths[unit])
-                left.appendleft(unit)
-                continue
             if left:
                 unit = left.popleft()
                 crew.give(worker, unit, deaths[unit])
@@ -214,6 +257,13 @@ def _work(ray: Any, journal: Journal, config: BatchConfig, work: Work, share: _S
         seconds = progress.seconds
     computed = journal.images - before
     return Summary(journal.output, journal.images, journal.units, computed, bad, crew.deaths, seconds)
+
+
+class _Death(NamedTuple):
+    """A unit that a worker died over, and how, in words."""
+
+    unit: int
+    how: str
 
 
 class _Crew:
@@ -252,10 +302,8 @@ class _Crew:
         """Have a worker do a unit, over which so many died."""
         self.busy[worker.do.remote(unit, deaths)] = worker, unit
 
-    def next(self) -> tuple[Any, int | None, Done | None]:
-        """The next worker that can be given a unit, with the one it has done, if any, and what it says of that.
-
-        Of a worker that died over a unit: only the unit.
+    def next(self) -> tuple[Any, Done | _Death | None]:
+        """The next worker that can be given a unit, with what it says of the one it has done, if any; or a death.
 
         Raises:
             BatchError: no worker can begin.
@@ -266,18 +314,18 @@ class _Crew:
             result = _result(self.ray, answer)
             if answer in self.busy:
                 worker, unit = self.busy.pop(answer)
-                if result is not None:
-                    return worker, unit, result
+                if not isinstance(result, str):
+                    return worker, result
                 self.deaths += 1
                 for other in (self.hire(), *self.idle):  # the idle ones may have died in the same way
                     self._ask(other)
                 self.idle.clear()
-                return None, unit, None
+                return None, _Death(unit, result)
             worker, died = self.asked.pop(answer)
-            if result is not None:
-                return worker, None, None
+            if not isinstance(result, str):
+                return worker, None
             self.deaths += 1
-            report("a worker without work died (out of memory, or killed); another takes its place")
+            report(f"a worker without work died ({result}); another takes its place")
             if died + 1 >= _MOST_DEATHS:
                 raise BatchError(
                     f"{died + 1} workers died before they had begun. If memory runs out, take fewer --actors"
@@ -289,44 +337,41 @@ class _Crew:
 
     def _answer(self) -> Any:
         """What the next worker answers, be it at work or asked whether it is ready."""
-        told = False
-        while True:
-            answers, _ = self.ray.wait([*self.busy, *self.asked], timeout=None if self.busy else _PATIENCE)
-            if answers:
-                return answers[0]
-            _room(self.ray, self.share.cpus, self.share.gpus)
-            if not told:
-                report(f"no worker has begun in {_PATIENCE} seconds; the job waits for room in the cluster")
-            told = True
+        asked, patience = [*self.busy, *self.asked], None if self.busy else _PATIENCE
+        return _first(self.ray, asked, self.share.cpus, self.share.gpus, "no worker has begun", patience)
 
 
 def _done(journal: Journal) -> list[int]:
     return [unit for unit in journal.parts() if unit < journal.units]
 
 
-def _result(ray: Any, answer: Any) -> Any:
-    """What a worker says; None if it is dead.
+def _result(ray: Any, answer: Any, patience: float | None = None) -> Any:
+    """What a worker says; if it is dead, in words how it died.
 
     Raises:
         Exception: what went wrong in it.
     """
-    died = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
     try:
-        return ray.get(answer)
-    except died as error:
+        return ray.get(answer, timeout=patience)
+    except ray.exceptions.OutOfMemoryError:  # Ray stops a process before the system has to
+        return "memory ran short on its machine"
+    except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
         if getattr(error, "actor_init_failed", False):
             reason = str(error).strip().splitlines()[-1]  # below Ray's trace
             raise BatchError(f"a worker cannot begin: {reason}") from error
-        return None
+        return "out of memory, or killed"
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LostError):
+            return str(error.cause)
         raise error.cause from error
 
 
-def _mourn(journal: Journal, unit: int, deaths: int) -> None:
-    report(f"a worker died (out of memory, or killed) over {shown(journal.part(unit))}; another takes its place")
+def _mourn(journal: Journal, death: _Death, deaths: int) -> None:
+    part = shown(journal.part(death.unit))
+    report(f"a worker died ({death.how}) over {part}; another takes its place")
     if deaths >= _MOST_DEATHS:
-        names = ", ".join(sorted({shown(os.path.basename(segment.path)) for segment in journal.segments(unit)})[:5])
+        names = sorted({shown(os.path.basename(segment.path)) for segment in journal.segments(death.unit)})
         raise BatchError(
-            f"{deaths} workers died over {shown(journal.part(unit))} ({names}). If memory runs out, take fewer "
-            "--actors or a smaller --batch_size"
+            f"{deaths} workers died over {part} ({', '.join(names[:5])}). If memory runs out, take fewer --actors or a "
+            "smaller --batch_size"
         )

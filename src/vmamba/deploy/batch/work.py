@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
 from typing_extensions import override
 
+from vmamba.data.transforms import fitted_size
 from vmamba.deploy.batch.config import BatchConfig
 from vmamba.errors import BatchError, CheckpointError
 from vmamba.tasks import parts_of
-from vmamba.tasks.detector import Detector, encode_masks
+from vmamba.tasks.detector import Detector, Objects, encode_masks
 from vmamba.tasks.prediction import Classifier, Weights, moved, preprocessing_of
-from vmamba.tasks.segmenter import Segmenter
+from vmamba.tasks.segmenter import Segmenter, class_shares, seen_size
 
+_BATCH = 32  # images in one forward pass of a classifier
+_DENSE_BATCH = 8  # pictures in one of segmentation and detection, on a GPU
+_DENSE_PIXELS = 1 << 25  # of the pictures in it, as they are in their files: there may be a hundred masks of that size
 _RUN_LENGTHS = pa.struct([("size", pa.list_(pa.int32(), 2)), ("counts", pa.string())])
 
 
@@ -32,7 +38,7 @@ class Work:
         task: what the network is used for.
         source: where its weights came from.
         in_chans: channels of the images that it takes.
-        batch_size: images in one forward pass.
+        batch_size: images in one forward pass, at most.
         part_size: images in one file of results, if nobody says otherwise.
         settings: those of `BatchConfig` that the results depend on, beside the ones that every task has.
         columns: of the results, beside those of every task.
@@ -51,8 +57,16 @@ class Work:
         """What the network is to see of a decoded image; runs in threads."""
         return image
 
+    def kind(self, sample: Any) -> Hashable:
+        """Samples of one kind can share a forward pass."""
+        return None
+
+    def is_full(self, samples: Sequence[Any], batches: int = 1) -> bool:
+        """Whether samples are as many as so many forward passes take."""
+        return len(samples) >= batches * self.batch_size
+
     def rows(self, samples: Sequence[Any]) -> list[dict[str, Any]]:
-        """The results of one forward pass, by column."""
+        """The results of one forward pass over samples of one kind, by column."""
         raise NotImplementedError
 
     def to(self, device: str) -> None:
@@ -97,7 +111,7 @@ class Classification(Work):
     def __init__(self, weights: Weights, config: BatchConfig) -> None:
         self.classifier = Classifier.from_weights(weights, config)
         self.model, self.source, self.in_chans = self.classifier.model, weights.source, self.classifier.pre.in_chans
-        self.batch_size, self.topk = config.batch_size, config.topk
+        self.batch_size, self.topk = config.batch_size or _BATCH, config.topk
         self.transform = self.classifier.pre.eval_transform()
 
     @override
@@ -124,7 +138,7 @@ class Features(Work):
         model, metadata, self.source = weights
         if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
             raise CheckpointError(f"{self.source}, a model for {weights.task}, has no features of a whole image")
-        self.model, self.batch_size = model, config.batch_size
+        self.model, self.batch_size = model, config.batch_size or _BATCH
         self.pre = preprocessing_of(model, config, metadata)
         self.in_chans = self.pre.in_chans
         self.transform = self.pre.eval_transform()
@@ -148,12 +162,40 @@ class Features(Work):
         return asdict(self.pre)
 
 
-class Segmentation(Work):
+class _Dense(Work):
+    """What is done with whole pictures, uint8 (C, H, W). Those that the network sees at one size share a forward pass.
+
+    None does with windows, of which each picture has enough.
+    """
+
+    part_size = 128
+
+    def __init__(self, config: BatchConfig) -> None:
+        self.window = config.window
+        self.is_free = config.batch_size is None and config.window is None  # to choose the batch size
+        self.batch_size = 1 if config.window is not None else config.batch_size or 1
+
+    @override
+    def to(self, device: str) -> None:
+        super().to(device)
+        if self.is_free and next(self.model.parameters()).device.type != "cpu":
+            self.batch_size = _DENSE_BATCH
+
+    @override
+    def sample(self, image: Image.Image) -> Tensor:
+        return pil_to_tensor(image)
+
+    @override
+    def is_full(self, samples: Sequence[Tensor], batches: int = 1) -> bool:
+        pixels = sum(picture.shape[1] * picture.shape[2] for picture in samples)
+        return super().is_full(samples, batches) or pixels >= batches * _DENSE_PIXELS
+
+
+class Segmentation(_Dense):
     """The regions of each image: classes, their shares of its pixels, and their masks."""
 
     task = "segmentation"
     settings = ("window",)
-    part_size = 128
     columns = (
         ("label", pa.string()), ("index", pa.int32()), ("height", pa.int32()), ("width", pa.int32()),
         ("regions", pa.list_(pa.struct([
@@ -162,22 +204,27 @@ class Segmentation(Work):
     )  # fmt: skip
 
     def __init__(self, weights: Weights, config: BatchConfig) -> None:
+        super().__init__(config)
         self.segmenter = Segmenter.from_weights(weights, config)
         self.model, self.source, self.in_chans = self.segmenter.model, weights.source, self.segmenter.pre.in_chans
-        self.window = config.window
 
     @override
-    def rows(self, samples: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        return [self._row(image) for image in samples]
+    def kind(self, sample: Tensor) -> Hashable:
+        return seen_size(self.segmenter.pre, sample)
 
-    def _row(self, image: Image.Image) -> dict[str, Any]:
-        found = self.segmenter.segment(image, self.window)
+    @override
+    def rows(self, samples: Sequence[Tensor]) -> list[dict[str, Any]]:
+        if self.window is None:
+            return [self._row(labels.numpy()) for labels in self.segmenter.labels_together(samples)]
+        return [self._row(self.segmenter.labels(picture, self.window).numpy()) for picture in samples]
+
+    def _row(self, labels: NDArray[np.integer]) -> dict[str, Any]:
         regions = [
             {"label": region.name, "index": region.index, "share": region.share,
-             "mask": encode_masks(found.labels[None] == region.index)[0]}
-            for region in found.shares
+             "mask": encode_masks(labels[None] == region.index)[0]}
+            for region in class_shares(labels, self.segmenter.class_names)
         ]  # fmt: skip
-        height, width = found.labels.shape
+        height, width = labels.shape
         first = {name: regions[0][name] for name in ("label", "index")}
         return {**first, "height": height, "width": width, "regions": regions}
 
@@ -186,12 +233,11 @@ class Segmentation(Work):
         return {"class_names": self.segmenter.class_names, **asdict(self.segmenter.pre)}
 
 
-class Detection(Work):
+class Detection(_Dense):
     """The objects in each image, best first: classes, scores, boxes in pixels, and masks where the model has them."""
 
     task = "detection"
     settings = ("threshold", "window")
-    part_size = 128
     columns = (
         ("height", pa.int32()), ("width", pa.int32()),
         ("objects", pa.list_(pa.struct([
@@ -201,22 +247,27 @@ class Detection(Work):
     )  # fmt: skip
 
     def __init__(self, weights: Weights, config: BatchConfig) -> None:
+        super().__init__(config)
         self.detector = Detector.from_weights(weights, config)
-        self.model, self.source = self.detector.model, weights.source
-        self.threshold, self.window = config.threshold, config.window
+        self.model, self.source, self.threshold = self.detector.model, weights.source, config.threshold
 
     @override
-    def rows(self, samples: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        return [self._row(image) for image in samples]
+    def kind(self, sample: Tensor) -> Hashable:
+        sides = self.detector.sides
+        return fitted_size(sample.shape[1], sample.shape[2], max(sides), min(sides))
 
-    def _row(self, image: Image.Image) -> dict[str, Any]:
-        found = self.detector.detect(image, self.threshold, self.window)
+    @override
+    def rows(self, samples: Sequence[Tensor]) -> list[dict[str, Any]]:
+        found = self.detector.objects_together(samples, self.threshold, self.window)
+        return [self._row(picture, objects) for picture, objects in zip(samples, found, strict=True)]
+
+    def _row(self, picture: Tensor, found: Objects) -> dict[str, Any]:
         objects = [
             {"label": o.name, "index": o.index, "category_id": o.category_id, "score": o.score,
              "box": np.array(o.box, np.float32), "mask": o.mask}
             for o in found.objects
         ]  # fmt: skip
-        return {"height": image.height, "width": image.width, "objects": objects}
+        return {"height": picture.shape[1], "width": picture.shape[2], "objects": objects}
 
     @override
     def about(self) -> dict[str, Any]:

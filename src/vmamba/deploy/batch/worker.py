@@ -6,9 +6,10 @@ import io
 import itertools
 import json
 import os
+import re
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,14 +22,19 @@ from vmamba.deploy.batch import places
 from vmamba.deploy.batch.journal import Journal
 from vmamba.deploy.batch.sources import Item, images_of
 from vmamba.deploy.batch.work import Work
-from vmamba.errors import ImageError
+from vmamba.errors import BatchError, ImageError
 from vmamba.files import shown
 
 _FETCHING = 16  # files that are asked for at the same time, where each answer takes a while
 _BLAMED = 2  # times that a worker dies over one image before the image is left out
+_SHORT = re.compile("out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+
+class LostError(Exception):
+    """A worker is of no more use, and another must take its place."""
 
 
 class Done(NamedTuple):
@@ -37,6 +43,14 @@ class Done(NamedTuple):
     unit: int
     images: int
     bad: int
+
+
+class _Sample(NamedTuple):
+    """What the network is to see of an image, or why there is nothing; the image's name and its place in the unit."""
+
+    place: int
+    name: str
+    value: Any
 
 
 class Worker:
@@ -78,14 +92,23 @@ class Worker:
 
         Raises:
             OSError: the part cannot be written.
+            LostError: memory ran short; the accelerator has failed.
         """
+        try:
+            return self._done(unit, deaths)
+        except MemoryError as error:
+            raise LostError(f"memory ran short: {_brief(error)}") from None
+        except torch.AcceleratorError as error:
+            raise LostError(f"its accelerator failed: {_brief(error)}") from None
+
+    def _done(self, unit: int, deaths: int) -> Done:
         part = self.journal.part(unit)
         if deaths and places.exists(part):  # the last worker died between writing it and saying so
             with places.open_file(part) as file:
                 images, bad = (int(pq.read_schema(file).metadata[name]) for name in (b"images", b"bad"))
             return Done(unit, images, bad)
         items = itertools.chain.from_iterable(images_of(each, self.column) for each in self.journal.segments(unit))
-        rows = list(self._carefully(unit, items) if deaths >= _BLAMED else self._rows(items))
+        rows = self._carefully(unit, items) if deaths >= _BLAMED else self._rows(items)
         bad = sum(row["error"] is not None for row in rows)
         content = io.BytesIO()
         facts = {"images": str(len(rows)), "bad": str(bad), "worker": f"{socket.gethostname()} {os.getpid()}"}
@@ -93,59 +116,97 @@ class Worker:
         places.write(part, content.getvalue())
         return Done(unit, len(rows), bad)
 
-    def _rows(self, items: Iterable[Item]) -> Iterator[dict[str, Any]]:
-        """A row for each item, in order."""
-        waiting: list[tuple[str, Any]] = []  # a batch of samples, and the items in error between them
-        samples = 0
+    def _rows(self, items: Iterable[Item]) -> list[dict[str, Any]]:
+        """A row for each item, in order; those of one kind go through the network together."""
+        rows: dict[int, dict[str, Any]] = {}
+        waiting: dict[Hashable, list[_Sample]] = {}  # by kind, less than a batch of each
         here = ahead(self.fetching, Item.fetched, items, _FETCHING, lambda item: item.is_remote)
-        for name, sample in ahead(self.decoding, self._sample, here, self.work.batch_size + self.threads):
-            waiting.append((name, sample))
-            samples += not isinstance(sample, ImageError)
-            if samples == self.work.batch_size:
-                yield from self._batch(waiting)
-                waiting, samples = [], 0
-        yield from self._batch(waiting)
+        for sample in ahead(self.decoding, self._sample, enumerate(here), self.work.batch_size + self.threads):
+            if isinstance(sample.value, ImageError):
+                rows |= self._error(sample, sample.value)
+                continue
+            group = waiting.setdefault(self.work.kind(sample.value), [])
+            group.append(sample)
+            if not self._is_full(group):
+                if not self._is_full(itertools.chain(*waiting.values()), 2):
+                    continue
+                group = max(waiting.values(), key=len)
+            rows |= self._batch(group)
+            group.clear()
+        for group in filter(None, waiting.values()):
+            rows |= self._batch(group)
+        return [rows[place] for place in sorted(rows)]
 
-    def _sample(self, item: Item) -> tuple[str, Any]:
+    def _is_full(self, samples: Iterable[_Sample], batches: int = 1) -> bool:
+        return self.work.is_full([sample.value for sample in samples], batches)
+
+    def _sample(self, numbered: tuple[int, Item]) -> _Sample:
+        place, item = numbered
         try:
-            return item.name, self.work.sample(item.read(self.work.in_chans))
+            return _Sample(place, item.name, self.work.sample(item.read(self.work.in_chans)))
         except ImageError as error:
-            return item.name, error
+            return _Sample(place, item.name, error)
 
-    def _batch(self, waiting: list[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
-        good = [(name, sample) for name, sample in waiting if not isinstance(sample, ImageError)]
-        found = iter(self._found(good) if good else ())
-        for name, sample in waiting:
-            values = sample if isinstance(sample, ImageError) else next(found)
-            values = {"error": str(values)} if isinstance(values, ImageError) else values
-            yield {"file": shown(name), "error": None, **values, "model": self.model, "version": __version__}
+    def _batch(self, samples: list[_Sample], again: bool = True) -> dict[int, dict[str, Any]]:
+        """The rows of samples, by place. One that the network cannot take costs no other its row.
 
-    def _found(self, good: list[tuple[str, Any]]) -> list[Any]:
-        """What the network makes of samples, or of one that it cannot take, as when memory is too small, why not."""
+        Raises:
+            MemoryError: it is too short for any image.
+            AcceleratorError: it has failed.
+        """
+        most = self.work.batch_size
+        if len(samples) > most:
+            return self._batch(samples[:most]) | self._batch(samples[most:])
         try:
-            return self.work.rows([sample for _, sample in good])
+            found = self.work.rows([sample.value for sample in samples])
+            return {s.place: self._row(s.name, values) for s, values in zip(samples, found, strict=True)}
         except torch.AcceleratorError:  # after which nothing works any more
             raise
         except (RuntimeError, MemoryError, ValueError) as error:
-            if len(good) > 1:
-                return [self._found([each])[0] for each in good]
-            message = " ".join(str(error).split())[:300] or type(error).__name__
-            return [ImageError(f"{shown(good[0][0])}: the network cannot take it: {message}")]
+            reason, is_short = _brief(error), isinstance(error, MemoryError) or bool(_SHORT.search(str(error)))
+        # Not above, where the error holds on to what was in memory.
+        if len(samples) > 1:
+            half = len(samples) // 2
+            rows = self._batch(samples[:half]) | self._batch(samples[half:])
+            if is_short and not any(row["error"] for row in rows.values()):  # it was not one image's fault
+                self.work.batch_size = min(half, self.work.batch_size)
+            return rows
+        if is_short and again:
+            try:
+                self.work.fits()
+            except BatchError:
+                raise MemoryError(reason) from None
+            return self._batch(samples, again=False)
+        return self._error(samples[0], f"{shown(samples[0].name)}: the network cannot take it: {reason}")
 
-    def _carefully(self, unit: int, items: Iterable[Item]) -> Iterator[dict[str, Any]]:
+    def _error(self, sample: _Sample, why: object) -> dict[int, dict[str, Any]]:
+        return {sample.place: self._row(sample.name, {"error": str(why)})}
+
+    def _row(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
+        return {"file": shown(name), "error": None, **values, "model": self.model, "version": __version__}
+
+    def _carefully(self, unit: int, items: Iterable[Item]) -> list[dict[str, Any]]:
         """The same, one image after another, having noted which one it is before anything is done with it."""
         notes = self.journal.place("attempts", f"{unit:08}")
         places.make_folder(self.journal.place("attempts"))
         died = json.loads(places.read(notes)) if places.exists(notes) else []
         times = Counter(died)  # the last of them is what the worker before this one was at
-        for number, item in enumerate(items):
-            if times[number] >= _BLAMED:
+        rows: dict[int, dict[str, Any]] = {}
+        for place, item in enumerate(items):
+            if times[place] >= _BLAMED:
                 message = "a worker died each time it was tried: it takes too much memory, or breaks a library"
-                yield from self._batch([(item.name, ImageError(f"{shown(item.name)}: {message}"))])
+                rows |= self._error(_Sample(place, item.name, None), f"{shown(item.name)}: {message}")
                 continue
-            places.write(notes, json.dumps([*died, number]).encode())
-            yield from self._batch([self._sample(item)])
+            places.write(notes, json.dumps([*died, place]).encode())
+            sample = self._sample((place, item))
+            is_bad = isinstance(sample.value, ImageError)
+            rows |= self._error(sample, sample.value) if is_bad else self._batch([sample])
         places.remove(notes)
+        return [*rows.values()]
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def ahead(
