@@ -507,7 +507,7 @@ def test_clear_errors():
         model.set_input_size(16)
     with pytest.raises(ValueError, match="there is no variant 'vmamba_huge'; expected one of vmamba_tiny_s1l8"):
         vmamba.create_model("vmamba_huge")
-    with pytest.raises(ValueError, match="stem is 'mlp'; expected one of 'conv', 'wide', 'patch'"):
+    with pytest.raises(ValueError, match="stem is 'mlp'; expected one of 'conv', 'wide', 'small', 'patch'"):
         vmamba.VMamba(stem="mlp")
     with pytest.raises(ValueError, match="differ in length"):
         vmamba.VMamba(depths=(1, 2))

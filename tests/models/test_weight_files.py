@@ -198,7 +198,7 @@ def test_what_is_kept_beside_the_weights_is_small(tmp_path: Path) -> None:
 NO_FILES: dict[str, Callable[[Path], object]] = {
     "is a pipe": os.mkfifo,
     "is a socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),
-    "is a folder": os.mkdir,
+    "is a folder|holds no model": os.mkdir,
     "is a device": lambda path: path.symlink_to("/dev/zero"),
     "is empty": lambda path: path.symlink_to("/proc/self/mem"),
     "Too many levels of symbolic links": lambda path: path.symlink_to(path),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vmamba.nn.layers import GridConv2d, LayerNorm
+from vmamba.ops.registration import is_tracing_for_export
 
 Norm = Literal["layer", "batch"]
 
@@ -136,13 +138,21 @@ class ResidualDownsample(nn.Module):
         if norm != "batch":
             raise ValueError(f"norm is {norm!r}; residual downsampling has 'batch' alone")
         self.mlp = LocalMlp(dim, out_dim, out_dim=out_dim, stride=stride, **dd)
-        self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
+        self.stride = stride
         self.proj = GridConv2d(dim, out_dim, 1, bias=False, **dd)
         self.norm = BatchNorm(out_dim, **dd)
         self.act = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) to (B, ⌈H/stride⌉, ⌈W/stride⌉, out_dim)."""
-        means = self.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        y: Tensor = self.act(self.norm(self.proj(means)) + self.mlp(x))
+        y: Tensor = self.act(self.norm(self.proj(_means(x, self.stride))) + self.mlp(x))
         return y
+
+
+def _means(x: Tensor, side: int) -> Tensor:
+    """Means of squares of pixels (B, H, W, C), at the ends of those that there are."""
+    image = x.permute(0, 3, 1, 2)
+    if side == 2 and is_tracing_for_export():  # for which the number of squares must not depend on what is odd
+        image = F.pad(image, (0, image.shape[3] % 2, 0, image.shape[2] % 2), mode="replicate")
+        return F.avg_pool2d(image, 2).permute(0, 2, 3, 1)
+    return F.avg_pool2d(image, side, ceil_mode=True, count_include_pad=False).permute(0, 2, 3, 1) if side > 1 else x
