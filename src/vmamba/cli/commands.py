@@ -270,9 +270,10 @@ def info(config: InfoConfig, name: str) -> int:
 def _described(name: str) -> tuple[Any, dict[str, Any]]:
     """The model of a name, of a checkpoint file or of a folder, and what is known about it."""
     from vmamba.models.checkpoints import identify_checkpoint
-    from vmamba.models.folders import source_of, task_of
+    from vmamba.models.folders import source_of
     from vmamba.models.registry import ENTRIES, create_model, load_model
     from vmamba.models.variants import VARIANTS
+    from vmamba.tasks.prediction import load_weights
 
     if entry := ENTRIES.get(name):
         about = {"model": name, "task": entry.task, "backbone": entry.backbone, **VARIANTS[entry.backbone].arguments()}
@@ -280,10 +281,10 @@ def _described(name: str) -> tuple[Any, dict[str, Any]]:
         about["release"] = {**entry.published, "url": entry.url} if entry.url else None
         return create_model(name), about
     if source_of(name):
-        model, metadata = load_model(name)
-        about = {"folder": shown(name), "task": task_of(name)}
-        about |= {key: metadata.get(key) for key in ("variant", "num_classes", "in_chans", "img_size")}
-        return model, about | {"metadata": metadata}
+        weights = load_weights(name)
+        about = {"folder": shown(name), "task": weights.task}
+        about |= {key: weights.metadata.get(key) for key in ("variant", "num_classes", "in_chans", "img_size")}
+        return weights.model, about | {"metadata": weights.metadata}
     if not os.path.exists(name):
         raise CheckpointError(
             f"{shown(name)} is neither a variant nor a file or folder; `vmamba models` lists the variants"

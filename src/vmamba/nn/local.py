@@ -151,8 +151,12 @@ class ResidualDownsample(nn.Module):
 
 def _means(x: Tensor, side: int) -> Tensor:
     """Means of squares of pixels (B, H, W, C), at the ends of those that there are."""
+    if side == 1:
+        return x
     image = x.permute(0, 3, 1, 2)
     if side == 2 and is_tracing_for_export():  # for which the number of squares must not depend on what is odd
         image = F.pad(image, (0, image.shape[3] % 2, 0, image.shape[2] % 2), mode="replicate")
-        return F.avg_pool2d(image, 2).permute(0, 2, 3, 1)
-    return F.avg_pool2d(image, side, ceil_mode=True, count_include_pad=False).permute(0, 2, 3, 1) if side > 1 else x
+        means = F.avg_pool2d(image, 2)
+    else:
+        means = F.avg_pool2d(image, side, ceil_mode=True, count_include_pad=False)
+    return means.permute(0, 2, 3, 1)
