@@ -245,7 +245,7 @@ def small(bench: Bench, settings: BestSettings, shelf: Shelf) -> Iterator[Part]:
     """The small models, each with the others of as many operations, one image at a time."""
     groups = {name: list(equals(name, size, settings)) for name, size in settings.small}
     counts = {(name, subject.model): count for name, group in groups.items() for subject, count in group}
-    runtimes = [mode for mode in settings.runtimes if mode in (EAGER, COMPILED, ORT, OPENVINO)]
+    runtimes = [mode for mode in settings.runtimes if mode in (EAGER, COMPILED, ORT, OPENVINO, AOTI)]
     for name, group in groups.items():
         rows = measured(bench, shelf, [replace(subject, mode=mode) for subject, _ in group for mode in runtimes])
         rows = [row | {"group": name, "operations": counts[name, row["model"]]} for row in rows]

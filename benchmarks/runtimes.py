@@ -152,7 +152,7 @@ def export(shelf: Shelf, subject: Subject, kind: str) -> None:
     target = shelf.path(subject, kind)
     model = network(subject, shelf.options.get(subject.name, {}))
     if kind == "pt2":
-        deploy.export_aoti(model, target)
+        deploy.export_aoti(model, target, sizes="open" if subject.is_ours else "batch")
     elif kind.startswith("int8"):
         # Noise: only its time is looked at. The file before has an open batch, which calibration needs.
         noise = torch.randn(8, *subject.shape[1:], generator=torch.Generator().manual_seed(0))

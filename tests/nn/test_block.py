@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
 
 import vmamba
 from vmamba.nn import SS2D, GridConv2d, VSSBlock, cpu
+from vmamba.nn import block as block_module
 from vmamba.nn import ss2d as ss2d_module
 from vmamba.nn.mlp import Mlp
 from vmamba.ops import use_backend
@@ -113,6 +118,100 @@ def test_a_block_as_built_is_one_call(options, dtype, monkeypatch):
     block.ss2d.pattern = spiral
     block(x)
     assert len(calls) == 1
+
+
+@torch.no_grad()
+@pytest.mark.skipif(native.reason_unavailable() is not None, reason="needs the CPU kernel")
+def test_the_kernel_is_told_again_what_is_still_true(monkeypatch):
+    """Not more often than something changes, and never what another image, dtype or parameter needs."""
+    described = []
+    monkeypatch.setattr(block_module, "describe", lambda *given: described.append(given) or native.describe(*given))
+    monkeypatch.setattr(native, "wins", lambda *sizes: True)
+    torch.manual_seed(0)
+    block = VSSBlock(8, **BLOCKS["MLP"]).eval()
+    x = torch.randn(1, 5, 7, 8)
+
+    def check(image, times):
+        """It is described so many times for two calls, and both are right."""
+        described.clear()
+        for scale in (1, 2):
+            y = block(scale * image)
+            with torch.enable_grad():
+                torch.testing.assert_close(y, block(scale * image).detach(), atol=1e-5, rtol=1e-5)
+        assert len(described) == times
+
+    fc1 = block.mlp.fc1
+    check(x, 1)
+    check(torch.randn(1, 5, 7, 8).permute(0, 2, 1, 3), 1)  # another shape
+    check(x, 1)  # one situation is remembered
+    check(x, 0)
+    fc1.weight.mul_(1.5)
+    check(x, 0)
+    block.ss2d.A_log.data.add_(0.5)
+    check(x, 0)
+    fc1.weight = nn.Parameter(fc1.weight.clone())
+    check(x, 1)
+    fc1.bias = None
+    check(x, 1)
+    block.norm1.eps = 0.5
+    check(x, 1)
+    block.ss2d.pattern = "unidirectional"
+    check(x, 1)
+    scale, offset = block.norm2.weight, block.norm2.bias
+    scale.mul_(2)
+    check(x, 0)
+    del block.norm2.weight, block.norm2.bias
+    block.norm2.bias, block.norm2.weight = scale, offset  # the same two, the other way round
+    check(x, 2)  # whoever has taken a layer apart is asked each time
+    block.load_state_dict({name: value.clone() for name, value in block.state_dict().items()}, assign=True)
+    check(x, 2)
+    block.norm2 = type(block.norm2)(8)
+    check(x, 1)
+    block.conv_of_mine = nn.Identity()  # which no block has
+    check(x, 0)
+    del block.conv_of_mine
+    check(x, 0)
+    transposed = block.ss2d.in_proj.weight.data.t()
+    block.ss2d.in_proj.weight.data = transposed
+    check(x, 2)  # such a weight is copied for the kernel, and a copy does not last
+
+
+@torch.no_grad()
+@pytest.mark.skipif(native.reason_unavailable() is not None, reason="needs the CPU kernel")
+def test_nothing_is_remembered_from_one_dtype_to_another(monkeypatch):
+    monkeypatch.setattr(native, "wins", lambda *sizes: True)
+    torch.manual_seed(0)
+    block, x = VSSBlock(8).eval(), torch.randn(1, 5, 7, 8).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert block(x).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="dtype"):
+        block(x)  # as torch's own layers say: its parameters are in float32
+
+
+def test_a_remembered_block_is_not_kept_alive():
+    block = VSSBlock(8).eval()
+    with torch.no_grad():
+        block(torch.randn(1, 5, 7, 8))
+    one, other = weakref.ref(block), weakref.ref(block.mlp.fc1.weight)
+    del block
+    gc.collect()
+    assert one() is None
+    assert other() is None
+
+
+def test_many_threads_call_one_block():
+    torch.manual_seed(0)
+    block = VSSBlock(8).eval()
+    images = [torch.randn(1, 24, 24, 8) for _ in range(16)]
+
+    def call(x):
+        with torch.no_grad():
+            return block(x)
+
+    expected = [call(x) for x in images]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert all(map(torch.equal, pool.map(call, images), expected))
 
 
 def spiral(height, width):

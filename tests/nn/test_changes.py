@@ -37,11 +37,13 @@ def make(variant, dtype=torch.float32):
     for name, value in model.named_parameters():  # no zeros and ones: every parameter matters
         if value.ndim == 1 and "dt" not in name:
             nn.init.uniform_(value, 0.5, 1.5)
+    with torch.no_grad():
+        model(IMAGE.to(dtype))  # what blocks remember of a call is there before any change
     return model
 
 
-NAMES = [(variant, name) for variant in VARIANTS for name, _ in make(variant).named_modules()]
 IMAGE = torch.randn(1, 3, 18, 14, generator=torch.Generator().manual_seed(3))
+NAMES = [(variant, name) for variant in VARIANTS for name, _ in make(variant).named_modules()]
 
 
 @pytest.fixture(autouse=True)
@@ -257,6 +259,16 @@ def _write(write):
     return change
 
 
+def _is_square(value):
+    return value.ndim == 2 and value.shape[0] == value.shape[1]
+
+
+def _shifted(value):
+    """Of twice the memory, first one half and then the other."""
+    both = torch.cat([value.data.flatten(), 2 * value.data.flatten()])
+    value.data = both[value.numel() :].view(value.shape)
+
+
 WRITES = {
     "a column of data": _write(lambda value: value.data[..., -1].fill_(0.7)),
     "one element of data": _write(lambda value: value.data.view(-1)[value.numel() // 3].add_(2.0)),
@@ -264,6 +276,8 @@ WRITES = {
     "a flat vector": _flat_vector,
     "a new tensor as data": _write(lambda value: setattr(value, "data", value.data * 1.5)),
     "in place": _write(lambda value: value.detach().mul_(1.5)),
+    "a square turned": _write(lambda value: _is_square(value) and setattr(value, "data", value.data.t())),
+    "the same memory from its middle": _write(_shifted),
 }
 
 

@@ -20,25 +20,14 @@ namespace {
 // The first of a task's units of work; the next task's first is its end.
 inline int64_t first_of(const Layer& p, int64_t units, int64_t task) { return units * task / p.tasks; }
 
-template <int COUNT, int... I>
-struct Lanes : Lanes<COUNT - 1, COUNT - 1, I...> {};
-template <int... I>
-struct Lanes<0, I...> {
-    template <int S>
-    static inline Floats swap(Floats v) { return __builtin_shufflevector(v, v, (I ^ S)...); }
-};
-
-// Every lane of the result is the sum of all lanes.
-template <int S = LANES / 2>
-inline Floats sum_lanes(Floats v) {
-    v += Lanes<LANES>::template swap<S>(v);
-    if constexpr (S > 1) return sum_lanes<S / 2>(v);
-    return v;
-}
-
 // --- LayerNorm -------------------------------------------------------------------------------------------------------
+//
+// Rows are taken together, as many as stay in the first-level cache: one addition of neighbouring lanes then serves several
+// of them, and none waits for another's.
 
-// The sum over a row of `of(x)`; lanes past its end are left out.
+constexpr int64_t VALUES_TOGETHER = 4096;
+
+// The sum over a row of `of(x)`, still spread over the lanes; those past its end are left out.
 template <class T, class Of>
 inline Floats sum_row(const T* x, int64_t channels, Of of) {
     Floats sum[4] = {};
@@ -52,32 +41,35 @@ inline Floats sum_row(const T* x, int64_t channels, Of of) {
         for (int64_t lane = 0; lane < channels - i; lane++) kept[lane] = 1;
         sum[1] += of(load_part<false>(x + i, channels - i)) * load(kept);
     }
-    return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 template <class T, class Y>
 void layer_norm_rows(const Layer& p, int64_t task) {
-    int64_t channels = p.channels;
+    int64_t channels = p.channels, end = first_of(p, p.width, task + 1), together = VALUES_TOGETHER / channels;
+    if (together > LANES) together = LANES;
+    if (together < 1) together = 1;
     const float *weight = p.weight, *bias = p.bias;
-    float share = 1.0f / float(channels);
-    for (int64_t row = first_of(p, p.width, task); row < first_of(p, p.width, task + 1); row++) {
-        const T* x = static_cast<const T*>(p.x) + row * channels;
-        Y* y = static_cast<Y*>(p.y) + row * channels;
-        Floats mean = sum_row(x, channels, [](Floats v) { return v; }) * share;
-        Floats squares = sum_row(x, channels, [&](Floats v) { return (v - mean) * (v - mean); });
-        Floats scale = splat(1.0f / __builtin_sqrtf(squares[0] * share + p.eps));
-        int64_t i = 0;
-        for (; i + LANES <= channels; i += LANES) {
-            Floats v = (load(x + i) - mean) * scale;
-            if (weight) v = v * load(weight + i);
-            if (bias) v = v + load(bias + i);
-            store(y + i, v);
+    float share = 1.0f / float(channels), mean[LANES], scale[LANES];
+    for (int64_t first = first_of(p, p.width, task); first < end; first += together) {
+        int64_t count = smaller(together, end - first);
+        const T* x = static_cast<const T*>(p.x) + first * channels;
+        Y* y = static_cast<Y*>(p.y) + first * channels;
+        Floats sums[LANES] = {};
+        for (int64_t r = 0; r < count; r++) sums[r] = sum_row(x + r * channels, channels, [](Floats v) { return v; });
+        store(mean, Folded<LANES / 2>::of(sums) * share);
+        for (int64_t r = 0; r < count; r++) {
+            sums[r] = sum_row(x + r * channels, channels, [&](Floats v) { return (v - mean[r]) * (v - mean[r]); });
         }
-        if (int64_t valid = channels - i) {
-            Floats v = (load_part<false>(x + i, valid) - mean) * scale;
-            if (weight) v = v * load_part<false>(weight + i, valid);
-            if (bias) v = v + load_part<false>(bias + i, valid);
-            store_part<false>(y + i, v, valid);
+        store(scale, Folded<LANES / 2>::of(sums) * share + p.eps);
+        for (int r = 0; r < LANES; r++) scale[r] = 1.0f / __builtin_sqrtf(scale[r]);
+        for (int64_t r = 0; r < count; r++, x += channels, y += channels) {
+            each_vector(channels, [&](int64_t i, int64_t valid, auto kind) {
+                Floats v = (load_part<kind.FULL>(x + i, valid) - mean[r]) * scale[r];
+                if (weight) v = v * load_part<kind.FULL>(weight + i, valid);
+                if (bias) v = v + load_part<kind.FULL>(bias + i, valid);
+                store_part<kind.FULL>(y + i, v, valid);
+            });
         }
     }
 }

@@ -398,30 +398,6 @@ void merge_block(const Scan& p, int64_t task) {
 // cut into spans whose steps and states fit the cache. A forward run leaves the state at the start of each span; then
 // each span, last one first, is run forwards into the cache and backwards out of it.
 
-template <int COUNT, int... I>
-struct Lanes : Lanes<COUNT - 1, COUNT - 1, I...> {};
-template <int... I>
-struct Lanes<0, I...> {
-    // Adds neighbours at distance S: lanes with bit S unset hold sums of a, the others of b.
-    template <int S>
-    static inline Floats fold(Floats a, Floats b) {
-        return __builtin_shufflevector(a, b, ((I & S) ? LANES + I - S : I)...) +
-               __builtin_shufflevector(a, b, ((I & S) ? LANES + I : I + S)...);
-    }
-};
-
-template <int S>
-struct Folded {
-    // Lane i of the result is the sum of rows[i]'s lanes within groups of 2S: log2(LANES) levels give whole sums.
-    static inline Floats of(const Floats* rows) {
-        return Lanes<LANES>::template fold<S>(Folded<S / 2>::of(rows), Folded<S / 2>::of(rows + S));
-    }
-};
-template <>
-struct Folded<0> {
-    static inline Floats of(const Floats* rows) { return rows[0]; }
-};
-
 // sums[i] = Σ over channels of rows[i], for `count` rows of a block; room for LANES rows more than count on both sides.
 inline void sum_rows(const float* rows, int64_t count, float* sums) {
     for (int64_t from = 0; from < count; from += LANES) {

@@ -88,6 +88,30 @@ inline void each_vector(int64_t count, Step step) {
 
 inline Floats splat(float x) { return x - Floats{}; }
 
+template <int COUNT, int... I>
+struct Lanes : Lanes<COUNT - 1, COUNT - 1, I...> {};
+template <int... I>
+struct Lanes<0, I...> {
+    // Adds neighbours at distance S: lanes with bit S unset hold sums of a, the others of b.
+    template <int S>
+    static inline Floats fold(Floats a, Floats b) {
+        return __builtin_shufflevector(a, b, ((I & S) ? LANES + I - S : I)...) +
+               __builtin_shufflevector(a, b, ((I & S) ? LANES + I : I + S)...);
+    }
+};
+
+template <int S>
+struct Folded {
+    // Lane i of the result is the sum of rows[i]'s lanes within groups of 2S: log2(LANES) levels give whole sums.
+    static inline Floats of(const Floats* rows) {
+        return Lanes<LANES>::template fold<S>(Folded<S / 2>::of(rows), Folded<S / 2>::of(rows + S));
+    }
+};
+template <>
+struct Folded<0> {
+    static inline Floats of(const Floats* rows) { return rows[0]; }
+};
+
 // Both return x where it is NaN.
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 inline Floats at_least(Floats x, float low) { return (Floats)_mm512_max_ps((__m512)splat(low), (__m512)x); }

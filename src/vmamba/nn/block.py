@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,9 +14,9 @@ from vmamba.nn.layers import LayerNorm
 from vmamba.nn.local import LocalMlp, Norm, norm_layer
 from vmamba.nn.mlp import Mlp
 from vmamba.nn.ss2d import SS2D
-from vmamba.ops.backends.native.block import Affine
+from vmamba.ops.backends.native.block import Affine, Scan, Told, describe
 from vmamba.ops.fused import vss_block
-from vmamba.ops.layers import applies, is_plain_tensor, product_dtype
+from vmamba.ops.layers import applies, is_compiled, is_plain_tensor, product_dtype
 
 
 @cpu.known
@@ -59,7 +60,7 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) to the same."""
-        if not torch.is_grad_enabled() and applies(x) and cpu.as_built(self):
+        if not torch.is_grad_enabled() and applies(x):
             y = self._infer(x)
             if y is not None:
                 return y
@@ -70,17 +71,43 @@ class VSSBlock(nn.Module):
 
     def _infer(self, x: Tensor) -> Tensor | None:
         """The same in one call, for a block as it was built; None where it has to be computed layer by layer."""
+        state = None if is_compiled() else cpu.state_of(self)
+        if (state is None and not cpu.as_built(self)) or not self.ss2d.scans_at_once(x):
+            return None
+        dtype = product_dtype(x)
+        situation = state, x.shape, x.dtype, dtype, torch.is_autocast_enabled("cpu")
+        told = None if state is None else _TOLD.get(self, situation)
+        if told is None:
+            described = self._described(x)
+            if described is None:
+                return None
+            if is_compiled():
+                return vss_block(x, *described, dtype)
+            told = describe(x, *described, dtype)
+            if told is None:
+                return None
+            if state is not None and told.lasts:
+                _TOLD.put(self, situation, told)
+        return told(x, self.ss2d.decay())
+
+    def _described(
+        self, x: Tensor
+    ) -> tuple[Affine, Affine, Affine, Scan, Affine, Affine, Sequence[Affine], bool] | None:
+        """The arguments of `vss_block` between the image and the dtype; None where it does not know such layers."""
         ss2d, mlp = self.ss2d, self.mlp
         if not cpu.is_depthwise_silu(ss2d.conv, ss2d.conv.in_channels):
             return None
-        scan = ss2d.fused_scan(x)
         layers = [self.norm1, ss2d.in_proj, ss2d.conv, ss2d.norm, ss2d.out_proj]
         layers += [] if mlp is None else [self.norm2, mlp.fc1, mlp.fc2]
-        affine = [Affine.of(layer) for layer in layers]
-        if scan is None or not is_plain_tensor(scan.A):  # A is in float32 whatever the parameters are in
+        norm1, in_proj, conv, norm, out_proj, *rest = affine = [Affine.of(layer) for layer in layers]
+        scan = ss2d.scanned()
+        if not is_plain_tensor(scan.A):  # A is in float32 whatever the parameters are in
             return None
         scanned = scan.x_proj_weight, scan.dt_proj_weight, scan.dt_proj_bias, scan.D
         if not applies(x, *scanned, *(value for layer in affine for value in layer[:2])):
             return None
-        norm1, in_proj, conv, norm, out_proj, *rest = affine
-        return vss_block(x, norm1, in_proj, conv, scan, norm, out_proj, rest, ss2d.gated, product_dtype(x))
+        return norm1, in_proj, conv, scan, norm, out_proj, rest, ss2d.gated
+
+
+# What the kernel was last told of each block.
+_TOLD: cpu.Memory[Told] = cpu.Memory()

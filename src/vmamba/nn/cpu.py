@@ -1,8 +1,9 @@
 """How the layers (`vmamba.nn.layers`) use the fused kernels of the CPU, and when a module may work by stretches.
 
-A layer computes from the parameters that it has at the time of the call: nothing is kept between calls, so there is
-nothing that could differ from the layer. Everything unusual (tracing but by torch.compile, transforms, tensor
-subclasses, other dtypes and devices: `vmamba.ops.layers.applies`) is left to torch's own layer.
+A layer computes from the parameters that it has at the time of the call. No number of theirs is kept between calls, so
+none could differ from the layer's; what a block has told its kernel, sizes and addresses, is told again as long as
+`state_of` the block is the same. Everything unusual (tracing but by torch.compile, transforms, tensor subclasses, other
+dtypes and devices: `vmamba.ops.layers.applies`) is left to torch's own layer.
 
 Memory is what costs: a large tensor takes longer to obtain than to fill, since the operating system has to clear its
 pages first. Where pixels do not mix, modules that are exactly `as_built` therefore work by `stretches` of pixels.
@@ -10,8 +11,10 @@ pages first. Where pixels do not mix, modules that are exactly `as_built` theref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Hashable, Mapping
+from operator import attrgetter, itemgetter
+from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from timm.layers import DropPath
@@ -34,10 +37,20 @@ class _Written(NamedTuple):
     methods: tuple[tuple[Mapping[str, Any], str, Any], ...]  # where one would be, its name, and it or None
     parts: dict[str, Any]
     condition: Callable[[Any], bool] | None  # of a module's settings
+    settings: tuple[str, ...]  # that decide what it computes, beside its parameters and parts
+    parameters: tuple[str, ...]
 
 
 _KNOWN: dict[type[nn.Module], _Written] = {}
 _METHODS = ("forward", "_conv_forward")  # that compute, of every class
+
+# Of torch's and timm's classes, as ours name them in SETTINGS and PARAMETERS.
+_AFFINE = ("weight", "bias")
+_CONVOLUTION = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "in_channels", "out_channels")
+_SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.LayerNorm: ("normalized_shape", "eps"), nn.GELU: ("approximate",), nn.Conv2d: _CONVOLUTION,
+}  # fmt: skip
+_PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = dict.fromkeys((nn.Linear, nn.LayerNorm, nn.Conv2d), _AFFINE)
 
 # What modules of these classes, which have no children, must be like.
 _CONDITIONS: dict[type[nn.Module], Callable[[Any], bool]] = {
@@ -52,13 +65,20 @@ def known(kind: Kind) -> Kind:
     """Declare a class, as it stands now, one whose modules can be `as_built`.
 
     A class with `PARTS`, the class or classes of each of its children, is so only with these children and no others.
-    `STEPS` names methods that compute beside `forward`.
+    `STEPS` names methods that compute beside `forward`, `SETTINGS` the attributes that they look at, and `PARAMETERS`
+    the module's own.
     """
+
+    def told(name: str, of_bases: Mapping[type[nn.Module], tuple[str, ...]]) -> tuple[str, ...]:
+        inherited = next((names for base, names in of_bases.items() if issubclass(kind, base)), ())
+        return getattr(kind, name, inherited)
+
     names = (*_METHODS, *getattr(kind, "STEPS", ()))
     places = [vars(base) for base in kind.__mro__[: kind.__mro__.index(nn.Module)]]
     methods = tuple((place, name, place.get(name)) for place in places for name in names)
     condition = next((condition for base, condition in _CONDITIONS.items() if issubclass(kind, base)), None)
-    _KNOWN[kind] = _Written(names, methods, getattr(kind, "PARTS", {}), condition)
+    settings, parameters = told("SETTINGS", _SETTINGS), told("PARAMETERS", _PARAMETERS)
+    _KNOWN[kind] = _Written(names, methods, getattr(kind, "PARTS", {}), condition, settings, parameters)
     return kind
 
 
@@ -138,6 +158,127 @@ def _has_own(module: nn.Module, names: tuple[str, ...]) -> bool:
         if name in own:
             return True
     return False
+
+
+# --- what a module was the last time ---------------------------------------------------------------------------------
+
+
+class _Layout(NamedTuple):
+    """What there is to look at in modules of certain classes, put together in a certain way."""
+
+    methods: tuple[tuple[Mapping[str, Any], str, Any], ...]  # as in _Written, of all classes
+    not_own: tuple[tuple[str, ...], ...]  # of each module, what it must not have for itself
+    conditions: tuple[tuple[int, Callable[[Any], bool]], ...]  # on which of the modules
+    settings: tuple[tuple[int, Callable[[Any], Any]], ...]  # of which, and how they are read from its dictionary
+    parameters: tuple[tuple[int, list[str]], ...]  # of which, and their names
+
+
+_LAYOUTS: dict[Hashable, _Layout] = {}
+_hooks = [itemgetter(name) for name in _HOOKS]
+_own = attrgetter("__dict__")
+_dtype, _shape, _layout, _is_cpu = map(attrgetter, ("dtype", "shape", "layout", "is_cpu"))
+_PLAIN, _STRIDED = {Tensor, nn.Parameter, type(None)}, {torch.strided}
+
+
+def state_of(module: nn.Module) -> tuple[Any, ...] | None:
+    """All that decides what a module `as_built` computes, but for the numbers in its parameters; None of any other.
+
+    That is classes, settings, and of each parameter where it is and how it lies there. Whoever finds a state equal to
+    an earlier one of the same module can tell a kernel again what it was told then. It is asked before every call, so
+    it goes through all modules at once in C where it can. Not for what torch.compile traces.
+    """
+    if _has_any_global_hook():
+        return None
+    modules, names = [module], []
+    for part in modules:  # which grows
+        if part is None:
+            return None
+        if children := part.__dict__["_modules"]:
+            modules += children.values()
+            names += children
+        names.append(None)
+    kinds = tuple(map(type, modules))
+    layout = _LAYOUTS.get((kinds, *names)) or _lay_out(kinds, names)
+    if layout is None:
+        return None
+    for place, name, method in layout.methods:
+        if place.get(name) is not method:
+            return None
+    owns = [*map(_own, modules)]
+    if any(any(map(hooks, owns)) for hooks in _hooks):
+        return None
+    for own, not_own in zip(owns, layout.not_own, strict=True):
+        if not own.keys().isdisjoint(not_own):
+            return None
+    for i, condition in layout.conditions:
+        if not condition(modules[i]):
+            return None
+    parameters: list[Tensor | None] = []
+    for i, expected in layout.parameters:
+        own = owns[i]["_parameters"]
+        if [*own] != expected:
+            return None
+        parameters += own.values()
+    kinds_of_parameters = [*map(type, parameters)]
+    tensors = [value for value in parameters if value is not None]
+    if not _PLAIN.issuperset(kinds_of_parameters) or not _STRIDED.issuperset(map(_layout, tensors)):
+        return None
+    if not all(map(_is_cpu, tensors)):
+        return None
+    return (
+        kinds, names, [choose(owns[i]) for i, choose in layout.settings], kinds_of_parameters,
+        [*map(Tensor.data_ptr, tensors)], [*map(_dtype, tensors)], [*map(_shape, tensors)],
+        [*map(Tensor.is_contiguous, tensors)],
+    )  # fmt: skip
+
+
+def _lay_out(kinds: tuple[type[nn.Module], ...], names: list[str | None]) -> _Layout | None:
+    """How to look at modules of these classes; None where not all are known, or one is not where it belongs.
+
+    Args:
+        kinds: of a module, its children, theirs, and so on.
+        names: of the children of each, and None behind them.
+    """
+    if not all(kind in _KNOWN for kind in kinds):
+        return None
+    parents = iter(kinds)
+    parent, child = next(parents), 0
+    for name in names:
+        if name is None:
+            parent = next(parents, nn.Module)
+            continue
+        child += 1
+        if not issubclass(kinds[child], _KNOWN[parent].parts.get(name, ())):
+            return None
+    written = [_KNOWN[kind] for kind in kinds]
+    methods = {(id(place), name): (place, name, method) for each in written for place, name, method in each.methods}
+    layout = _LAYOUTS[kinds, *names] = _Layout(
+        tuple(methods.values()),
+        tuple((*w.names, *w.parameters, *["_compiled_call_impl"] * (i > 0)) for i, w in enumerate(written)),
+        tuple((i, w.condition) for i, w in enumerate(written) if w.condition),
+        tuple((i, itemgetter(*w.settings)) for i, w in enumerate(written) if w.settings),
+        tuple((i, [*w.parameters]) for i, w in enumerate(written) if w.parameters),
+    )
+    return layout
+
+
+Value = TypeVar("Value")
+
+
+class Memory(Generic[Value]):
+    """What there was of each module, together with its state and whatever else it was of."""
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[nn.Module, tuple[Any, Value]] = WeakKeyDictionary()
+
+    def get(self, module: nn.Module, state: Any) -> Value | None:
+        """Of a module whose state is as it was then; None otherwise."""
+        before, value = self._known.get(module, (None, None))
+        return value if before == state else None
+
+    def put(self, module: nn.Module, state: Any, value: Value) -> None:
+        """Keep it in place of what there was."""
+        self._known[module] = state, value
 
 
 # --- stretches -------------------------------------------------------------------------------------------------------

@@ -57,6 +57,8 @@ class SS2D(nn.Module):
         "dropout": nn.Dropout,
     }  # fmt: skip
     STEPS: ClassVar = ("mix", "scan", "gated_norm")
+    SETTINGS: ClassVar = ("gated", "pattern")
+    PARAMETERS: ClassVar = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
 
     def __init__(
         self,
@@ -147,17 +149,21 @@ class SS2D(nn.Module):
         """Scan (B, H, W, D) along the four routes and add the results, (B, H, W, D)."""
         # By a name, since graphs hold no functions.
         pattern = self.pattern if isinstance(self.pattern, str) else name_of(self.pattern)
-        return ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self._decay(), self.D, pattern)
+        return ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self.decay(), self.D, pattern)
 
-    def _decay(self) -> Tensor:
+    def decay(self) -> Tensor:
         """A, (4, D, N)."""
         return -torch.exp(self.A_log.to(state_dtype(self.A_log)))
 
-    def fused_scan(self, x: Tensor) -> Scan | None:
-        """The scans' parameters for `vss_block`; None where a call of `scan` in a block of x would do anything else."""
-        if not _is_ours(ss2d_scan) or not isinstance(self.pattern, str) or not scans_natively(x, self.pattern):
-            return None
-        return Scan(self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self._decay(), self.D, self.pattern)
+    def scans_at_once(self, x: Tensor) -> bool:
+        """Whether a call of `scan` in a block of x would do nothing but run the kernel of the CPU."""
+        return _is_ours(ss2d_scan) and isinstance(self.pattern, str) and scans_natively(x, self.pattern)
+
+    def scanned(self) -> Scan:
+        """The scans' parameters as `vmamba.ops.ss2d_scan` takes them, for a pattern that has a name."""
+        assert isinstance(self.pattern, str)
+        weights = self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias
+        return Scan(*weights, self.decay(), self.D, self.pattern)
 
     def gated_norm(self, y: Tensor, gate: Tensor | None) -> Tensor:
         """The scans' result (..., D), normalised and gated."""

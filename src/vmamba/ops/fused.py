@@ -31,9 +31,7 @@ def vss_block(
     x: Tensor, norm1: Affine, in_proj: Affine, conv: Affine, scan: Scan, norm: Affine, out_proj: Affine,
     mlp: Sequence[Affine], gated: bool, dtype: torch.dtype,
 ) -> Tensor | None:  # fmt: skip
-    """`backends.native.block.vss_block`, in the graph that torch.compile traces as an operator."""
-    if not is_compiled():
-        return compute_block(x, norm1, in_proj, conv, scan, norm, out_proj, mlp, gated, dtype)
+    """`backends.native.block.vss_block` as an operator of the graph that torch.compile traces; None where it cannot."""
     if x.ndim != 4 or x.dtype not in (dtype, torch.float32) or not multiplies_fast(dtype):
         return None
     norm2, fc1, fc2 = mlp or (Affine(None, None),) * 3

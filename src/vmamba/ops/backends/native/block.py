@@ -17,7 +17,7 @@ from vmamba.ops.backends.native.library import compute_function, fields, reason_
 from vmamba.ops.backends.native.products import wins
 from vmamba.ops.backends.native.scan import route_bits
 
-__all__ = ["Affine", "Scan", "reason_unavailable", "vss_block"]
+__all__ = ["Affine", "Scan", "Told", "describe", "reason_unavailable", "vss_block"]
 
 # Values of the MLP's hidden layer that are computed at a time, 8 MB in float32.
 _STRETCH = 2**21
@@ -101,23 +101,49 @@ def vss_block(
     Raises:
         RuntimeError: memory ran out.
     """
+    told = describe(x, norm1, in_proj, conv, scan, norm, out_proj, mlp, gated, dtype)
+    return None if told is None else told(x, scan.A)
+
+
+class Told:
+    """What the kernel is told of a block, for images of one shape.
+
+    Attributes:
+        lasts: whether it is true for as long as the parameters stay where they are, and are as they are.
+    """
+
+    def __init__(self, block: _Block, keep: Sequence[Tensor]) -> None:
+        self.lasts = not keep
+        self._block, self._keep = block, keep
+
+    def __call__(self, x: Tensor, A: Tensor) -> Tensor:
+        """The result for an image; the scan's A is given each time, since it is computed from a parameter."""
+        image, decay = x.contiguous(), A.float().contiguous()
+        y = torch.empty_like(image)
+        block = _Block.from_buffer_copy(self._block)  # another thread may be calling
+        block.x, block.A, block.y = image.data_ptr(), decay.data_ptr(), y.data_ptr()
+        block.threads = torch.get_num_threads()
+        _call_block(block)
+        return y
+
+
+def describe(
+    x: Tensor, norm1: Affine, in_proj: Affine, conv: Affine, scan: Scan, norm: Affine, out_proj: Affine,
+    mlp: Sequence[Affine], gated: bool, dtype: torch.dtype,
+) -> Told | None:  # fmt: skip
+    """What `vss_block` tells the kernel; None where it gives None."""
+    keep: list[Tensor] = []
     try:
-        block, keep = _described(x, norm1, in_proj, conv, scan, norm, out_proj, mlp, gated, dtype)
+        return Told(_described(keep, x, norm1, in_proj, conv, scan, norm, out_proj, mlp, gated, dtype), keep)
     except _UnfitError:
         return None
-    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
-    block.y = y.data_ptr()
-    _call_block(block)
-    del keep
-    return y
 
 
 def _described(
-    x: Tensor, norm1: Affine, in_proj: Affine, conv: Affine, scan: Scan, norm: Affine, out_proj: Affine,
-    mlp: Sequence[Affine], gated: bool, dtype: torch.dtype,
-) -> tuple[_Block, list[Tensor]]:  # fmt: skip
-    """What the kernel is told, and the tensors that must outlive the call."""
-    keep: list[Tensor] = []
+    keep: list[Tensor], x: Tensor, norm1: Affine, in_proj: Affine, conv: Affine, scan: Scan, norm: Affine,
+    out_proj: Affine, mlp: Sequence[Affine], gated: bool, dtype: torch.dtype,
+) -> _Block:  # fmt: skip
+    """All but the image, A and the result; `keep` is given what was made for the call."""
     if x.ndim != 4 or not x.numel() or x.dtype not in (dtype, torch.float32) or in_proj.weight is None:
         raise _UnfitError
     channels, rows, inner = x.shape[-1], x.numel() // x.shape[-1], len(in_proj.weight) // (2 if gated else 1)
@@ -144,23 +170,22 @@ def _described(
     def is_low(layer: Affine) -> bool:
         return layer.weight is not None and layer.weight.dtype is torch.bfloat16
 
-    image, bits = x.contiguous(), route_bits(scan.pattern)
-    keep.append(image)
+    if scan.A.shape != (routes, inner, states) or not scan.A.is_cpu:
+        raise _UnfitError
     batch, height, width, _ = x.shape
     wide = (2 if gated else 1) * inner
     block = _Block(
         batch=batch, height=height, width=width, channels=channels, inner=inner, states=states, rank=rank,
-        routes=routes, route_bits=bits.data_ptr(), x=image.data_ptr(),
+        routes=routes, route_bits=route_bits(scan.pattern).data_ptr(),
         norm1_weight=address(norm1.weight, channels), norm1_bias=address(norm1.bias, channels), norm1_eps=norm1.eps,
         in_weight=weight(in_proj, wide, channels), in_bias=address(in_proj.bias, wide), low_in=is_low(in_proj),
         conv_weight=address(conv.weight, inner, 1, 3, 3), conv_bias=address(conv.bias, inner),
-        x_weight=address(scan.x_proj_weight.flatten(0, 1), routes * (rank + 2 * states), inner),
+        x_weight=address(scan.x_proj_weight, routes, rank + 2 * states, inner),
         dt_weight=address(scan.dt_proj_weight, routes, inner, rank), dt_bias=address(scan.dt_proj_bias, routes, inner),
-        A=address(scan.A, routes, inner, states), D=address(scan.D, routes, inner),
+        D=address(scan.D, routes, inner),
         norm_weight=address(norm.weight, inner), norm_bias=address(norm.bias, inner), norm_eps=norm.eps,
         out_weight=weight(out_proj, channels, inner), out_bias=address(out_proj.bias, channels),
         low_out=is_low(out_proj), bfloat16=x.dtype is torch.bfloat16, low_products=dtype is torch.bfloat16, gated=gated,
-        threads=torch.get_num_threads(),
     )  # fmt: skip
     hidden = wide
     if mlp:
@@ -171,4 +196,4 @@ def _described(
         block.fc1_weight, block.fc1_bias = weight(fc1, hidden, channels), address(fc1.bias, hidden)
         block.fc2_weight, block.fc2_bias = weight(fc2, channels, hidden), address(fc2.bias, channels)
     block.stretch = max(1, _STRETCH // max(wide, hidden))
-    return block, keep
+    return block
