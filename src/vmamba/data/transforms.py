@@ -178,10 +178,17 @@ def resize_bilinear_uint8(image: Tensor, size: tuple[int, int]) -> Tensor:
         return image
     top, bottom, (w0, w1) = _taps(size[0], image.shape[-2], image.device)
     left, right, (v0, v1) = _taps(size[1], image.shape[-1], image.device)
-    rows = image.contiguous().int()
-    rows = rows.index_select(-1, left) * v0 + rows.index_select(-1, right) * v1 >> 4
-    above = rows.index_select(-2, top).mul_(w0[:, None]).bitwise_right_shift_(16)
-    below = rows.index_select(-2, bottom).mul_(w1[:, None]).bitwise_right_shift_(16)
+
+    def across(rows: Tensor) -> Tensor:
+        return rows.index_select(-1, left) * v0 + rows.index_select(-1, right) * v1 >> 4
+
+    if 2 * size[0] < image.shape[-2]:  # most rows of a photograph are not needed
+        above, below = (across(image.index_select(-2, at)) for at in (top, bottom))
+    else:
+        rows = across(image.contiguous())
+        above, below = (rows.index_select(-2, at) for at in (top, bottom))
+    above.mul_(w0[:, None]).bitwise_right_shift_(16)
+    below.mul_(w1[:, None]).bitwise_right_shift_(16)
     return above.add_(below).add_(2).bitwise_right_shift_(2).to(torch.uint8)
 
 
