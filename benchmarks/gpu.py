@@ -223,7 +223,7 @@ def figures(tables: runner.Tables, settings: runner.Settings) -> list[Row]:
     if large:
         last = large[-1]
         found.add(f"inference, {last}²: images/s, ours / {DEIT}", 4, speed("resolution", DEIT, last), more=True)
-        growth = partial(found.growth, MINE, size, last, "inference", "resolution")
+        growth = partial(found.growth, MINE, size, last, "resolution")
         found.add(f"time a pixel, ours, {last}² / {size}²", 1.2, growth)
 
     def bandwidth() -> tuple[float, str]:

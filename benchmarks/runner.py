@@ -269,12 +269,18 @@ class Figures:
         note = modes[0] if modes[0] == modes[1] else f"{one} {modes[0]}; {other} {modes[1]}"
         return first[key] / second[key], note
 
-    def growth(self, model: str, near: int, far: int, *names: str) -> tuple[float, str]:
-        """Time a pixel at images of side `far` over that at side `near`."""
-        large = self.find(*names, model=model, size=far)
-        small = self.find(*names, model=model, size=near, mode=large["mode"])
-        seconds = [row["seconds"] / row["batch"] / row["size"] ** 2 for row in (large, small)]
-        return seconds[0] / seconds[1], large["mode"]
+    def growth(self, model: str, near: int, far: int, table: str) -> tuple[float, str]:
+        """Time a pixel at images of side `far` over that at side `near`, in the best mode that both have."""
+        rows = [row for row in self.tables.get(table, []) if row["model"] == model and "seconds" in row]
+        modes = {row["mode"] for row in rows if row["size"] == near}
+        pixel = {
+            (row["mode"], row["size"]): row["seconds"] / row["batch"] / row["size"] ** 2
+            for row in rows if row["mode"] in modes and row["size"] in (near, far)
+        }  # fmt: skip
+        mode = min((mode for mode, size in pixel if size == far), key=lambda mode: pixel[mode, far], default=None)
+        if mode is None:
+            raise NotMeasuredError("no run has measured it")
+        return pixel[mode, far] / pixel[mode, near], mode
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------

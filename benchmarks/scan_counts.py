@@ -72,12 +72,13 @@ class Launch(NamedTuple):
         """How often a program goes through its loop over tiles."""
         if self.name == "chain":
             return int(triton.cdiv(self.given["segments"], self.given["CHUNK"]))
-        return int(self.given["length"])
+        return int(self.given["chunks" if self.name == "walk" else "length"])
 
     @property
     def bytes(self) -> int:
         """Of the tensors, each read or written once; of those with a part for each route, these routes' parts."""
-        share = self.constants["ROUTES"].bit_count() / self.constants.get("K", 4)
+        routes = 2 if self.name == "walk" else self.constants["ROUTES"].bit_count()
+        share = routes / self.constants.get("K", 4)
         total = 0.0
         for name, value in self.given.items():
             if isinstance(value, torch.Tensor):

@@ -203,16 +203,16 @@ def test_what_says_nothing_of_the_kernels_is_not_kept(monkeypatch, tmp_path, cod
 
 @interpreted
 def test_shares_make_the_whole(monkeypatch):
-    """Every scan is compared once with long and with short segments, whatever the number of processes."""
+    """Every scan is compared once by every plan, whatever the number of processes."""
     monkeypatch.setattr(proving, "_GRIDS", ((2, 3, 16, 1, 2), (1, 4, 16, 1, 1)))
     seen = []
-    monkeypatch.setattr(triton, "use_long_segments", lambda long: seen.append(long) or nullcontext())
+    monkeypatch.setattr(triton, "use_plan", lambda plan: seen.append(plan) or nullcontext())
     for name in ("ss2d_scan", "ss2d_scan_backward"):
         monkeypatch.setattr(triton, name, getattr(eager, name))
     for shares in (1, 3, 4):
         seen.clear()
         assert not any(proving.compare(CPU, FLOAT, "cross", share, shares) for share in range(shares))
-        assert seen.count(True) == seen.count(False) == 4  # two scans, forward and backward
+        assert sorted(seen) == ["long"] * 4 + ["short"] * 4 + ["walk"] * 4  # two scans, forward and backward
 
 
 @interpreted

@@ -15,7 +15,7 @@ from scans import assert_matches, gradients, scan_arguments, ss2d_arguments
 from vmamba.ops import selective_scan, ss2d_scan
 from vmamba.ops.arguments import SS2DArguments
 from vmamba.ops.backends import BACKENDS, choose_backend, triton
-from vmamba.ops.backends.triton import Configuration, Configurations, use_configurations
+from vmamba.ops.backends.triton import Configuration, Configurations, use_configurations, use_plan
 
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(triton.unavailable(CPU) is not None, reason=str(triton.unavailable(CPU)))
@@ -64,6 +64,34 @@ def test_configurations(configuration, shape):
     configuration = Configuration(*configuration)
     with use_configurations(Configurations(configuration, configuration)):
         _assert_as_exact(ss2d_arguments(*shape))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("configuration", "shape"),
+    [
+        ((8, 16, 1, 64), (5, 5, 7, 16, 1, 3)),  # two programs, of which the second has one image
+        ((4, 16, 1, 64), (1, 3, 5, 20, 1, 2)),  # channels that do not fill a block, lines that end within a chunk
+        ((4, 32, 2, 64), (4, 4, 4, 33, 1, 17)),  # an even number of chunks
+        ((8, 16, 1, 64), (3, 7, 2, 16, 1, 2)),
+        ((4, 16, 1, 64), (2, 1, 9, 16, 1, 2)),  # a single row
+        ((2, 16, 1, 64), (6, 3, 3, 16, 1, 2)),  # an odd number, in the middle of which both routes meet
+        ((8, 16, 1, 64), (1, 2, 2, 16, 1, 2)),  # a single chunk
+        ((4, 16, 1, 8), (2, 3, 5, 16, 2, 2)),  # two states: by segments
+    ],
+)
+def test_walks(configuration, shape):
+    configuration = Configuration(*configuration)
+    with use_configurations(Configurations(configuration, configuration)), use_plan("walk"):
+        _assert_as_exact(ss2d_arguments(*shape))
+
+
+@interpreted
+@pytest.mark.parametrize("pattern", ["unidirectional", "bidirectional"])
+def test_walks_of_patterns_along_one_axis(pattern):
+    configuration = Configuration(4, 16, 1, 8)
+    with use_configurations(Configurations(configuration, configuration)), use_plan("walk"):
+        _assert_as_exact(ss2d_arguments(1, 4, 5, 18, 1, 2), pattern)
 
 
 TINY = [(2, 2, 20, 1, 3), (3, 4, 16, 1, 17), (2, 5, 16, 2, 2)]  # H, W, D, N, R; chunks of columns of two positions
@@ -364,7 +392,7 @@ class Recorder:
             launches[key] = (self.kernel, signature, constants, options)
         return record
 
-for name in ("carry_kernel", "chain_kernel", "scan_kernel", "gradient_kernel"):
+for name in ("carry_kernel", "chain_kernel", "scan_kernel", "walk_kernel", "gradient_kernel"):
     setattr(kernels, name, Recorder(getattr(kernels, name)))
 
 target, architecture, cases = json.loads(sys.argv[1])
@@ -373,6 +401,8 @@ for dtype, height, width, D, R, N in cases:
     shapes = [(2, height, width, 4, R + 2 * N), (4, D, R), (4, D), (4, D, N), (4, D)]
     arguments = SS2DArguments(u, *(torch.empty(s, device="meta") for s in shapes), "cross")
     backend.ss2d_scan(arguments)
+    with backend.use_plan("walk"):
+        backend.ss2d_scan(arguments)
     if target == "cuda":
         backend.ss2d_scan_backward(u, arguments)
 
@@ -384,7 +414,7 @@ for kernel, signature, constants, options in launches.values():
         source, target=GPUTarget(target, architecture, wide), options=options
     )
     result = {"kernel": kernel.__name__, "u": signature.get("u")}
-    result |= {n: constants[n] for n in ("N", "R", "RUN", "BLOCK") if n in constants}
+    result |= {"N": 1} | {n: constants[n] for n in ("N", "R", "RUN", "BLOCK") if n in constants}
     if target == "cuda":
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
@@ -427,7 +457,9 @@ def _compile(*case):
 )
 def test_default_configurations_compile_without_spills(target, architecture, cases):
     results = _compile(target, architecture, cases)
-    kernels = {"carry_kernel", "chain_kernel", "scan_kernel", *(["gradient_kernel"] if target == "cuda" else [])}
+    kernels = {"carry_kernel", "chain_kernel", "scan_kernel"}
+    kernels |= {"walk_kernel"} if any(case[5] == 1 for case in cases) else set()
+    kernels |= {"gradient_kernel"} if target == "cuda" else set()
     assert {r["kernel"] for r in results} == kernels
     # Bytes a thread: compilers differ by a few registers at the limit; real spills are hundreds of bytes.
     limits = {"gradient_kernel": 600 if any(case[0] == "float32" for case in cases) else 320}
@@ -435,7 +467,7 @@ def test_default_configurations_compile_without_spills(target, architecture, cas
     # The product's layout is that of the scan. Where the compiler gives one of them another, instructions are half as
     # many more, with tens of barriers; docs/kernels.md has the counts.
     first_stage = [r for r in results if r.get("u") == "*bf16" and (r["R"], r["N"]) == (6, 1) and "barriers" in r]
-    limits = {"carry_kernel": (45, 4), "scan_kernel": (42, 4), "gradient_kernel": (105, 60)}
+    limits = {"carry_kernel": (45, 4), "scan_kernel": (42, 4), "walk_kernel": (50, 6), "gradient_kernel": (105, 60)}
     for r in first_stage:
         assert r["instructions"] / r["elements"] <= limits[r["kernel"]][0], r
         assert r["barriers"] <= limits[r["kernel"]][1], r
@@ -481,6 +513,28 @@ def test_gpu_half_precision(dtype):
     exact_ys, exact_grads = gradients(lambda *v: _ss2d(*v, backend="eager"), [v.double() for v in arguments])
     assert_matches([y.cpu() for y in ys], exact_ys, 4 * torch.finfo(dtype).eps)
     assert_matches([g.cpu() for g in grads], exact_grads, 0.02)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (6, 14, 14, 384, 1, 24),
+        (5, 7, 7, 768, 1, 48),
+        (3, 9, 10, 50, 1, 5),
+        (4, 28, 28, 192, 1, 12),
+        (1, 3, 2, 64, 1, 2),
+    ],
+)
+def test_gpu_walks(shape, dtype):
+    arguments = ss2d_arguments(*shape)
+    arguments[0] = arguments[0].to(dtype)
+    with use_plan("walk"), torch.no_grad():
+        for _ in range(3):
+            y = _ss2d(*(v.cuda() for v in arguments))
+            exact = _ss2d(*(v.double() for v in arguments), backend="eager")
+            assert_matches([y.cpu()], [exact], 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
 
 
 @needs_gpu

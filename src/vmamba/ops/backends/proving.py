@@ -221,16 +221,17 @@ def compare(device: torch.device, dtype: torch.dtype, pattern: str, share: int =
     """
     rounding = 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
     # Scans as small as these would have short segments only.
-    scans = itertools.product(_problems(device, dtype, pattern), (False, True))
-    for arguments, long in itertools.islice(scans, share, None, shares):
+    plans: tuple[triton.Plan, ...] = ("short", "long", "walk")
+    scans = itertools.product(_problems(device, dtype, pattern), plans)
+    for arguments, plan in itertools.islice(scans, share, None, shares):
         name = "ss2d_scan" if isinstance(arguments, SS2DArguments) else "selective_scan"
         exact = type(arguments)._make(v.double() if isinstance(v, Tensor) else v for v in arguments)
         expected = _as_tuple(getattr(eager, name)(exact))
-        with triton.use_long_segments(long):
+        with triton.use_plan(plan):
             found = _as_tuple(getattr(triton, name)(arguments))
         grads = [torch.randn_like(value) for value in found]
         expected += getattr(eager, f"{name}_backward")(*(grad.double() for grad in grads), exact)
-        with triton.use_long_segments(long):
+        with triton.use_plan(plan):
             found += getattr(triton, f"{name}_backward")(*grads, arguments)
         values = ["y", "the last state"][: len(grads)]
         labels = [*values, *(f"the gradient of {field}" for field in arguments._fields)]
@@ -239,7 +240,7 @@ def compare(device: torch.device, dtype: torch.dtype, pattern: str, share: int =
                 continue
             apart = _distance(value, reference)
             if not apart <= max(1e-4 if label in values else 1e-3, rounding):  # NaN is not
-                where = f"{tuple(arguments.u.shape)}, by {'long' if long else 'short'} segments"
+                where = f"{tuple(arguments.u.shape)}, by the plan {plan!r}"
                 return f"{label} is off by {apart:.1e} of its largest value, in {where}"
     # Layers ask for "cross" (`vmamba.ops.layers`). The last share has the fewest scans.
     if pattern != "cross" or share != shares - 1:

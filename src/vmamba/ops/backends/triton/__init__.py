@@ -29,8 +29,9 @@ from vmamba.ops.backends import eager
 from vmamba.ops.backends.triton.configurations import (
     Configuration,
     Configurations,
+    Plan,
     use_configurations,
-    use_long_segments,
+    use_plan,
 )
 from vmamba.ops.precision import state_dtype
 from vmamba.ops.routes import Route, get_routes
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
     from vmamba.ops.backends.triton import launch
 
 __all__ = [
-    "Configuration", "Configurations", "selective_scan", "selective_scan_backward", "ss2d_scan", "ss2d_scan_backward",
-    "unavailable", "use_configurations", "use_long_segments",
+    "Configuration", "Configurations", "Plan", "selective_scan", "selective_scan_backward", "ss2d_scan",
+    "ss2d_scan_backward", "unavailable", "use_configurations", "use_plan",
 ]  # fmt: skip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,16 @@ TABLES: dict[str, Table] = {}
 
 # A multiprocessor has four schedulers, each of which needs other warps to turn to while one waits.
 WARPS_TO_FILL_A_MULTIPROCESSOR = 16
+# A walk computes nothing twice, and waits for each chunk after the other: one may take as many for every warp that a
+# multiprocessor has. On an H100 25 chunks with six warps win, with three they lose, and so do 98 with six.
+CHUNKS_A_WARP = 5
+
+# How a scan is cut up: into segments of a chunk, into segments as long as the configuration allows, or into none, where
+# there are two routes of one state along an axis, one of which runs backwards (else as "long").
+Plan = Literal["short", "long", "walk"]
 
 _override: Configurations | None = None
-_always_long: bool | None = None
+_plan: Plan | None = None
 
 
 @contextmanager
@@ -68,32 +76,45 @@ def configurations_for(architecture: str, positions: int) -> Configurations:
 
 
 @contextmanager
-def use_long_segments(long: bool) -> Iterator[None]:
-    """Let segments be as long as their configuration allows, or a single chunk, in the `with` block and in all threads,
-    whatever the batch, for tests."""
-    global _always_long
-    before, _always_long = _always_long, long
+def use_plan(plan: Plan) -> Iterator[None]:
+    """Cut scans up in this way in the `with` block and in all threads, whatever the batch, for tests."""
+    global _plan
+    before, _plan = _plan, plan
     try:
         yield
     finally:
-        _always_long = before
+        _plan = before
 
 
-def segments_are_long() -> bool | None:
-    """What `use_long_segments` says; None where nothing is said."""
-    return _always_long
+def plan_in_use() -> Plan | None:
+    """What `use_plan` says; None where nothing is said."""
+    return _plan
 
 
-def segments_limited(longest: int, warps: float, multiprocessors: int, long: bool | None = None) -> int:
+def walks(chunks: int, warps: float, multiprocessors: int, plan: Plan | None = None) -> bool:
+    """Whether routes are walked from end to end.
+
+    Args:
+        chunks: of a route.
+        warps: that there are then.
+        multiprocessors: of the card, 0 where there is none to fill.
+        plan: the one that is asked for.
+    """
+    if plan is not None:
+        return plan == "walk"
+    return multiprocessors > 0 and chunks * multiprocessors <= CHUNKS_A_WARP * warps
+
+
+def segments_limited(longest: int, warps: float, multiprocessors: int, plan: Plan | None = None) -> int:
     """Chunks of a segment: as many as they may be, unless that leaves too few warps for the card.
 
     Args:
         longest: that the configuration allows.
         warps: that there are if every segment is a chunk.
         multiprocessors: of the card, 0 where there is none to fill.
-        long: as many in any case, or one.
+        plan: as many in any case, or one.
     """
-    if long is not None:
-        return longest if long else 1
+    if plan is not None:
+        return 1 if plan == "short" else longest
     wanted = multiprocessors * WARPS_TO_FILL_A_MULTIPROCESSOR
     return min(longest, max(1, int(warps / wanted))) if wanted else longest

@@ -583,6 +583,105 @@ def scan_kernel(
 
 
 @triton.jit
+def _visit(chunk, k: tl.constexpr, u, parameters, image, run_image, line_image, channel, axis, positions, vectors,
+           COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PIXEL: tl.constexpr, R: tl.constexpr,
+           RANK: tl.constexpr, K: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """All that a route needs of one chunk of every image: where it is, which of its rows count, u, dt_low, B and C."""
+    place, dead = _place(chunk, axis, RUN, COLUMNS)
+    rows = _rows(axis, RUN, COLUMNS)
+    at = (image * positions + place) * vectors * WIDTH + channel
+    x = tl.load(_at(u + at, rows * CHANNELS)).to(tl.float32)
+    column = tl.arange(0, RUN * RUNS)
+    row = column // (2 * RUNS) * 2 + column % 2
+    line_place = line_image * positions + place + row * (axis[3] if COLUMNS else 1)
+    low = _lows(parameters, line_place, row >= dead, PIXEL, 1, R, RANK, K, 1 << k)[k]
+    shared = parameters + ((run_image * positions + place) * PIXEL)[None, :] + (rows * PIXEL + k * (R + 2) + R)
+    return at, dead, x, low, _shared(shared, RUN, BLOCK), _shared(shared + 1, RUN, BLOCK)
+
+
+@triton.jit
+def _walked(x, low, B, C, state, weight, decay, BACKWARDS: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+            EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """y of one route in a chunk, and the state behind it."""
+    raw = _product_to_lanes(tl.dot(weight, low.to(tl.float32), input_precision=PRECISION), RUN, BLOCK)
+    steps, _slope = _steps(raw, True, RUN, RUNS * BLOCK, EXACT)
+    h = _states(tl.exp2(steps * decay[None, :]), steps * x * (B * LN_2), state, RUN, BACKWARDS)
+    return h * C, _last_row(_walk(h, BACKWARDS), RUN)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def walk_kernel(
+    u, parameters, dt_weight, dt_bias, A, skip, y,
+    images, positions, vectors, chunks, chunks_per_line, line_length, step,
+    COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PIXEL: tl.constexpr, R: tl.constexpr,
+    RANK: tl.constexpr, K: tl.constexpr, FORTH: tl.constexpr, BACK: tl.constexpr, ADDS: tl.constexpr,
+    RUN: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y of two routes along one axis, FORTH forwards and BACK backwards, for one state a channel; with the skip where
+    that is given, and where it ADDS onto what is in y.
+
+    A program takes RUNS images in the place of segments and goes through all chunks of both routes, of one from the
+    first, of the other from the last: nothing is computed twice, and each route has work while the other waits. Up to
+    the middle a route finds chunks where the other has not been; from there on it adds to what that left.
+    """
+    LANES: tl.constexpr = RUNS * BLOCK
+    FULL: tl.constexpr = CHANNELS % BLOCK == 0
+    axis = (chunks, chunks_per_line, line_length, step)
+    blocks: tl.constexpr = tl.cdiv(CHANNELS, BLOCK)
+    block, first = tl.program_id(0) % blocks, tl.program_id(0) // blocks * RUNS
+    channel, is_channel, image = _lanes(block, 0, first, CHANNELS, 1, BLOCK)
+    is_lane = image < images
+    if not FULL:
+        is_lane = is_lane & is_channel
+    image = tl.minimum(image, images - 1).to(tl.int64)
+    run_image = tl.minimum(first + tl.arange(0, RUNS), images - 1).to(tl.int64)
+    line_image = tl.minimum(first + tl.arange(0, RUN * RUNS) // 2 % RUNS, images - 1).to(tl.int64)
+    weight_forth = _weight(
+        dt_weight + FORTH * CHANNELS * R, dt_bias + FORTH * CHANNELS, block, CHANNELS, R, RANK, BLOCK
+    )
+    weight_back = _weight(dt_weight + BACK * CHANNELS * R, dt_bias + BACK * CHANNELS, block, CHANNELS, R, RANK, BLOCK)
+    decay_forth = tl.load(A + FORTH * CHANNELS + channel)
+    decay_back = tl.load(A + BACK * CHANNELS + channel)
+    state_forth, state_back = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+    row = tl.arange(0, RUN)[:, None]
+    row_step = _rows(axis, RUN, COLUMNS) * CHANNELS
+    for i in range(chunks):
+        at_forth, dead_forth, x_forth, low_forth, B_forth, C_forth = _visit(
+            i, FORTH, u, parameters, image, run_image, line_image, channel, axis, positions, vectors, COLUMNS, CHANNELS,
+            WIDTH, PIXEL, R, RANK, K, RUN, BLOCK,
+        )  # fmt: skip
+        at_back, dead_back, x_back, low_back, B_back, C_back = _visit(
+            chunks - 1 - i, BACK, u, parameters, image, run_image, line_image, channel, axis, positions, vectors,
+            COLUMNS, CHANNELS, WIDTH, PIXEL, R, RANK, K, RUN, BLOCK,
+        )  # fmt: skip
+        is_behind, is_middle = 2 * i > chunks - 1, 2 * i == chunks - 1
+        is_forth, is_back = is_lane[None, :] & (row >= dead_forth), is_lane[None, :] & (row >= dead_back)
+        if FULL:  # so that two channels are loaded and stored at once
+            is_forth, is_back = tl.max_constancy(is_forth, [1, 2]), tl.max_constancy(is_back, [1, 2])
+        if is_behind:  # what the other route has left, perhaps by another thread
+            tl.debug_barrier()
+        there_forth = tl.load(_at(y + at_forth, row_step), mask=is_forth & (is_behind | ADDS), other=0.0).to(tl.float32)
+        there_back = tl.load(
+            _at(y + at_back, row_step), mask=is_back & (is_behind | ADDS) & (is_middle == 0), other=0.0
+        ).to(tl.float32)
+        if skip is not None:
+            skipped = tl.where(is_behind, 0.0, _skip(skip + channel, CHANNELS, K))[None, :]
+            there_forth += skipped * x_forth
+            there_back += tl.where(is_middle, 0.0, skipped) * x_back
+        y_forth, state_forth = _walked(
+            x_forth, low_forth, B_forth, C_forth, state_forth, weight_forth, decay_forth, False, RUN, BLOCK, EXACT,
+            PRECISION,
+        )  # fmt: skip
+        y_back, state_back = _walked(
+            x_back, low_back, B_back, C_back, state_back, weight_back, decay_back, True, RUN, BLOCK, EXACT, PRECISION
+        )
+        y_forth += there_forth
+        y_back += tl.where(is_middle, y_forth, there_back)
+        tl.store(_at(y + at_forth, row_step), y_forth.to(y.dtype.element_ty), mask=is_forth & (is_middle == 0))
+        tl.store(_at(y + at_back, row_step), y_back.to(y.dtype.element_ty), mask=is_back)
+
+
+@triton.jit
 def _part(parts, item, k: tl.constexpr, ROUTES: tl.constexpr, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr):
     """Where this program's part of a route's sums begins; there is room for the routes of this axis only."""
     return parts + (item * _routes_before(4, ROUTES) + _routes_before(k, ROUTES)) * CHANNELS * NUMBERS

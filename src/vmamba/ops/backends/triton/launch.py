@@ -15,9 +15,11 @@ from vmamba.ops.backends.triton.card import Numbers, architecture, ceiling, laun
 from vmamba.ops.backends.triton.configurations import (
     Configuration,
     Configurations,
+    Plan,
     configurations_for,
-    segments_are_long,
+    plan_in_use,
     segments_limited,
+    walks,
 )
 from vmamba.ops.routes import Route
 
@@ -89,6 +91,7 @@ class _Axis(NamedTuple):
         segments, chunks: how many.
         numbers: of every kernel, for these routes or some of them, as bits.
         of_gradient: those of the backward pass's last kernel.
+        walk: programs and numbers of `walk_kernel`, where routes are walked from end to end.
     """
 
     routes: int
@@ -98,19 +101,28 @@ class _Axis(NamedTuple):
     chunks: int
     numbers: dict[int, Numbers]
     of_gradient: Numbers
+    walk: tuple[int, Numbers] | None
 
 
 def run_forward(p: Problem, y: Tensor, last: Tensor | None = None) -> None:
     """Write y, shaped as `u`, and the last state (batch, K, N, channels) where that is wanted."""
     kind = _kind(p)
-    axes = _axes(kind, _configurations(p.u).scan, segments_are_long())
+    axes = _axes(kind, _configurations(p.u).scan, plan_in_use())
     for i, axis in enumerate(axes):
+        skip = p.skip if i == 0 else None
+        if axis.walk is not None:
+            tensors = {
+                "u": p.u, "parameters": p.parameters, "dt_weight": p.dt_weight, "dt_bias": p.dt_bias, "A": p.A,
+                "skip": skip, "y": y,
+            }  # fmt: skip
+            launch(kernels.walk_kernel, axis.walk[0], p.u, tensors, axis.walk[1])
+            continue
         carries = _carry(p, kind, axis)
         _launch(
             kernels.scan_kernel, axis, axis.numbers[axis.routes],
             u=p.u, delta=p.delta, parameters=p.parameters, dt_weight=p.dt_weight, dt_bias=p.dt_bias, A=p.A,
-            skip=p.skip if i == 0 else None, sums=carries.sums, local=carries.local, carry_a=carries.carry_a,
-            carry_h=carries.carry_h, entering=carries.entering, partial=y if i else None, last=last, y=y,
+            skip=skip, sums=carries.sums, local=carries.local, carry_a=carries.carry_a, carry_h=carries.carry_h,
+            entering=carries.entering, partial=y if i else None, last=last, y=y,
         )  # fmt: skip
 
 
@@ -130,7 +142,7 @@ def run_backward(p: Problem, grad_y: Tensor, grad_last: Tensor | None = None) ->
     """Gradients from those of y and of the last state (batch, K, N, channels)."""
     kind, K = _kind(p), len(p.routes)
     batch, channels, N, R = kind.batch, kind.channels, kind.N, kind.R
-    axes = _axes(kind, _configurations(p.u).gradient, segments_are_long())
+    axes = _axes(kind, _configurations(p.u).gradient, plan_in_use())
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=p.u.device)
@@ -226,11 +238,11 @@ def _kind(p: Problem) -> _Kind:
 
 
 @functools.lru_cache(512)
-def _axes(kind: _Kind, given: Configuration, long: bool | None) -> tuple[_Axis, ...]:
-    """Of rows and of columns, where routes run along them; `long` as `segments_limited` has it."""
+def _axes(kind: _Kind, given: Configuration, plan: Plan | None) -> tuple[_Axis, ...]:
+    """Of rows and of columns, where routes run along them."""
     config = _fit(given, kind)
     blocks, K, R = kind.groups * ceiling(kind.channels // kind.groups, config.block), len(kind.routes), kind.R
-    axes = []
+    axes: list[_Axis] = []
     for columns in (False, True):
         bits = _bits(route.columns == columns for route in kind.routes)
         if not bits:
@@ -242,7 +254,7 @@ def _axes(kind: _Kind, given: Configuration, long: bool | None) -> tuple[_Axis, 
         chunks_per_line = ceiling(length, run)
         chunks = lines * chunks_per_line
         warps = chunks * kind.batch * blocks * config.warps / RUNS
-        longest = segments_limited(max(1, config.segment // run), warps, kind.multiprocessors, long)
+        longest = segments_limited(max(1, config.segment // run), warps, kind.multiprocessors, plan)
         # Of the last program's segments some may be shorter or not there; the fewest such are best.
         several = min(range(longest, longest // 2, -1), key=lambda n: ceiling(chunks, RUNS * n) * n)
         segment = chunks if longest >= chunks else several
@@ -264,7 +276,12 @@ def _axes(kind: _Kind, given: Configuration, long: bool | None) -> tuple[_Axis, 
         }  # fmt: skip
         numbers = {routes: Numbers(arguments, ROUTES=routes) for routes in {bits, bits & kind.back}}
         gradient = Numbers(numbers[bits], images=kind.batch)
-        axes.append(_Axis(bits, programs, blocks * programs * kind.batch, segments, chunks, numbers, gradient))
+        walkers, pair = blocks * ceiling(kind.batch, RUNS), _pair(kind, bits)
+        walk = None
+        if pair and walks(chunks, walkers * config.warps, kind.multiprocessors, plan):
+            others = {name: value for name, value in arguments.items() if name not in _OF_SEGMENTS}
+            walk = walkers, Numbers(others, images=kind.batch, FORTH=pair[0], BACK=pair[1], ADDS=bool(axes))
+        axes.append(_Axis(bits, programs, blocks * programs * kind.batch, segments, chunks, numbers, gradient, walk))
     return tuple(axes)
 
 
@@ -274,6 +291,18 @@ def _of_chain(segments: int, routes: int, per_route: int, those: int, back: int)
         segments=segments, columns=routes * per_route, per_route=per_route, ROUTES=those, BACK=back, CHUNK=_CHUNK,
         BLOCK=_COLUMNS, num_warps=1,
     )  # fmt: skip
+
+
+# What a walk has no use for.
+_OF_SEGMENTS = ("segments", "length", "GROUPS", "N", "AXIS", "BACK", "SOFTPLUS", "SEVERAL")
+
+
+def _pair(kind: _Kind, bits: int) -> tuple[int, int] | None:
+    """The two routes of an axis, if `walk_kernel` knows them: one forwards and one backwards, with a projected step."""
+    forth, back = bits & ~kind.back, bits & kind.back
+    if forth.bit_count() != 1 or back.bit_count() != 1 or kind.N != 1 or not kind.R:
+        return None
+    return forth.bit_length() - 1, back.bit_length() - 1
 
 
 def _launch(kernel: Any, axis: _Axis, numbers: Numbers, u: Tensor, **others: Tensor | None) -> None:
