@@ -223,6 +223,27 @@ def test_a_batch_gives_what_its_pictures_give_alone() -> None:
     assert len(model(torch.zeros(1, 3, 160, 224))[0]["boxes"]) == 7
 
 
+def test_what_scores_less_than_is_asked_for_is_left_out_before_its_mask_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = vmamba.create_model("maskrcnn_vmamba_femto", num_classes=3, channels=8, hidden=16, score_thr=0.0).eval()
+    images, pasted = torch.randn(2, 3, 64, 96), list[int]()
+    paste = bx.paste_masks
+    monkeypatch.setattr(bx, "paste_masks", lambda masks, *rest: pasted.append(len(masks)) or paste(masks, *rest))
+    with torch.no_grad():
+        everything = model(images)
+        least = float(everything[0]["scores"][7])  # itself among them
+        some = model(images, least_score=least)
+    for all_of_it, found in zip(everything, some, strict=True):
+        kept = all_of_it["scores"] >= least
+        assert found.keys() == all_of_it.keys()
+        for name, values in found.items():
+            torch.testing.assert_close(values, all_of_it[name][kept])
+    assert pasted[2:] == [len(found["scores"]) for found in some]
+    assert 8 <= pasted[2] < pasted[0]
+
+
 def test_a_small_model_learns_two_pictures() -> None:
     torch.manual_seed(0)
     model = MaskRCNN(vmamba.create_model("vmamba_femto", features_only=True), 2, channels=32, hidden=64)

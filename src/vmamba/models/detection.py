@@ -179,6 +179,7 @@ class MaskRCNN(DenseModel):
         *,
         sizes: Sequence[Size] | None = None,
         file_sizes: Sequence[Size] | None = None,
+        least_score: float = 0.0,
     ) -> list[Detections] | Losses:
         """Detect objects, or with `targets` compute the losses.
 
@@ -189,6 +190,7 @@ class MaskRCNN(DenseModel):
             sizes: height and width of each picture without padding; by default that of `images`.
             file_sizes: height and width of each picture before it was resized to `sizes`; detections are then in pixels
                 of that size.
+            least_score: detections of a lower score are left out, before the mask head looks at them.
 
         Returns:
             Without targets for each picture "boxes" (n, 4), "scores" (n,), falling, "labels" (n,), int64 from 0, and
@@ -215,7 +217,7 @@ class MaskRCNN(DenseModel):
                 for i, size in enumerate(sizes)
             ]
         if targets is None:
-            return self._detect(maps, proposals, sizes, file_sizes)
+            return self._detect(maps, proposals, sizes, file_sizes or sizes, least_score)
         inside = [self._inside(maps, size).to(images.device) for size in sizes]
         losses = rpn_losses(torch.cat(scores, 1), torch.cat(deltas, 1), torch.cat(anchors), inside, targets)
         return losses | self._roi_losses(maps, proposals, targets)
@@ -291,13 +293,14 @@ class MaskRCNN(DenseModel):
         maps: Sequence[Tensor],
         proposals: Sequence[Tensor],
         sizes: Sequence[Size],
-        file_sizes: Sequence[Size] | None,
+        file_sizes: Sequence[Size],
+        least_score: float,
     ) -> list[Detections]:
         counts = [len(boxes) for boxes in proposals]
         logits, deltas = self.roi_head.bbox_head(self.pool(maps, proposals, 7))
         detections, regions = [], []
         for i, (logit, delta) in enumerate(zip(logits.split(counts), deltas.split(counts), strict=True)):
-            found, at = self._classify(proposals[i], logit, delta, sizes[i], file_sizes[i] if file_sizes else sizes[i])
+            found, at = self._classify(proposals[i], logit, delta, sizes[i], file_sizes[i], least_score)
             detections.append(found)
             regions.append(at)
         if self.roi_head.mask_head is not None:
@@ -305,15 +308,15 @@ class MaskRCNN(DenseModel):
             masks = _own_class(self.roi_head.mask_head(self.pool(maps, regions, 14)), labels).sigmoid()
             for i, mask in enumerate(masks.split([len(at) for at in regions])):
                 found = detections[i]
-                found["masks"] = bx.paste_masks(mask, found["boxes"], file_sizes[i] if file_sizes else sizes[i])
+                found["masks"] = bx.paste_masks(mask, found["boxes"], file_sizes[i])
         return detections
 
     def _classify(
-        self, proposals: Tensor, logits: Tensor, deltas: Tensor, size: Size, file_size: Size
+        self, proposals: Tensor, logits: Tensor, deltas: Tensor, size: Size, file_size: Size, least_score: float
     ) -> tuple[Detections, Tensor]:
         """Detections of one picture in pixels of the file, and their boxes in pixels of the network's picture."""
         scores = logits.softmax(1)[:, :-1]
-        region, label = (scores > self.score_thr).nonzero(as_tuple=True)
+        region, label = ((scores > self.score_thr) & (scores >= least_score)).nonzero(as_tuple=True)
         scores = scores[region, label]
         boxes = bx.decode(proposals[region], deltas[region, label], _BOX_STDS, size)
         kept = bx.suppress(boxes, scores, label, self.nms_iou)[: self.max_per_img]

@@ -137,8 +137,8 @@ VARIANTS: dict[str, Variant] = {
     "vmamba_femto": Variant((1, 2), (64, 160), img_size=(28, 28)),
     # And with neighbours in every part, which learns in less time (docs/learning.md).
     "vmamba_pico_local": Variant(
-        (2, 2, 2, 1), (32, 64, 128, 256), mlp_ratio=1.0, mlp="local", local_stages=3, norm="batch", stem="wide",
-        img_size=(64, 64),
+        (2, 1, 1, 1), (32, 64, 128, 232), mlp_ratio=1.0, mlp="local", local_stages=3, norm="batch", stem="wide",
+        downsample="residual", img_size=(64, 64),
     ),
     "vmamba_femto_local": Variant(
         (2, 1, 1), (32, 64, 128), mlp_ratio=1.0, mlp="local", local_stages=2, norm="batch", stem="small", stem_stride=2,

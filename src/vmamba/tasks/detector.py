@@ -230,11 +230,10 @@ class Detector(Predictor):
         if window is not None and window < _LEAST:
             raise RecipeError(f"windows of {window} pixels are too small: give {_LEAST} or more")
         pictures = [picture.to(next(self.model.parameters()).device) for picture in pictures]
-        found = detect(self.model, pictures, self.sides)
+        found = detect(self.model, pictures, self.sides, least_score=threshold)
         for picture, whole in zip(pictures, found, strict=True):
-            each = whole if window is None else _with_windows(self.model, picture, window, whole)
-            kept = each["scores"] >= threshold
-            parts: dict[str, Any] = {name: values[kept].cpu().numpy() for name, values in each.items()}
+            each = whole if window is None else _with_windows(self.model, picture, window, whole, threshold)
+            parts: dict[str, Any] = {name: values.cpu().numpy() for name, values in each.items()}
             yield Objects(**{"masks": None, **parts}, class_names=self.class_names, category_ids=self.category_ids)
 
     def detect(
@@ -289,7 +288,7 @@ def fitted_sides(img_size: int | Sequence[int] | None) -> tuple[int, int]:
     return min(img_size), max(img_size)
 
 
-def _with_windows(model: MaskRCNN, picture: Tensor, window: int, whole: Detections) -> Detections:
+def _with_windows(model: MaskRCNN, picture: Tensor, window: int, whole: Detections, least_score: float) -> Detections:
     """What was found in a whole picture, and in overlapping windows of it that no object is cut off by."""
     _, height, width = picture.shape
     found = [whole]
@@ -297,7 +296,7 @@ def _with_windows(model: MaskRCNN, picture: Tensor, window: int, whole: Detectio
         for left in window_starts(width, window):
             part = picture[:, top : top + window, left : left + window]
             rows, columns = part.shape[1:]
-            here = detect(model, [part], (min(rows, columns), max(rows, columns)))[0]
+            here = detect(model, [part], (min(rows, columns), max(rows, columns)), least_score=least_score)[0]
             edges = here["boxes"].new_tensor([
                 *(1 if start > 0 else -1 for start in (left, top)),
                 *(size - 1 if end < most else size + 1

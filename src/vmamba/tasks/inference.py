@@ -55,7 +55,11 @@ def segment(
 
 
 def detect(
-    model: MaskRCNN, pictures: Sequence[Tensor], scale: tuple[int, int] = (1333, 800), multiple: int = 32
+    model: MaskRCNN,
+    pictures: Sequence[Tensor],
+    scale: tuple[int, int] = (1333, 800),
+    multiple: int = 32,
+    least_score: float = 0.0,
 ) -> list[Detections]:
     """Objects in pictures of any sizes, in pixels of the pictures.
 
@@ -64,6 +68,7 @@ def detect(
         pictures: uint8 (3, H, W), RGB; at least one.
         scale: what the network sees has at most this long and this short side.
         multiple: it is padded with zeros, after normalisation, to a multiple of this and to the largest picture's size.
+        least_score: see `MaskRCNN.forward`.
 
     Returns:
         What `MaskRCNN.forward` gives, for each picture.
@@ -75,7 +80,7 @@ def detect(
         F.pad(_prepared(model, picture, size), (0, width - size[1], 0, height - size[0]))
         for picture, size in zip(pictures, sizes, strict=True)
     ]
-    return model(torch.stack(images), sizes=sizes, file_sizes=file_sizes)
+    return model(torch.stack(images), sizes=sizes, file_sizes=file_sizes, least_score=least_score)
 
 
 def _prepared(model: UPerNet | MaskRCNN, picture: Tensor, size: tuple[int, int]) -> Tensor:
