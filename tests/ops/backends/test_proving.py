@@ -100,11 +100,13 @@ def test_kernels_that_are_wrong_themselves(monkeypatch, capsys, name, value, fau
 
 
 @interpreted
-def test_segments_of_both_lengths_are_compared(monkeypatch):
+def test_every_plan_is_compared(monkeypatch):
     from vmamba.ops.backends.triton import launch
 
-    monkeypatch.setattr(proving, "_GRIDS", ((5, 5, 16, 1, 2),))
-    carry = launch._carry
+    monkeypatch.setattr(proving, "_GRIDS", ((3, 5, 16, 1, 2),))
+    for layer in ("convolution", "normalisation", "products"):
+        monkeypatch.setattr(proving, f"_compare_{layer}", lambda *_: "")
+    carry, pair = launch._carry, launch._pair
 
     def wrong(length, spoilt, problem, kind, axis, *gradients):
         carries = carry(problem, kind, axis, *gradients)
@@ -117,8 +119,13 @@ def test_segments_of_both_lengths_are_compared(monkeypatch):
     for length in ("short", "long"):
         spoilt: list[object] = []
         monkeypatch.setattr(launch, "_carry", partial(wrong, length, spoilt))
-        assert proving.compare(CPU, FLOAT, "cross").endswith(f"by {length} segments")
+        assert proving.compare(CPU, FLOAT, "cross").endswith(f"by the plan '{length}'")
         assert spoilt
+    monkeypatch.setattr(launch, "_carry", carry)
+    monkeypatch.setattr(launch, "_pair", lambda *given: tuple(reversed(pair(*given) or ())))
+    launch._axes.cache_clear()
+    assert proving.compare(CPU, FLOAT, "cross").endswith("by the plan 'walk'")
+    launch._axes.cache_clear()
 
 
 def test_an_exception_is_a_verdict(monkeypatch, capsys):
@@ -212,7 +219,7 @@ def test_shares_make_the_whole(monkeypatch):
     for shares in (1, 3, 4):
         seen.clear()
         assert not any(proving.compare(CPU, FLOAT, "cross", share, shares) for share in range(shares))
-        assert sorted(seen) == ["long"] * 4 + ["short"] * 4 + ["walk"] * 4  # two scans, forward and backward
+        assert sorted(seen) == ["long"] * 4 + ["short"] * 4 + ["walk"] * 2  # two scans, forward and backward
 
 
 @interpreted

@@ -162,8 +162,8 @@ def _prove(device: torch.device, about: dict[str, Any]) -> _Verdict:
 
 
 def _processes() -> int:
-    """In how many a proof is shared out: a scan with long or short segments each, if there are as many cores."""
-    return min(os.cpu_count() or 1, 2 * len(_GRIDS))
+    """In how many a proof is shared out: a scan by one plan each, if there are as many cores."""
+    return min(os.cpu_count() or 1, 3 * len(_GRIDS))
 
 
 def _prove_side_by_side(arguments: Sequence[str], count: int) -> _Verdict:
@@ -230,9 +230,10 @@ def compare(device: torch.device, dtype: torch.dtype, pattern: str, share: int =
         with triton.use_plan(plan):
             found = _as_tuple(getattr(triton, name)(arguments))
         grads = [torch.randn_like(value) for value in found]
-        expected += getattr(eager, f"{name}_backward")(*(grad.double() for grad in grads), exact)
-        with triton.use_plan(plan):
-            found += getattr(triton, f"{name}_backward")(*grads, arguments)
+        if plan != "walk":  # which is for the way forwards alone
+            expected += getattr(eager, f"{name}_backward")(*(grad.double() for grad in grads), exact)
+            with triton.use_plan(plan):
+                found += getattr(triton, f"{name}_backward")(*grads, arguments)
         values = ["y", "the last state"][: len(grads)]
         labels = [*values, *(f"the gradient of {field}" for field in arguments._fields)]
         for label, value, reference in zip(labels, found, expected, strict=False):
