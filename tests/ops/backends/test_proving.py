@@ -116,15 +116,15 @@ def test_every_plan_is_compared(monkeypatch):
         return carries
 
     assert proving.compare(CPU, FLOAT, "cross") == ""
-    for length in ("short", "long"):
+    for share, length in enumerate(("short", "long")):  # each share is one plan
         spoilt: list[object] = []
         monkeypatch.setattr(launch, "_carry", partial(wrong, length, spoilt))
-        assert proving.compare(CPU, FLOAT, "cross").endswith(f"by the plan '{length}'")
+        assert proving.compare(CPU, FLOAT, "cross", share, 3).endswith(f"by the plan '{length}'")
         assert spoilt
     monkeypatch.setattr(launch, "_carry", carry)
     monkeypatch.setattr(launch, "_pair", lambda *given: tuple(reversed(pair(*given) or ())))
     launch._axes.cache_clear()
-    assert proving.compare(CPU, FLOAT, "cross").endswith("by the plan 'walk'")
+    assert proving.compare(CPU, FLOAT, "cross", 2, 3).endswith("by the plan 'walk'")
     launch._axes.cache_clear()
 
 
