@@ -2,7 +2,8 @@
 
 A scan is cut into segments, which are all worked on at once: a first kernel finds what each segment does to the state,
 a second chains that along the route, a third computes the results from the state that enters each segment. So a single
-large image fills a card as well as a batch does. docs/kernels.md has the details.
+large image fills a card as well as a batch does. Small grids in large batches are walked from end to end by one kernel
+instead. docs/kernels.md has the details.
 
 Images are float16, bfloat16 or float32; the state, the step and all sums are float32. As soon as one argument is
 float64, and for N = 0, R = 0, a single position, empty tensors and rows beyond 2²⁵ numbers, the call goes to the eager

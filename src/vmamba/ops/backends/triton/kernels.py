@@ -12,6 +12,7 @@ Words used here, and shapes:
 - Every route has a state, and in the backward pass its adjoint, which runs the other way. One of them runs *along* the
   axis, as the chunks are gone through, and the other *against* it: the state of a route that runs backwards, the
   adjoint of one that runs forwards.
+- A *walk* takes RUNS images in the place of segments, and each from its first chunk to its last.
 - A *step* here is Δ·log₂e, so that exp(Δ·A) is exp2(step·A) and Δ·B is step·(ln 2·B).
 
 The height and width of the grid and the number of images are runtime arguments and are not specialised; that nothing
