@@ -154,8 +154,8 @@ def _means(x: Tensor, side: int) -> Tensor:
     if side == 1:
         return x
     image = x.permute(0, 3, 1, 2)
-    if side == 2 and is_tracing_for_export():  # for which the number of squares must not depend on what is odd
-        image = F.pad(image, (0, image.shape[3] % 2, 0, image.shape[2] % 2), mode="replicate")
+    if side == 2 and is_tracing_for_export():  # where sides must come out as those of a convolution do, odd or even
+        image = F.pad(image, (0, 1, 0, 1), mode="replicate")  # which even sides leave over
         means = F.avg_pool2d(image, 2)
     else:
         means = F.avg_pool2d(image, side, ceil_mode=True, count_include_pad=False)
