@@ -52,7 +52,7 @@ def test_contenders_are_of_one_size(learning, colour):
     sizes = {name: sum(p.numel() for p in make().parameters()) for name, make in makers.items()}
     assert set(sizes) == {"VMamba", "Swin", "ConvNeXt", "ViT", "ResNet"}
     for name, size in sizes.items():
-        assert 0.84 < size / sizes["VMamba"] < 1.16, name
+        assert (0.84 if colour else 0.85) < size / sizes["VMamba"] < 1.15, name
 
 
 def lesson_of(learning, images, labels, batch):
@@ -145,7 +145,7 @@ def test_backbones_are_of_one_size(load):
     sizes = {name: sum(p.numel() for p in dense.backbone(name).parameters()) for name in dense.BACKBONES}
     assert set(sizes) == {"VMamba", "Swin", "ConvNeXt", "ResNet"}
     for name, size in sizes.items():
-        assert 0.84 < size / sizes["VMamba"] < 1.16, name
+        assert 0.85 < size / sizes["VMamba"] < 1.15, name
 
 
 @pytest.mark.parametrize(
