@@ -151,6 +151,8 @@ def export(shelf: Shelf, subject: Subject, kind: str) -> None:
 
     target = shelf.path(subject, kind)
     model = network(subject, shelf.options.get(subject.name, {}))
+    if not subject.is_ours:  # files of the others are for the size that they say
+        model.pretrained_cfg = model.pretrained_cfg | {"input_size": subject.shape[1:]}
     if kind == "pt2":
         deploy.export_aoti(model, target, sizes="open" if subject.is_ours else "batch")
     elif kind.startswith("int8"):
@@ -161,7 +163,6 @@ def export(shelf: Shelf, subject: Subject, kind: str) -> None:
             deploy.quantize(model, target, list(noise), format="torch", **given)
             return
         with tempfile.TemporaryDirectory() as folder:
-            model.pretrained_cfg = (getattr(model, "pretrained_cfg", None) or {}) | {"input_size": subject.shape[1:]}
             whole = deploy.export_onnx(
                 model, Path(folder) / "whole.onnx", sizes="open" if subject.is_ours else "batch", tolerance=1e-3
             ).path

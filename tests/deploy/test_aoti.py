@@ -30,6 +30,22 @@ EXAMPLE = Path(__file__).parents[2] / "examples/cpp"
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _kernels_compiled_once(tmp_path_factory):
+    """With the same flags: it takes as long as all else."""
+    compiled, kept = aoti._compiled_kernels, {}
+
+    def once(compiler, folder):
+        flags = tuple(aoti._FLAGS)
+        if flags not in kept:
+            kept[flags] = compiled(compiler, tmp_path_factory.mktemp("kernels"))
+        return kept[flags]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aoti, "_compiled_kernels", once)
+        yield
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A model, its package with normalisation and decision, and what the command says that writes it."""
@@ -49,7 +65,7 @@ def made(tmp_path_factory):
         command = ["export", str(weights), "--format", "aoti", "--embed", "true", "--output", str(path)]
         assert main(command) == 0, said.getvalue()
     if multiplies_fast(torch.float32):  # all that there are kernels for
-        names = ["conv_stem", "vss_block", "grid_convolution", "vss_block"]
+        names = ["package_input", "conv_stem", "vss_block", "grid_convolution", "vss_block"]
         assert operators_in(programs[0]) == [f"vmamba.{name}.default" for name in names]
     assert list(path.parent.iterdir()) == [path]
     return model, path, said.getvalue()
@@ -83,6 +99,68 @@ def test_packages_take_any_size(made):
         labels, probabilities = package(pictures)
         torch.testing.assert_close(probabilities, expected, rtol=1e-4, atol=1e-6)
         assert labels.tolist() == expected.argmax(1).tolist()
+
+
+def _unfit(images):
+    """What a package must not take for images, and what it says of each."""
+    shape = tuple(images.shape)
+    other = torch.float64 if images.dtype is torch.float32 else torch.float32
+    return {
+        f"images of shape {shape} in another dtype": images.to(other),
+        f"images of shape {(shape[0], 1, *shape[2:])}": images[:, :1],
+        f"images of shape {(shape[0], 6, *shape[2:])}": torch.cat([images, images], 1),
+        f"images of shape {shape[1:]}": images[0],
+        f"images of shape {(1, *shape)}": images[None],
+    }
+
+
+def _assert_told(package, unfit, wanted):
+    for said, images in unfit.items():
+        with pytest.raises(RuntimeError, match=re.escape(f"{said}; this package takes {wanted} on the CPU")):
+            package(images)
+
+
+def _laid_out(images):
+    """The same images, in memory otherwise."""
+    yield images.to(memory_format=torch.channels_last)
+    yield images.transpose(2, 3).contiguous().transpose(2, 3)
+    yield torch.cat([images, images], 3)[..., : images.shape[3]]
+    yield torch.stack([images, images], -1)[..., 0]
+    yield images[:1].expand_as(images)
+
+
+def test_packages_look_at_what_they_are_given(made):
+    package = torch._inductor.aoti_load_package(str(made[1]))
+    pictures = torch.randint(0, 256, (2, 3, 9, 12), dtype=torch.uint8)
+    for one in _laid_out(pictures):
+        expected = _expected(made[0], one)
+        torch.testing.assert_close(package(one)[1], expected, rtol=1e-4, atol=1e-6)
+    _assert_told(package, _unfit(pictures), "(any, 3, any, any) in uint8")
+
+
+class _Tiny(torch.nn.Sequential):
+    """Not ours, and for one size."""
+
+    pretrained_cfg = {"input_size": (3, 10, 14)}  # noqa: RUF012
+
+    def __init__(self):
+        conv = torch.nn.Conv2d(3, 4, 3, stride=2)
+        super().__init__(conv, torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 4 * 6, 5))
+
+
+def test_packages_for_one_size_take_no_other(tmp_path):
+    torch.manual_seed(0)
+    model = _Tiny().eval()
+    written = export_aoti(model, tmp_path / "model.pt2", sizes="batch")
+    package = torch._inductor.aoti_load_package(str(written.path))
+    images = torch.randn(2, 3, 10, 14)
+    for one in (*_laid_out(images), images[:0]):
+        torch.testing.assert_close(package(one), model(one).detach(), rtol=1e-4, atol=1e-6)
+    unfit = _unfit(images) | {
+        "images of shape (2, 3, 9, 14)": images[:, :, 1:], "images of shape (2, 3, 10, 6)": images[..., :6],
+        "images of shape (2, 3, 20, 28)": images.repeat(1, 1, 2, 2),
+    }  # fmt: skip
+    _assert_told(package, unfit, "(any, 3, 10, 14) in float32")
 
 
 # Of a call's tensors, by number, the dimensions that may be of any size.
@@ -155,7 +233,7 @@ def test_operators_check_shapes(made, tmp_path):
         (name,) = (name for name in package.namelist() if name.endswith(".so"))
         library = ctypes.CDLL(package.extract(name, tmp_path))
     calls = _calls()
-    assert calls.keys() == aoti._DECLARATIONS.keys()
+    assert calls.keys() | {"package_input"} == aoti._DECLARATIONS.keys()  # which throws, as ctypes cannot
     for name, (arguments, free) in calls.items():
         status, y = _call_in_package(library, name, arguments)
         assert status == 0, name

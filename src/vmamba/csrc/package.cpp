@@ -6,8 +6,11 @@
 // address of a handle, or null. Shapes are checked, since nothing else does; a result other than 0 is an error.
 
 #include <omp.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include <stdexcept>
 
 #include "block.h"
 #include "convolution.h"
@@ -25,9 +28,12 @@ int32_t aoti_torch_get_data_ptr(Handle, void**);
 int32_t aoti_torch_get_dim(Handle, int64_t*);
 int32_t aoti_torch_get_numel(Handle, int64_t*);
 int32_t aoti_torch_get_sizes(Handle, int64_t**);
+int32_t aoti_torch_get_strides(Handle, int64_t**);
+int32_t aoti_torch_get_device_type(Handle, int32_t*);
 int32_t aoti_torch_is_contiguous(Handle, bool*);
 int32_t aoti_torch_get_dtype(Handle, int32_t*);
 int32_t aoti_torch_dtype_float32();
+int32_t aoti_torch_dtype_uint8();
 int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
 
@@ -87,14 +93,17 @@ struct Parameters {
     const float* of(Handle* tensor, int64_t count) { return tensor ? of(*tensor, count) : nullptr; }
 };
 
-// A dense float32 tensor of these sizes, to be filled; null where there is no memory.
-float* made(int64_t rank, const int64_t* sizes, Handle* result) {
+// A dense tensor of these sizes, to be filled; null where there is no memory.
+void* made(int64_t rank, const int64_t* sizes, int32_t dtype, Handle* result) {
     int64_t strides[MOST_SIZES], step = 1;
     for (int64_t i = rank - 1; i >= 0; step *= sizes[i--]) strides[i] = step;
     void* data = nullptr;
-    int32_t dtype = aoti_torch_dtype_float32(), device = aoti_torch_device_type_cpu();
-    if (aoti_torch_empty_strided(rank, sizes, strides, dtype, device, 0, result)) return nullptr;
-    return aoti_torch_get_data_ptr(*result, &data) ? nullptr : static_cast<float*>(data);
+    if (aoti_torch_empty_strided(rank, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, result)) return nullptr;
+    return aoti_torch_get_data_ptr(*result, &data) ? nullptr : data;
+}
+
+float* made(int64_t rank, const int64_t* sizes, Handle* result) {
+    return static_cast<float*>(made(rank, sizes, aoti_torch_dtype_float32(), result));
 }
 
 // Four routes of a pattern, 1 by columns, 2 backwards; null of one that is not known.
@@ -109,7 +118,73 @@ const int32_t* routes(const char* pattern) {
     return nullptr;
 }
 
+// A tensor's sizes in words; one below 0 stands for any.
+struct Sizes {
+    char text[24 * MOST_SIZES] = "()";
+
+    Sizes(int64_t rank, const int64_t* sizes) {
+        if (rank > MOST_SIZES) rank = MOST_SIZES;
+        for (int64_t i = 0, end = 0; i < rank; i++) {
+            const char *before = i ? ", " : "(", *after = i + 1 == rank ? ")" : "";
+            end += sizes[i] < 0 ? snprintf(text + end, sizeof text - end, "%sany%s", before, after)
+                                : snprintf(text + end, sizeof text - end, "%s%lld%s", before, (long long)sizes[i], after);
+        }
+    }
+};
+
+// Copies values that lie `from_strides` apart one behind the other.
+template <class T>
+void copy(const T* from, const int64_t* sizes, const int64_t* strides, int64_t rank, T*& to) {
+    if (rank == 0) {
+        *to++ = *from;
+        return;
+    }
+    if (rank == 1 && *strides == 1) {
+        memcpy(to, from, *sizes * sizeof *from), to += *sizes;
+        return;
+    }
+    for (int64_t i = 0; i < *sizes; i++) copy(from + i * *strides, sizes + 1, strides + 1, rank - 1, to);
+}
+
 }  // namespace
+
+// The images that a package is given, dense: inductor believes what it was told of their sizes and their dtype when the
+// package was made, and would read past the end of smaller ones. `expected` sizes below 0 stand for any. What is thrown is
+// caught where the package was called, and its words are passed on.
+extern "C" int32_t aoti_torch_cpu_package_input(
+    Handle x, const int64_t* expected, int64_t rank, int32_t is_uint8, Handle* result
+) {
+    int64_t given_rank = 0, *sizes = nullptr, *strides = nullptr;
+    int32_t dtype = 0, device = 0, expected_dtype = is_uint8 ? aoti_torch_dtype_uint8() : aoti_torch_dtype_float32();
+    void* data = nullptr;
+    if (aoti_torch_get_dim(x, &given_rank) || aoti_torch_get_sizes(x, &sizes) || aoti_torch_get_strides(x, &strides)) return 1;
+    if (aoti_torch_get_dtype(x, &dtype) || aoti_torch_get_device_type(x, &device)) return 1;
+    bool fits = given_rank == rank && rank <= MOST_SIZES;
+    for (int64_t i = 0; fits && i < rank; i++) fits = expected[i] < 0 || expected[i] == sizes[i];
+    bool is_dtype = dtype == expected_dtype, is_here = device == aoti_torch_device_type_cpu();
+    if (!fits || !is_dtype || !is_here) {
+        char message[1024];
+        snprintf(
+            message, sizeof message, "images of shape %s%s%s; this package takes %s in %s on the CPU",
+            Sizes(given_rank, sizes).text, is_dtype ? "" : " in another dtype", is_here ? "" : " on another device",
+            Sizes(rank, expected).text, is_uint8 ? "uint8" : "float32"
+        );
+        throw std::runtime_error(message);
+    }
+    void* dense = made(rank, sizes, dtype, result);
+    int64_t count = 1;
+    for (int64_t i = 0; i < rank; i++) count *= sizes[i];
+    if (!count) return 0;
+    if (!dense || aoti_torch_get_data_ptr(x, &data)) return 1;
+    if (is_uint8) {
+        auto* to = static_cast<uint8_t*>(dense);
+        copy(static_cast<const uint8_t*>(data), sizes, strides, rank, to);
+    } else {
+        auto* to = static_cast<float*>(dense);
+        copy(static_cast<const float*>(data), sizes, strides, rank, to);
+    }
+    return 0;
+}
 
 // y (..., N) = x (..., K) · weight (N, K)ᵀ + bias (N).
 extern "C" int32_t aoti_torch_cpu_linear(Handle x, Handle weight, Handle* bias, Handle* result) {

@@ -12,11 +12,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import vmamba
 from vmamba.data.transforms import Preprocessing
@@ -35,7 +36,7 @@ _SOURCES = (
     "scan", "layers", "products", "roi_align", "enlarging", "nms", "winograd",
     "interface", "block", "convolution", "stem", "package",
 )  # fmt: skip
-# As in CMakeLists.txt, and what each instruction set needs.
+# As in CMakeLists.txt, but with exceptions, which package.cpp throws; and what each instruction set needs.
 _FLAGS = [
     "-c",
     "-O3",
@@ -46,7 +47,6 @@ _FLAGS = [
     '-DEXPORT=extern "C"',  # to the package's own operators alone
     "-fvisibility=hidden",
     "-w",
-    "-fno-exceptions",
     "-fno-rtti",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -64,7 +64,27 @@ _DECLARATIONS = {
     "recurrence": "T, T, int32_t",
     "ss2d_scan": "T, T, T, T, T, T, const char*, const char*",
     "vss_block": f"T, T, T, T, T, T, {16 * '?, '}const char*, int32_t, int32_t, double, double, double",
+    "package_input": "T, const int64_t*, int64_t, int32_t",
 }
+
+
+@torch.library.custom_op("vmamba::package_input", mutates_args=())
+def _package_input(x: Tensor, sizes: Sequence[int], is_uint8: bool) -> Tensor:
+    """The images that a package is given, in a copy that is dense; of other sizes or another dtype, an error.
+
+    What inductor writes believes what it was told of its inputs, and would read past the end of smaller ones.
+
+    Args:
+        x: images.
+        sizes: that they must have, -1 where any will do.
+        is_uint8: whether they must be uint8; float32 otherwise.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@_package_input.register_fake
+def _(x: Tensor, sizes: Sequence[int], is_uint8: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _declaration(name: str) -> str:
@@ -110,6 +130,7 @@ def export_aoti(
         program = traced(network, inputs(images.example()), images)
     operators = {name: getattr(torch.ops.vmamba, name).default for name in _DECLARATIONS}
     _lay_out(program, list(operators.values()))
+    _check_inputs(program)
     metadata = metadata_of(model, class_names, told)
     with tempfile.TemporaryDirectory() as folder:
         objects = _compiled_kernels(compiler, Path(folder))
@@ -119,7 +140,7 @@ def export_aoti(
                 operator: [_declaration(name)] for name, operator in operators.items()
             },
             # What stands here follows "-l" on the linker's command line.
-            "aot_inductor.custom_op_libs": [f":{part.name} -L{folder}" for part in objects],
+            "aot_inductor.custom_op_libs": [f":{part.name} -L{part.parent}" for part in objects],
             "aot_inductor.metadata": metadata,
         }
         if hasattr(config.aot_inductor, "enable_line_tables"):  # which torch 2.11 has not
@@ -163,11 +184,17 @@ def _compiled_kernels(compiler: str, folder: Path) -> list[Path]:
         if isinstance(routes, tuple)
     )
     flags = [*_FLAGS, *_INSTRUCTIONS.get(kernels() or "", []), f"-DVMAMBA_PATTERNS={', '.join(rows)}"]
-    command = [compiler, *flags, *(str(_CODE / f"{name}.cpp") for name in _SOURCES)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-    if done.returncode:
-        raise ExportError(f"the kernels could not be compiled by {compiler}: {done.stderr.strip()[-500:]}")
-    return [folder / f"{name}.o" for name in _SOURCES]
+
+    def compiled(name: str) -> Path:
+        made = folder / f"{name}.o"
+        command = [compiler, *flags, "-o", str(made), str(_CODE / f"{name}.cpp")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ExportError(f"the kernels could not be compiled by {compiler}: {done.stderr.strip()[-500:]}")
+        return made
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return list(threads.map(compiled, _SOURCES))
 
 
 def _lay_out(program: torch.export.ExportedProgram, operators: Sequence[Any]) -> None:
@@ -187,3 +214,18 @@ def _lay_out(program: torch.export.ExportedProgram, operators: Sequence[Any]) ->
                     )
                 dense.meta = value.meta | {"val": value.meta["val"].clone(memory_format=torch.contiguous_format)}
                 node.update_arg(i, dense)
+
+
+def _check_inputs(program: torch.export.ExportedProgram) -> None:
+    """Let images through `_package_input`."""
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name not in program.graph_signature.user_inputs:
+            continue
+        images = node.meta["val"]
+        sizes = [size if isinstance(size, int) else -1 for size in images.shape]
+        with program.graph.inserting_after(node):
+            checked = program.graph.call_function(
+                torch.ops.vmamba.package_input.default, (node, sizes, images.dtype is torch.uint8)
+            )
+        checked.meta = node.meta | {"val": images.clone(memory_format=torch.contiguous_format)}
+        node.replace_all_uses_with(checked, delete_user_cb=lambda user, checked=checked: user is not checked)
