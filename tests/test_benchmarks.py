@@ -540,7 +540,7 @@ def test_gpu_benchmark_does_not_time_what_is_wrong(gpu_run, load, monkeypatch, t
 
 @pytest.mark.timeout(120)  # three processes, of which each imports torch
 def test_gpu_benchmark_with_contenders_in_processes(gpu_run, capsys):
-    chosen = ["--sections", "inference,profile,resolution", "--modes", "eager"]
+    chosen = ["--sections", "inference,latency,profile,resolution", "--modes", "eager"]
     results, _ = gpu_run(*chosen, "--workers", "3")
     assert results["skipped"] == {}
     tables = results["tables"]

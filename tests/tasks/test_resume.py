@@ -17,7 +17,10 @@ from vmamba.tasks.training import train
 
 MOMENTS = ["training", "asked to end", "validating", "writing", "renaming"]
 # What is written and when is the same for all tasks: those that take long are killed where they differ.
-KILLED = {"classification": ["training", "writing"], "segmentation": ["validating"], "detection": ["training"], "toy": MOMENTS}
+KILLED = {
+    "classification": ["training", "writing"], "segmentation": ["validating"], "detection": ["training"],
+    "toy": MOMENTS,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
