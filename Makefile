@@ -11,8 +11,8 @@ SANITIZED := build/sanitize/_native.so
 
 demo: $(STAMP) ## train a small VMamba on Fashion-MNIST, test it, show its predictions
 	$(BIN)/vmamba train --config configs/fashion_mnist/demo.yaml --run $(DEMO) --overwrite true
-	$(BIN)/vmamba validate
-	$(BIN)/vmamba predict examples/images --topk 1
+	$(BIN)/vmamba validate --checkpoint $(DEMO)/model.safetensors
+	$(BIN)/vmamba predict examples/images --topk 1 --checkpoint $(DEMO)/model.safetensors
 	@echo "The model is $(DEMO)/model.safetensors. Beside it: predictions.png, confusion_matrix.png, learning_curve.png."
 
 # Settings of the two trainings beside those of their recipes, such as SEGMENTATION="--optim.epochs 3".
