@@ -132,7 +132,7 @@ struct Sizes {
     }
 };
 
-// Copies values that lie `from_strides` apart one behind the other.
+// Copies values that lie `strides` apart, so that they lie one behind the other.
 template <class T>
 void copy(const T* from, const int64_t* sizes, const int64_t* strides, int64_t rank, T*& to) {
     if (rank == 0) {
