@@ -29,9 +29,9 @@ def ss2d_arguments(
 
 
 def few_states(backend: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape for `ss2d_arguments`; smaller with Triton, which is interpreted: one image, 20 channels, 3 states."""
+    """A shape for `ss2d_arguments`; smaller with Triton, which is interpreted: one image, 40 channels, 3 states."""
     _, *size, channels, states, rank = shape
-    return (1, *size, min(channels, 20), min(states, 3), rank) if backend == "triton" else shape
+    return (1, *size, min(channels, 40), min(states, 3), rank) if backend == "triton" else shape
 
 
 def scan_arguments(

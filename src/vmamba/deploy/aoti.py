@@ -212,8 +212,13 @@ def _lay_out(program: torch.export.ExportedProgram, operators: Sequence[Any]) ->
                     dense = program.graph.call_function(
                         torch.ops.aten.clone.default, (value,), {"memory_format": torch.contiguous_format}
                     )
-                dense.meta = value.meta | {"val": value.meta["val"].clone(memory_format=torch.contiguous_format)}
+                dense.meta = _dense(value.meta)
                 node.update_arg(i, dense)
+
+
+def _dense(meta: dict[str, Any]) -> dict[str, Any]:
+    """What a graph says of a tensor, for a dense copy of it."""
+    return meta | {"val": meta["val"].clone(memory_format=torch.contiguous_format)}
 
 
 def _check_inputs(program: torch.export.ExportedProgram) -> None:
@@ -227,5 +232,5 @@ def _check_inputs(program: torch.export.ExportedProgram) -> None:
             checked = program.graph.call_function(
                 torch.ops.vmamba.package_input.default, (node, sizes, images.dtype is torch.uint8)
             )
-        checked.meta = node.meta | {"val": images.clone(memory_format=torch.contiguous_format)}
+        checked.meta = _dense(node.meta)
         node.replace_all_uses_with(checked, delete_user_cb=lambda user, checked=checked: user is not checked)
