@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,6 +11,8 @@ from PIL import Image
 import vmamba
 from vmamba import explain
 from vmamba.errors import RecipeError
+from vmamba.explain.class_maps import NothingFoundError
+from vmamba.tasks.detector import Detector
 
 IMAGES = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
 SWIN = {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": 12, "num_heads": (1, 1, 1, 1)}
@@ -60,6 +63,42 @@ def test_other_networks_of_timm(name, options, grids):
     assert all(x.abs().max() > 0 for x in found.gradient_activation)
 
 
+@pytest.mark.parametrize(
+    ("name", "first"), [("vit_tiny_patch16_224", 1), ("cait_xxs24_224", 0), ("xcit_nano_12_p16_224", 0)]
+)
+def test_tokens_are_laid_out_on_the_grid_of_the_patches(name, first):
+    """Which need not be square; and of some networks the class's token comes behind the blocks only."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=(32, 96), depth=2, num_classes=4).eval()
+    images = torch.randn(2, 3, 32, 96)
+    found = explain.class_maps(model, images, target=2)
+    outputs = []
+    handle = model.blocks[0].register_forward_hook(lambda _, __, y: outputs.append(y))
+    logits = model(images)[:, 2]
+    handle.remove()
+    (gradient,) = torch.autograd.grad(logits.sum(), outputs[0])
+    expected = (gradient * outputs[0]).sum(2)[:, first:].detach().reshape(2, 2, 6)
+    torch.testing.assert_close(found.scores, logits.detach())
+    torch.testing.assert_close(found.gradient_activation[0], expected)
+
+
+def test_tokens_in_another_order_are_refused():
+    model = timm.create_model("hiera_tiny_224", img_size=64, stages=(1, 1, 1, 1))
+    with pytest.raises(RecipeError, match="Hiera puts out 256 tokens; expected those of 16 rows of 16 patches"):
+        explain.class_maps(model, torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("name", ["vmamba_femto_s2", "maskrcnn"])
+def test_maps_are_the_same_in_inference_mode(name):
+    torch.manual_seed(0)
+    kwargs = {} if name != "maskrcnn" else {"backbone": "vmamba_femto_s2", "channels": 8, "hidden": 16, "score_thr": 0}
+    model = vmamba.create_model(name, num_classes=2, **kwargs)
+    expected = explain.class_maps(model, IMAGES[:1])
+    with torch.inference_mode():
+        found = explain.class_maps(model, IMAGES[:1].clone())  # the clone belongs to inference mode
+    assert all(torch.equal(a, b) for a, b in zip(found.grad_cam, expected.grad_cam, strict=True))
+
+
 def test_masks_and_regions():
     torch.manual_seed(0)
     model = vmamba.create_model("upernet", backbone="vmamba_femto_s2", num_classes=4, channels=8).eval()
@@ -97,13 +136,38 @@ def test_objects():
         "maskrcnn", backbone="vmamba_femto_s2", num_classes=2, channels=8, hidden=16, score_thr=0.0, max_per_img=5
     ).eval()
     with torch.no_grad():
-        objects = model(IMAGES[:1])[0]
+        objects = model(torch.nn.functional.pad(IMAGES[:1], (0, 24)), sizes=[(32, 40)])[0]
     found = explain.class_maps(model, IMAGES[:1], target=1)
     assert float(found.scores.sigmoid()) == pytest.approx(float(objects["scores"][1]), rel=1e-4)
     assert found.targets == (f"“class {int(objects['labels'][1])}”, object 1",)
     assert [x.abs().max() > 0 for x in found.gradient_activation] == [True] * 3
+    assert [tuple(x.shape[1:]) for x in found.grad_cam] == [(16, 20), (8, 10), (4, 5)]
     with pytest.raises(RecipeError, match="no object number 5; the model finds 5 objects"):
         explain.class_maps(model, IMAGES[:1], target=5)
+    model.score_thr = 1.0
+    with pytest.raises(NothingFoundError, match="finds no object in picture 1"):
+        explain.class_maps(model, IMAGES[:1])
+    for asked in ({"target": 0}, {"place": (3, 4)}):
+        with pytest.raises(RecipeError, match="the model finds 0 objects") as raised:
+            explain.class_maps(model, IMAGES[:1], **asked)
+        assert not isinstance(raised.value, NothingFoundError)
+
+
+def test_objects_are_those_of_the_prediction():
+    """Of a picture whose sides are no multiples of 32."""
+    torch.manual_seed(3)
+    kwargs = {"channels": 8, "hidden": 16, "score_thr": 0.0, "max_per_img": 6}
+    model = vmamba.create_model("maskrcnn", backbone="vmamba_femto_s2", num_classes=3, **kwargs).eval()
+    picture = np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8)
+    expected = Detector(model, (40, 52), ["a", "b", "c"], [1, 2, 3], "").detect(picture, threshold=0.0)
+    assert len(expected) == 6
+    for number, each in enumerate(expected.objects):
+        found = explain.class_maps(model, picture, number, size=(40, 52), class_names=["a", "b", "c"])
+        assert found.targets == (f"“{each.name}”, object {number}",)
+        assert float(found.scores.sigmoid()) == pytest.approx(each.score, rel=1e-5)
+        mask = torch.from_numpy(expected.masks[number])
+        if mask.any():
+            assert torch.equal(found.regions[0], mask)
 
 
 def test_wrong_questions_and_the_figure(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 import vmamba
 from vmamba.cli import main
 from vmamba.models.checkpoints import save_checkpoint
+from vmamba.tasks.detector import Detector
 
 KWARGS = {"depths": [1, 2], "dims": [8, 12]}
 
@@ -139,6 +141,49 @@ def test_a_mask_at_the_query(folder, capsys):
     assert all(0 <= stage["inside"] <= 1 for stage in found["class"]["stages"])
 
 
+def test_a_photo_in_which_nothing_is_found(folder, capsys):
+    torch.manual_seed(0)
+    kwargs = {"backbone": "vmamba_femto_s2", "channels": 8, "hidden": 16, "masks": False, "score_thr": 0.0}
+    model = vmamba.create_model("maskrcnn", num_classes=2, **kwargs)
+    Image.new("RGB", (64, 48)).save("black.png")
+    detector = Detector(model.eval(), (48, 64), ["a", "b"], [1, 2], "")
+    empty, full = sorted(("photo.png", "black.png"), key=lambda file: detector.detect(file, 0.0).scores[0])
+    between = float(np.mean([detector.detect(file, 0.0).scores[0] for file in (empty, full)]))
+    metadata = {"class_names": ["a", "b"], "model_kwargs": kwargs | {"score_thr": between}, "sides": [48, 64]}
+    save_checkpoint(model, "detector.safetensors", metadata)
+    arguments = ["--checkpoint", "detector.safetensors", "--output", "out"]
+    code, out, err = run(capsys, empty, full, "--what", "stages,class", *arguments)
+    assert code == 0, err
+    assert out == [
+        f"out/{Path(empty).stem}/stages.png",
+        *(f"out/{Path(full).stem}/{n}.png" for n in ("stages", "class")),
+    ]
+    first, second = (photo["class"] for photo in numbers()["photos"])
+    nothing = f"the model finds no object in {empty}; expected a picture in which it does"
+    assert first == {"figure": None, "target": None, "nothing_found": nothing}
+    assert second["target"] in ("“a”, object 0", "“b”, object 0")
+    code, out, err = run(capsys, empty, full, "--what", "class", "--target", 0, *arguments)
+    assert code == 1
+    assert f"{empty}: there is no object number 0; the model finds 0 objects in the picture" in err
+    assert out == [f"out/{Path(full).stem}/class.png"]
+
+
+def test_a_place_outside_of_one_of_several_photos(folder, capsys):
+    Image.new("RGB", (80, 80), "green").save("wide.png")
+    code, out, err = run(
+        capsys, "photo.png", "wide.png", "--checkpoint", "model.safetensors", "--query", "60,20", "--what",
+        "stages,activation", "--block", "0", "--output", "out",
+    )  # fmt: skip
+    assert code == 1
+    message = "photo.png: the place (60, 20) is outside photo.png"
+    assert message in err
+    assert out == ["out/photo/stages.png", "out/wide/stages.png", "out/wide/activation_stage1_block1.png"]
+    first, second = numbers()["photos"]
+    assert first["error"].startswith(message)
+    assert first["stages"]["figure"] == "out/photo/stages.png"
+    assert len(second["activation"]) == 1
+
+
 def test_depth_beside_another_model(folder, capsys):
     for number in range(16):
         for split in ("train", "val"):
@@ -157,3 +202,10 @@ def test_depth_beside_another_model(folder, capsys):
     assert found[0]["pictures"] == 16
     assert found[0]["accuracy"][0] == 1.0
     assert len(found[0]["edges"]) == 2
+    with tarfile.open("val.tar", "w") as archive:
+        archive.add("data/val", "")
+    code, _, err = run(
+        capsys, "--checkpoint", "model.safetensors", "--what", "depth", "--labelled", "val.tar", "--output", "tar"
+    )
+    assert code == 0, err
+    assert numbers("tar/explain.json")["depth"]["models"][0] == found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import math
@@ -18,6 +19,7 @@ import vmamba
 from vmamba.cli import main
 from vmamba.data.config import DataConfig
 from vmamba.data.sources import open_split
+from vmamba.errors import DataError
 from vmamba.explain.memory import peak_memory
 from vmamba.explain.resolution import accuracy_by_size, at_size
 from vmamba.explain.scaling import Cost, fitted_exponents, scaling
@@ -79,6 +81,14 @@ def test_models_take_turns_and_functions_make_them():
     assert math.isfinite(second.exponents["seconds"])
 
 
+def test_models_given_are_left_as_they_are():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout()).eval().train()
+    model[1].eval()
+    scaling({"x": model}, (16, 32), rounds=0, memory=False, device="meta")
+    assert [module.training for module in model.modules()] == [True, True, False]
+    assert model[0].weight.device.type == "cpu"
+
+
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="two sizes"):
         scaling(["vmamba_femto"], (32,))
@@ -127,8 +137,24 @@ def test_accuracy_is_counted_at_every_size(tmp_path: Path):
         Image.fromarray(pixels).save(folder / f"{index}.png")
     split = open_split(DataConfig(root=str(tmp_path)), training=False)
     assert accuracy_by_size({"x": model}, split, (16, 32))[0].accuracies == (0.4, 1.0)
+    (found,) = accuracy_by_size({"x": model}, pictures, (16,), limit=2)
+    assert (found.accuracies, found.images) == ((0.5,), 2)
+    model.num_classes = 1000
+    with pytest.raises(DataError, match="val has 2 classes, and x tells 1000 apart; expected the same classes"):
+        accuracy_by_size({"x": model}, split, (16,))
     with pytest.raises(ValueError, match="0 pictures"):
         accuracy_by_size({"x": model}, [], (16,))
+
+
+def test_accuracy_is_that_of_evaluation_mode():
+    model = nn.Sequential(Brightness(), nn.BatchNorm1d(2)).train()
+    model[0].eval()
+    pictures = [(np.full((8, 8, 3), value, np.uint8), int(value > 128)) for value in (255, 0, 0, 255)]
+    before = copy.deepcopy(model.state_dict())
+    (found,) = accuracy_by_size({"x": model}, pictures, (32,))
+    assert found.accuracies == (1.0,)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == [True, False, True]
 
 
 def test_fixed_sizes_are_interpolated_in_a_copy():
@@ -175,3 +201,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for part in ("field", "scaling", "accuracy"):
         with Image.open(tmp_path / found[part]["figure"]) as image:
             assert min(image.size) > 300
+
+
+def test_accuracy_needs_the_classes_of_the_model(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model("resnet10t", num_classes=5)
+    save_checkpoint(model, "five.safetensors", {"variant": "resnet10t", "img_size": [32, 32]})
+    for name in "ab":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "val" / name / "0.png")
+    assert main(["explain", "--what", "accuracy", "--checkpoint", "five.safetensors", "--labelled", "."]) == 1
+    assert "has 2 classes, and five.safetensors tells 5 apart" in capsys.readouterr().err

@@ -144,13 +144,16 @@ def vit_attention(
                 undo.callback(module.register_forward_hook(lambda _, __, y: matrices.append(y)).remove)
         model(seen.images)
     patches: Any = getattr(getattr(model, "patch_embed", None), "dynamic_feat_size", None)
-    if not matrices or patches is None or not -len(matrices) <= block < len(matrices):
+    height, width = (0, 0) if patches is None else patches(seen.size)
+    found = matrices[block] if -len(matrices) <= block < len(matrices) else torch.empty(0, 1)
+    # Attention in windows has fewer rows than there are patches, that of a class's token alone has one.
+    if patches is None or not height * width <= found.shape[-2] == found.shape[-1]:
         raise RecipeError(
-            f"{type(model).__name__} has {len(matrices)} blocks of attention over the whole picture, of which number"
-            f" {block} was asked for; expected a vision transformer such as timm's deit_tiny_patch16_224"
+            f"{type(model).__name__} has {len(matrices)} blocks of attention, of which number {block} was asked for;"
+            " expected one that compares all patches of the picture, in a vision transformer such as timm's"
+            " deit_tiny_patch16_224"
         )
-    height, width = patches(seen.size)
-    values = matrices[block].mean(1)[0, -height * width :, -height * width :]  # without the tokens for classes
+    values = found.mean(1)[0, -height * width :, -height * width :]  # without the tokens for classes
     number = range(len(matrices))[block] + 1
     cell = (seen.size[0] / height, seen.size[1] / width)
     return AttentionMatrix(f"{type(model).__name__}, block {number}", seen, (height, width), cell, values)

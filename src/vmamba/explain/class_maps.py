@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 Score = Callable[[Tensor], Tensor]  # from images (B, C, H, W) to what is explained, (B,)
 
+_MULTIPLE = 32  # what `vmamba.tasks.inference.detect` fills the sides of pictures up to
+
+
+class NothingFoundError(RecipeError):
+    """A detector finds no object at all in a picture."""
+
 
 @dataclass(frozen=True, eq=False)
 class ClassMaps:
@@ -132,7 +138,9 @@ def class_maps(
         class_names: names of the classes; by default those that the model has.
 
     Raises:
-        RecipeError: there is no such class, object or stage; the model has no stages or no classes.
+        RecipeError: there is no such class, object or stage; the model has no stages or no classes, or its tokens make
+            no grid.
+        NothingFoundError: a detector finds no object at all, and none was asked for.
         ImageError: a file cannot be used.
     """
     try:
@@ -142,13 +150,16 @@ def class_maps(
     seen = see(model, pictures, size)
     names = class_names or getattr(model, "class_names", None) or ()
     at = None if place is None else place if isinstance(pictures, Seen) else seen.locate(*place)
-    with evaluating(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"), _tapped(model) as taps:
+    with (
+        evaluating(model), torch.inference_mode(False), torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"), _tapped(model, seen.size) as taps,
+    ):  # fmt: skip
         score, targets, regions = _goal(model, seen, target, at, region, names)
         count = len(model.backbone.channels) if isinstance(model, DenseModel) else len(taps)
         chosen = tuple(stages) if stages else tuple(range(1, count + 1))
         if unknown := [stage for stage in chosen if not 1 <= stage <= count]:
             raise RecipeError(f"there is no stage {unknown[0]}; this model has stages 1 to {count}")
-        images = seen.images.detach()
+        images = seen.images.detach().clone()  # of inference mode no gradient could be taken
         layers = taps if len(taps) < count else [taps[stage - 1] for stage in chosen]
         cams = [LayerGradCam(score, layer).attribute(images, relu_attributions=True) for layer in layers]
         products = LayerGradientXActivation(score, layers).attribute(images)
@@ -157,6 +168,9 @@ def class_maps(
     if len(taps) < count:  # one tap for all maps
         cams, products = ([found[0][stage - 1] for stage in chosen] for found in (cams, products))
     sums = [tuple(x.detach().sum(1).float().cpu() for x in found) for found in (cams, products)]
+    if isinstance(model, MaskRCNN):  # without what the picture was filled up with
+        cells = [tuple(-(-side // model.backbone.strides[stage - 1]) for side in seen.size) for stage in chosen]
+        sums = [tuple(x[:, :h, :w] for x, (h, w) in zip(found, cells, strict=True)) for found in sums]
     return ClassMaps(seen, targets, scores, regions, chosen, *sums)
 
 
@@ -222,9 +236,17 @@ def _connected(pixels: Tensor, x: int, y: int) -> Tensor:
 def _object_goal(
     model: MaskRCNN, seen: Seen, target: int | None, at: Any, names: Sequence[str]
 ) -> tuple[Score, tuple[str, ...], Tensor]:
+    height, width = seen.size
+    margin = (0, -width % _MULTIPLE, 0, -height % _MULTIPLE)
+
+    def detections(images: Tensor) -> dict[str, Tensor]:  # as `vmamba predict` has them
+        return model(nn.functional.pad(images, margin), sizes=[seen.size])[0]
+
     with torch.no_grad():
-        found: dict[str, Tensor] = model(seen.images)[0]
+        found = detections(seen.images)
     boxes = found["boxes"]
+    if not len(boxes) and target is None and at is None:
+        raise NothingFoundError(f"the model finds no object in {seen.names[0]}; expected a picture in which it does")
     if target is None and at is not None:
         point = boxes.new_tensor(at)
         holds = ((boxes[:, :2] <= point) & (point < boxes[:, 2:])).all(1).nonzero().flatten()
@@ -240,7 +262,7 @@ def _object_goal(
     region = found["masks"][target].bool() if "masks" in found and found["masks"][target].any() else inside
 
     def score(images: Tensor) -> Tensor:
-        probability = model(images)[0]["scores"][target]
+        probability = detections(images)["scores"][target]
         return torch.logit(probability.clamp(1e-6, 1 - 1e-6))[None]
 
     return score, (f"“{_name(label, names)}”, object {target}",), region[None].cpu()
@@ -260,10 +282,11 @@ def _name(index: int, names: Sequence[str]) -> str:
 
 
 @contextmanager
-def _tapped(model: nn.Module) -> Iterator[list[nn.Module]]:
+def _tapped(model: nn.Module, size: tuple[int, int]) -> Iterator[list[nn.Module]]:
     """Modules that the outputs of the stages, as (B, C, H, W), pass through: what captum takes for layers.
 
-    One for each stage; of a dense model one for all of them, through which they pass together.
+    One for each stage, for images of this height and width; of a dense model one for all of them, through which they
+    pass together.
     """
     source: Any = getattr(model, "_orig_mod", model)
     with ExitStack() as hooks:
@@ -284,8 +307,9 @@ def _tapped(model: nn.Module) -> Iterator[list[nn.Module]]:
                     " timm with feature_info"
                 )
             taps = [nn.Identity() for _ in coarse]
-            for tap, name in zip(taps, coarse.values(), strict=True):
-                hooks.callback(source.get_submodule(name).register_forward_hook(_tapping(source, tap)).remove)
+            for tap, (stride, name) in zip(taps, coarse.items(), strict=True):
+                through = _tapping(source, tap, _grid(source, stride, size))
+                hooks.callback(source.get_submodule(name).register_forward_hook(through).remove)
         yield taps
 
 
@@ -300,17 +324,29 @@ def _here(function: Callable[[Any], Any]) -> Callable[[nn.Module, Any, Any], Any
     return lambda _, __, output: function(output) if threading.get_ident() == thread else output
 
 
-def _tapping(model: Any, tap: nn.Module) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+def _grid(model: Any, stride: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a stage's tokens for images of this height and width."""
+    known = getattr(getattr(model, "patch_embed", None), "dynamic_feat_size", None)
+    return known(size) if known else (-(-size[0] // stride), -(-size[1] // stride))
+
+
+def _tapping(model: Any, tap: nn.Module, grid: tuple[int, int]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     """A hook that passes a stage's output through `tap`, whatever its layout."""
 
     def through(x: Tensor) -> Tensor:
         if x.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NHWC":
             return tap(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if x.ndim == 3:  # tokens, behind those that are no patches
-            first = getattr(model, "num_prefix_tokens", 0)
-            height = width = round((x.shape[1] - first) ** 0.5)
-            grid = tap(x[:, first:].transpose(1, 2).unflatten(2, (height, width)))
-            return torch.cat([x[:, :first], grid.flatten(2).transpose(1, 2)], 1)
+            first, most = x.shape[1] - grid[0] * grid[1], getattr(model, "num_prefix_tokens", 0)
+            # Some networks append the class's token behind their blocks. Hiera keeps its tokens window by window.
+            if first not in (0, most) or hasattr(model, "reroll"):
+                raise RecipeError(
+                    f"a stage of {type(model).__name__} puts out {x.shape[1]} tokens; expected those of {grid[0]} rows"
+                    f" of {grid[1]} patches, row by row, behind {most} or none: take images of another size or another"
+                    " model"
+                )
+            patches = tap(x[:, first:].transpose(1, 2).unflatten(2, grid))
+            return torch.cat([x[:, :first], patches.flatten(2).transpose(1, 2)], 1)
         return tap(x)
 
     return _here(through)

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba.data.config import DataConfig
-from vmamba.data.sources import Split, open_split, tracked
+from vmamba.data.sources import Split
 from vmamba.errors import DataError, RecipeError
 from vmamba.explain.images import see
-from vmamba.explain.resolution import at_size
+from vmamba.explain.resolution import at_size, labelled_batches, open_labelled
 from vmamba.explain.stage_maps import StageMaps, stage_outputs
 from vmamba.files import shown
 
@@ -68,15 +67,14 @@ def depth_profiles(
         RecipeError: a model gives no maps of its stages.
     """
     count = min(limit, len(pictures))
-    chosen = [round(i * len(pictures) / count) for i in range(count)] if count else []
     found = []
     for name, model in models.items():
         sized = model if size is None else at_size(model, (size, size) if isinstance(size, int) else size)
         edges: list[Tensor] = []
         features: list[list[Tensor]] = []
         labels: list[int] = []
-        for start in tracked(range(0, count, batch_size), name):
-            pairs = [_pair(pictures, index, model) for index in chosen[start : start + batch_size]]
+        in_chans = 1 if getattr(model, "in_chans", 3) == 1 else 3
+        for pairs in labelled_batches(pictures, count, batch_size, in_chans, name):
             seen = see(sized, [picture for picture, _ in pairs], size)
             maps = StageMaps(name, seen, tuple(x.float().cpu() for x in stage_outputs(sized, seen.images)))
             edges.append(maps.edges())
@@ -176,18 +174,11 @@ def draw_depth(profiles: Sequence[DepthProfile]) -> Figure:
     return figure
 
 
-def _pair(pictures: Any, index: int, model: nn.Module) -> tuple[Any, int]:
-    if isinstance(pictures, Split):
-        return pictures.read(index, 1 if getattr(model, "in_chans", 3) == 1 else 3)
-    return pictures[index]
-
-
 def report(run: Explanation, photos: Sequence[str]) -> dict[str, Any]:
     """`vmamba explain --what depth`: on labelled pictures, beside other models."""
     config = run.config
     if config.labelled is None:
         raise RecipeError("depth is measured on pictures with known classes: name their folder with --labelled")
     models = {shown(run.weights.source): run.model, **run.others}
-    split = open_split(DataConfig(root=config.labelled), training=False)
-    found = depth_profiles(models, split, config.limit, config.img_size)
+    found = depth_profiles(models, open_labelled(config.labelled), config.limit, config.img_size)
     return {"figure": run.write(draw_depth(found), "depth"), "models": [vars(profile) for profile in found]}

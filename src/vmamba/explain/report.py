@@ -90,10 +90,11 @@ def explain(config: ExplainConfig, photos: Sequence[str]) -> Iterator[Step]:
     """Look at photos one after another, and write figures and explain.json into ``config.output``.
 
     Yields:
-        What has been looked at. A photo that cannot be read is a step with an error, and the others are done.
+        What has been looked at. A photo that cannot be read is a step with an error, and the others are done; so is one
+        of several that does not have what is asked for, such as a place outside of it.
 
     Raises:
-        RecipeError: settings that are wrong, or that ask for what the model does not have.
+        RecipeError: settings that are wrong, or that ask for what the model or the only photo does not have.
         CheckpointError: the model's file cannot be used.
     """
     _ = config.place  # refused before any work
@@ -110,16 +111,21 @@ def explain(config: ExplainConfig, photos: Sequence[str]) -> Iterator[Step]:
     for photo, name in zip(photos, output_names(photos), strict=True):
         about: dict[str, Any] = {"file": shown(photo)}
         found.append(about)
+        part = ""
         try:
             look = Look(run, photo, run.see(photo), name.removesuffix(".png"))
+            about |= {"size": look.seen.sizes[0], "seen": look.seen.size, "part": look.seen.parts[0]}
+            for part in filter(PHOTO_PARTS.__contains__, parts):
+                about[part] = resolve_name(PHOTO_PARTS[part])(look)
+                yield run.step(photo, part)
         except ImageError as error:
             about["error"] = str(error)
-            yield Step(photo, "", error=str(error))
-            continue
-        about |= {"size": look.seen.sizes[0], "seen": look.seen.size, "part": look.seen.parts[0]}
-        for part in filter(PHOTO_PARTS.__contains__, parts):
-            about[part] = resolve_name(PHOTO_PARTS[part])(look)
-            yield run.step(photo, part)
+        except RecipeError as error:
+            if len(photos) == 1:
+                raise
+            about["error"] = f"{shown(photo)}: {error}"
+        if "error" in about:
+            yield run.step(photo, part)._replace(error=about["error"])
     whole: dict[str, Any] = {}
     for part in filter(MODEL_PARTS.__contains__, parts):
         whole[part] = resolve_name(MODEL_PARTS[part])(run, photos)
@@ -178,11 +184,14 @@ def matrix(look: Look) -> list[dict[str, Any]]:
 
 
 def classes(look: Look) -> dict[str, Any]:
-    """What made the answer."""
-    from vmamba.explain.class_maps import class_maps
+    """What made the answer; without a figure where a detector finds nothing."""
+    from vmamba.explain.class_maps import NothingFoundError, class_maps
 
     place = look.query if look.of.config.query and isinstance(look.of.model, DenseModel) else None
-    found = class_maps(look.of.model, look.seen, look.of.config.target, place, class_names=look.of.names)
+    try:
+        found = class_maps(look.of.model, look.seen, look.of.config.target, place, class_names=look.of.names)
+    except NothingFoundError as error:
+        return {"figure": None, "target": None, "nothing_found": str(error)}
     return {"figure": look.write(found.figure(), "class")} | found.numbers()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from torch import nn
 from vmamba.data.config import DataConfig
 from vmamba.data.images import any_image
 from vmamba.data.sources import Split, open_split, tracked
-from vmamba.errors import RecipeError
+from vmamba.errors import DataError, RecipeError
+from vmamba.explain.images import evaluating
 from vmamba.files import shown
 from vmamba.models.feature_maps import DenseModel
 from vmamba.tasks.prediction import preprocessing_of
@@ -47,31 +48,47 @@ def accuracy_by_size(
     pictures: Split | Sequence[tuple[Any, int]],
     sizes: Sequence[int] = (224, 288, 384, 512, 640, 768),
     batch_size: int = 16,
+    limit: int | None = None,
 ) -> list[AccuracyBySize]:
     """Test trained classifiers on the same pictures at several sizes.
 
     Each picture is resized and cropped as in the model's own test, but to another size; nothing is trained again.
 
     Args:
-        models: by the name to show, each in evaluation mode where it is to be run. Those with a fixed image size (ViT,
-            Swin) are copied, and the copy's positions interpolated to each size.
+        models: by the name to show, each where it is to be run. Those with a fixed image size (ViT, Swin) are copied,
+            and the copy's positions interpolated to each size.
         pictures: labelled: what `vmamba.data.sources.open_split` opens, or pairs of a picture (file, PIL image or uint8
             array) and the number of its class among the model's outputs.
         sizes: sides of the images in pixels.
         batch_size: images at a time.
+        limit: of more pictures, so many are taken at even distances; by default all.
 
     Raises:
         ValueError: no pictures, or no sizes.
-        ImageError, DataError: a picture cannot be read.
+        DataError: the pictures are of more or fewer classes than a model tells apart.
+        ImageError: a picture cannot be read.
     """
     sizes = sorted(set(sizes))
-    if not len(pictures) or not sizes:
-        raise ValueError(f"there are {len(pictures)} pictures and {len(sizes)} sizes; expected at least one of each")
+    count = len(pictures) if limit is None else min(limit, len(pictures))
+    if count < 1 or not sizes:
+        raise ValueError(f"there are {count} pictures and {len(sizes)} sizes; expected at least one of each")
+    if isinstance(pictures, Split) and pictures.class_names:
+        _check_classes(models, pictures.class_names, pictures.where)
     found = []
     for name, model in models.items():
-        right = [_right(model, pictures, size, batch_size, f"{name} at {size}²") for size in sizes]
-        found.append(AccuracyBySize(name, tuple(sizes), tuple(n / len(pictures) for n in right), len(pictures)))
+        right = [_right(model, pictures, size, count, batch_size, f"{name} at {size}²") for size in sizes]
+        found.append(AccuracyBySize(name, tuple(sizes), tuple(n / count for n in right), count))
     return found
+
+
+def _check_classes(models: Mapping[str, nn.Module], class_names: Sequence[str], where: str) -> None:
+    for name, model in models.items():
+        known = getattr(model, "num_classes", len(class_names))
+        if known != len(class_names):
+            raise DataError(
+                f"{where} has {len(class_names)} classes, and {name} tells {known} apart; expected the same classes in"
+                " the same order: give pictures of all the classes that the model was trained on"
+            )
 
 
 def draw_accuracy_by_size(found: Sequence[AccuracyBySize]) -> Figure:
@@ -90,20 +107,45 @@ def draw_accuracy_by_size(found: Sequence[AccuracyBySize]) -> Figure:
 
 
 @torch.inference_mode()
-def _right(model: nn.Module, pictures: Any, size: int, batch_size: int, what: str) -> int:
-    """How many pictures are classified right."""
+def _right(model: nn.Module, pictures: Any, size: int, count: int, batch_size: int, what: str) -> int:
+    """How many of so many pictures are classified right."""
     pre = replace(preprocessing_of(model), img_size=(size, size))
     transform, sized = pre.eval_transform(), at_size(model, (size, size))
     device, right = next(model.parameters()).device, 0
-    for start in tracked(range(0, len(pictures), batch_size), what):
-        images, labels = [], []
-        for index in range(start, min(start + batch_size, len(pictures))):
-            picture, label = pictures.read(index, pre.in_chans) if isinstance(pictures, Split) else pictures[index]
-            images.append(transform(any_image(picture, pre.in_chans)))
-            labels.append(label)
-        answers = sized(pre.normalise(torch.stack(images).to(device))).argmax(1)
-        right += int((answers.cpu() == torch.tensor(labels)).sum())
+    with evaluating(sized):
+        for pairs in labelled_batches(pictures, count, batch_size, pre.in_chans, what):
+            images = torch.stack([transform(any_image(picture, pre.in_chans)) for picture, _ in pairs])
+            answers = sized(pre.normalise(images.to(device))).argmax(1)
+            right += int((answers.cpu() == torch.tensor([label for _, label in pairs])).sum())
     return right
+
+
+def labelled_batches(
+    pictures: Split | Sequence[tuple[Any, int]], count: int, batch_size: int, in_chans: int, what: str
+) -> Iterator[list[tuple[Any, int]]]:
+    """So many of some labelled pictures, at even distances, with the numbers of their classes.
+
+    Args:
+        pictures: a split, or pairs.
+        count: at most as many as there are.
+        batch_size: pictures at a time.
+        in_chans: channels that pictures of a split are read with, 1 or 3.
+        what: is going on, beside the bar that shows how far it is.
+    """
+    chosen = [round(i * len(pictures) / count) for i in range(count)]
+    for start in tracked(range(0, count, batch_size), what):
+        batch = chosen[start : start + batch_size]
+        yield [pictures.read(i, in_chans) if isinstance(pictures, Split) else pictures[i] for i in batch]
+
+
+def open_labelled(where: str, class_names: Sequence[str] | None = None) -> Split:
+    """The validation split of a folder, or a .tar file of one.
+
+    Raises:
+        DataError: see `vmamba.data.sources.open_split`.
+    """
+    alone = where if where.lower().endswith(".tar") else None
+    return open_split(DataConfig(root=where, val_root=alone), False, class_names)
 
 
 def at_size(model: nn.Module, size: Sequence[int]) -> nn.Module:
@@ -140,9 +182,7 @@ def report(run: Explanation, photos: Sequence[str]) -> dict[str, Any]:
         raise RecipeError("accuracy is measured on pictures with known classes: name their folder with --labelled")
     if isinstance(run.model, DenseModel):
         raise RecipeError(f"{shown(run.weights.source)} is no classifier; accuracy by size is measured on classifiers")
-    split = open_split(DataConfig(root=config.labelled), False, run.weights.metadata.get("class_names"))
-    count = min(config.limit, len(split))
-    pictures = [split.read(round(i * len(split) / count), 3) for i in range(count)]
+    split = open_labelled(config.labelled, run.weights.metadata.get("class_names"))
     models = {shown(run.weights.source): run.model, **run.others}
-    found = accuracy_by_size(models, pictures, sizes_from(run.model, (1, 1.25, 1.5, 2, 3)))
+    found = accuracy_by_size(models, split, sizes_from(run.model, (1, 1.25, 1.5, 2, 3)), limit=config.limit)
     return {"figure": run.write(draw_accuracy_by_size(found), "accuracy"), "models": [vars(each) for each in found]}

@@ -6,6 +6,7 @@ each patch once (section 4 of the paper). The exponents here say which of the tw
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
@@ -97,7 +98,7 @@ def scaling(
     Args:
         models: by the name to show, each a name for `vmamba.create_model` or `timm.create_model`, a model, or a
             function that makes a model for a size; or just names. Models with a fixed image size (ViT, Swin) are set
-            to each size; those given are left as they are.
+            to each size; those given are left as they are, for copies are measured.
         sizes: sides of the images, at least two.
         rounds: passes that are timed at each size; 0 to measure no time.
         memory: whether to measure peak memory; on the CPU that starts a process for each model and size.
@@ -112,6 +113,7 @@ def scaling(
         raise ValueError(
             f"scaling was given {len(sources)} models and the sizes {sizes}; expected a model and two sizes"
         )
+    sources = {name: copy.deepcopy(each) if isinstance(each, nn.Module) else each for name, each in sources.items()}
     found: dict[str, list[Cost]] = {name: [] for name in sources}
     for size in tracked(sizes, "measuring"):
         ready = {name: build(source, size).to(device).eval() for name, source in sources.items()}
