@@ -151,7 +151,7 @@ def peers(options: argparse.Namespace) -> None:
     trained = cifar(options)
     drawn = {name: untrained(model) for name, model in trained.items()}
     for when, models in (("before", drawn), ("after", trained)):
-        stages = {name: -1 if name == "ViT" else 2 for name in models}  # whose maps have 8×8 places
+        stages = {name: -1 if name == "ViT" else 2 for name in models}  # of 8×8 places; ViT's and ResNet's have 16×16
         found = [
             receptive_field(model, pictures, stages[name], img_size=128, name=name) for name, model in models.items()
         ]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 import vmamba
+from vmamba.data.transforms import Preprocessing, resize_bilinear_uint8
 from vmamba.errors import ImageError, RecipeError
 from vmamba.explain.images import evaluating, preprocessing_for, see
-from vmamba.tasks.inference import _prepared
+from vmamba.models.checkpoints import save_checkpoint
+from vmamba.models.registry import load_model
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 
@@ -57,14 +60,35 @@ def test_dense_models_see_whole_pictures_as_in_their_tests():
     seen = see(segmenter, PIXELS, size=80)
     assert seen.size == (80, 120)
     picture = torch.as_tensor(PIXELS).permute(2, 0, 1)
-    torch.testing.assert_close(seen.images[0], _prepared(segmenter, picture, (80, 120)))
+    normalise = Preprocessing.from_dict(dict(segmenter.pretrained_cfg)).normalise
+    torch.testing.assert_close(seen.images, normalise(resize_bilinear_uint8(picture, (80, 120))[None]))
     assert seen.locate(59, 39) == (118, 78)
     assert seen.given(118, 78) == (59, 39)
     detector = vmamba.create_model("maskrcnn", backbone="vmamba_femto_s2", num_classes=3, channels=8)
     assert preprocessing_for(detector).img_size == (800, 1333)
     assert preprocessing_for(detector, stored={"sides": [200, 300]}).img_size == (200, 300)
+    assert preprocessing_for(detector, size=160).img_size == (160, 267)
     with pytest.raises(RecipeError, match="different sizes, picture 1 120×80, picture 2 80×80: give them one at a"):
         see(segmenter, [PIXELS, PIXELS[:, :40]], size=80)
+
+
+def test_a_model_sees_the_size_it_was_made_for():
+    assert see(vmamba.create_model("vmamba_femto_s2", img_size=64), PIXELS).size == (64, 64)
+    assert see(vmamba.create_model("vmamba_femto_s2", img_size=(48, 64)), PIXELS).size == (48, 64)
+    vit = timm.create_model("test_vit", img_size=96)  # whose configuration says 160
+    assert see(vit, PIXELS).size == (96, 96)
+    assert see(vit, PIXELS, size=64).size == (64, 64)
+    assert see(timm.create_model("test_resnet"), PIXELS).size == (160, 160)
+
+
+def test_a_dense_model_sees_the_sides_it_was_trained_for(tmp_path):
+    detector = vmamba.create_model("maskrcnn", backbone="vmamba_femto_s2", num_classes=3, channels=8)
+    save_checkpoint(detector, tmp_path / "detector.safetensors", {"sides": [64, 100]})
+    loaded, metadata = load_model(tmp_path / "detector.safetensors")
+    assert preprocessing_for(loaded) == preprocessing_for(loaded, stored=metadata)
+    assert see(loaded, PIXELS).size == (64, 96)
+    segmenter = vmamba.create_model("upernet", backbone="vmamba_femto_s2", num_classes=3, channels=8, img_size=(64, 80))
+    assert see(segmenter, PIXELS).size == (53, 80)
 
 
 def test_what_is_no_picture_is_refused(model, tmp_path):

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 import vmamba
 from vmamba.errors import ImageError, RecipeError
-from vmamba.explain.receptive_field import ReceptiveField, receptive_field, stage_map, untrained
+from vmamba.explain.receptive_field import (
+    ReceptiveField,
+    draw_receptive_fields,
+    receptive_field,
+    stage_map,
+    untrained,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples/images"
 BACKBONES = {
@@ -41,10 +47,10 @@ def test_one_convolution_hears_its_kernel():
     expected = np.zeros((9, 11))
     expected[3:6, 4:7] = weight / weight.sum()
     np.testing.assert_allclose(found.contributions, expected, rtol=1e-6)
-    assert (found.centre, found.images, found.name) == ((4.5, 5.5), 5, "Conv2d")
-    assert found.side(0.9) == 3
+    assert (found.images, found.name) == (5, "Conv2d")
     nn.init.ones_(conv.weight)
     found = receptive_field(conv, noise(1, 2, 9, 11))
+    assert found.centre == (4.5, 5.5)
     assert [found.side(share) for share in (0.1, 0.5, 1)] == [1, 3, 3]
     assert [round(found.area(share) * 99) for share in (0.1, 0.5, 0.9, 1)] == [1, 5, 9, 9]
 
@@ -72,10 +78,26 @@ def test_a_mean_over_the_image_hears_all_pixels_alike():
 
 def test_strides_and_depth_widen_a_field():
     two = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(4, 1, 3, 2, 1))
+    for conv in two:
+        nn.init.ones_(conv.weight)
     found = receptive_field(two, noise(1, 1, 28, 28))
     rows, columns = found.contributions.nonzero()
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (9, 15, 9, 15)  # 7 pixels around 12
-    assert found.centre == (14, 14)
+    assert found.centre == (12.5, 12.5)
+    assert found.side(0.5) <= found.side(0.9) <= found.side(1) == 7
+
+
+def test_the_squares_lie_on_the_field_of_a_resnet():
+    """As it is drawn its blocks begin as skips, so that the last map hears one strided convolution after another."""
+    found = receptive_field(timm.create_model("resnet18"), noise(4, 3, 224, 224))
+    rows, columns = found.contributions.nonzero()
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (91, 101, 91, 101)
+    assert found.side(0.5) < found.side(0.9) <= 11
+    squares = draw_receptive_fields([found]).subfigs[0].axes[0].patches
+    for square, share in zip(squares, (0.5, 0.9), strict=True):
+        left, top, right, bottom = square.get_bbox().extents
+        assert right - left == bottom - top == found.side(share)
+        assert 91 <= min(left, top) < max(right, bottom) <= 102
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -188,8 +210,11 @@ def test_before_training_is_drawn_anew():
     assert model.stages[0].blocks[0].mlp.fc1.weight.abs().sum() == 0
     other = timm.create_model("resnet10t", num_classes=3)
     assert untrained(other).fc.weight.shape == other.fc.weight.shape
-    with pytest.raises(ValueError, match="how Conv2d was drawn"):
+    with pytest.raises(RecipeError, match="how this Conv2d was drawn"):
         untrained(nn.Conv2d(1, 1, 1))
+    detector = vmamba.create_model("maskrcnn", backbone="resnet10t", num_classes=3, channels=8)
+    with pytest.raises(RecipeError, match=r"how this MaskRCNN was drawn .* expected a model with a VMamba"):
+        untrained(detector)
 
 
 def test_a_field_is_a_value():

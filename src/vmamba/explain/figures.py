@@ -183,7 +183,7 @@ def array(values: Tensor) -> NDArray[Any]:
 
 
 def mark(axes: Axes, left: float, top: float, width: float, height: float, colour: str = "#00E5FF") -> None:
-    """A frame around the patch that is asked about, visible on any ground, and a cross where the patch is small."""
+    """A frame around the patch that is asked about, visible on any ground."""
     shape = Rectangle((left, top), width, height, fill=False, edgecolor=colour, lw=1.6, zorder=5)
     shape.set_path_effects([patheffects.withStroke(linewidth=3.4, foreground="black")])
     axes.add_patch(shape)

@@ -20,9 +20,11 @@ from vmamba.data.images import any_image
 from vmamba.data.transforms import Preprocessing, fitted_size, resize_bilinear_uint8
 from vmamba.errors import CheckpointError, RecipeError
 from vmamba.files import shown
+from vmamba.models.detection import MaskRCNN
 from vmamba.models.feature_maps import DenseModel
+from vmamba.models.registry import ENTRIES
 from vmamba.models.segmentation import UPerNet
-from vmamba.tasks.detector import fitted_sides
+from vmamba.tasks.detector import PUBLISHED_SIDES, fitted_sides
 from vmamba.tasks.prediction import preprocessing_of
 from vmamba.tasks.segmenter import segmentation_preprocessing
 
@@ -121,7 +123,7 @@ def see(
             (3, H, W) or (1, H, W), a batch of such arrays or tensors; or float tensors (C, H, W) or (B, C, H, W), which
             are taken for what the model is given, as they are. What this function returned is returned again.
         size: side, or height and width, that the model is to see; for dense models the short side, or the short and the
-            long one. By default those it is meant for.
+            long one. By default those it was made or trained for.
         pre: resizing, cropping and normalisation, where it is not the model that knows.
 
     Raises:
@@ -162,6 +164,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def name_of(model: nn.Module) -> str:
+    """What to call a model: its variant's name, or else its class's."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return str(getattr(model, "variant", None) or cfg.get("architecture") or type(model).__name__)
 
 
 def _one_by_one(pictures: Any) -> Iterator[Any]:
@@ -228,20 +236,28 @@ def preprocessing_for(
     Args:
         model: one of ours or of timm's.
         size: see `see`.
-        stored: metadata of the model's file, if it has any.
+        stored: metadata of the model's file, if it has any; without, the model itself is asked.
 
     Raises:
         CheckpointError: it takes images of other than 1 or 3 channels.
     """
-    # Of a network that takes one size alone, what it was built for: timm's configuration may name another.
-    fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    asked = SimpleNamespace(img_size=fixed if size is None and not stored else size)
+    if size is None and not stored:
+        size = _own_size(model)
+    asked = SimpleNamespace(img_size=size)
     if isinstance(model, UPerNet):
         return segmentation_preprocessing(model, asked, stored)
     if isinstance(model, DenseModel):
         sides = fitted_sides(size or (stored or {}).get("sides"))
         return replace(preprocessing_of(model, stored=stored), img_size=sides)
     return preprocessing_of(model, asked, stored)
+
+
+def _own_size(model: nn.Module) -> tuple[int, int] | None:
+    """What a model was made or trained for, where it says so itself: timm's configuration may name another size."""
+    if isinstance(model, MaskRCNN) and model.img_size == ENTRIES["maskrcnn"].img_size:
+        return PUBLISHED_SIDES  # by default a detector names the size that the published costs are for
+    embed = getattr(model, "patch_embed", None)
+    return getattr(model, "img_size", None) or getattr(embed, "img_size", None)
 
 
 def _cropped(image: Image.Image, pre: Preprocessing) -> tuple[Tensor, Part]:

@@ -2,6 +2,7 @@
 
 For a place q of a stage's map F, the contribution of the pixel (y, x) is |∂(Σ_c F[c, q]) / ∂image[:, y, x]|, summed
 over the image's channels and over many images. A convolution hears its neighbourhood; VMamba hears the whole image.
+How far is told by squares around the field's centre, the median of its rows and of its columns.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ from torch import Tensor, nn
 from vmamba.data.images import find_images
 from vmamba.data.sources import tracked
 from vmamba.errors import ImageError, RecipeError
-from vmamba.explain.images import evaluating, see
+from vmamba.explain.images import evaluating, name_of, see
 from vmamba.explain.resolution import at_size
 from vmamba.files import shown
-from vmamba.models.feature_maps import DenseModel
 from vmamba.models.vmamba import VMamba
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ class ReceptiveField:
     Attributes:
         name: of the model.
         contributions: float64 (H, W), the share of each pixel of the image; they add up to 1.
-        centre: the middle of the place that listens, (y, x) in pixels from the image's upper left corner.
+        centre: of the contributions, (y, x) in pixels from the image's upper left corner. Half of the total lies above
+            and half below, half to the left and half to the right. It need not be the middle of the patch that the
+            place stands for: strided convolutions with padding listen further up and to the left.
         images: how many were looked at.
     """
 
@@ -109,7 +111,7 @@ def receptive_field(
         RecipeError: no images, or images of different sizes.
         ImageError, TypeError: a picture cannot be used.
     """
-    total, centre, count = torch.zeros(()), (0.0, 0.0), 0
+    total, count = torch.zeros(()), 0
     sized = model
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         for batch in tracked(list(_batches(model, images, img_size, batch_size)), "listening"):
@@ -126,7 +128,6 @@ def receptive_field(
                     " or images of one size"
                 )
             total = total + part
-            centre = ((row + 0.5) * x.shape[2] / features.shape[2], (column + 0.5) * x.shape[3] / features.shape[3])
             count += len(x)
     if not count:
         raise RecipeError("no images were given; expected one or more")
@@ -135,7 +136,16 @@ def receptive_field(
             f"the contributions to the middle of the map add up to {float(total.sum())}: either nothing of the image"
             " arrives there (the channels of a normalised output always add up to the same), or they are not finite"
         )
-    return ReceptiveField(name or _name(model), (total / total.sum()).numpy(), centre, count)
+    contributions = (total / total.sum()).numpy()
+    centre = _median(contributions.sum(1)), _median(contributions.sum(0))
+    return ReceptiveField(name or name_of(model), contributions, centre, count)
+
+
+def _median(shares: NDArray[np.float64]) -> float:
+    """Where half of the total is on either side, in pixels: the middle of a row or column, or between two of them."""
+    cumulated = shares.cumsum()
+    first, last = (int(np.searchsorted(cumulated, 0.5 + margin)) for margin in (-1e-9, 1e-9))
+    return (first + last + 1) / 2
 
 
 def stage_map(model: nn.Module, x: Tensor, stage: int = -1) -> Tensor:
@@ -157,7 +167,7 @@ def stage_map(model: nn.Module, x: Tensor, stage: int = -1) -> Tensor:
     network, names = found
     if not -len(names) <= stage < len(names):
         raise ValueError(
-            f"stage is {stage}; {_name(network)} has {len(names)}: expected {-len(names)} to {len(names) - 1}"
+            f"stage is {stage}; {name_of(network)} has {len(names)}: expected {-len(names)} to {len(names) - 1}"
         )
     caught: list[Tensor] = []
 
@@ -173,7 +183,7 @@ def stage_map(model: nn.Module, x: Tensor, stage: int = -1) -> Tensor:
     finally:
         handle.remove()
     if not caught:
-        raise ValueError(f"{_name(model)} does not run its stage {names[stage]}")
+        raise ValueError(f"{name_of(model)} does not run its stage {names[stage]}")
     return _as_map(network, caught[0], x)
 
 
@@ -209,7 +219,7 @@ def untrained(model: nn.Module) -> nn.Module:
     """A copy whose parameters are drawn anew, to compare a trained model with what it was before.
 
     Raises:
-        ValueError: neither one of ours nor timm's, so nobody knows how it was drawn.
+        RecipeError: neither one of ours nor timm's, so nobody knows how it was drawn.
     """
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if any(isinstance(module, VMamba) for module in model.modules()):
@@ -219,7 +229,10 @@ def untrained(model: nn.Module) -> nn.Module:
                 module.init_weights()
         return model
     if not architecture or not hasattr(model, "_model_args"):
-        raise ValueError(f"how {type(model).__name__} was drawn is not known; make an untrained one yourself")
+        raise RecipeError(
+            f"how this {type(model).__name__} was drawn is not known; expected a model with a VMamba inside, or a"
+            " classifier of timm's. Make an untrained one yourself and measure it with receptive_field"
+        )
     return timm.create_model(architecture, **get_model_args(model)).to(next(model.parameters()).device)
 
 
@@ -233,8 +246,6 @@ def _batches(model: nn.Module, images: Any, img_size: int | tuple[int, int] | No
             )
         yield from images.to(reference).split(count) if len(images) else ()
         return
-    if img_size is None and not isinstance(model, DenseModel):
-        img_size = getattr(model, "img_size", None) or getattr(getattr(model, "patch_embed", None), "img_size", None)
     pictures = _opened(images)
     for start in range(0, len(pictures), count):
         yield see(model, pictures[start : start + count], img_size).images
@@ -253,16 +264,11 @@ def _opened(images: Any) -> list[Any]:
     return pictures
 
 
-def _name(model: nn.Module) -> str:
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return str(getattr(model, "variant", None) or cfg.get("architecture") or type(model).__name__)
-
-
 def draw_receptive_fields(fields: Sequence[ReceptiveField], columns: int = 5) -> Figure:
     """The fields beside each other, and the share of each that ever larger squares hold.
 
     One logarithmic scale holds for all, from the strongest pixel of each field down to a ten-thousandth of it. The
-    squares hold 50 % (solid) and 90 % (dashed) of a field.
+    squares, around each field's centre, hold 50 % (solid) and 90 % (dashed) of it.
 
     Args:
         fields: one picture each.
@@ -298,7 +304,7 @@ def draw_receptive_fields(fields: Sequence[ReceptiveField], columns: int = 5) ->
     bar.set_label("contribution, strongest = 1", color=GREY, fontsize=8)
     bar.ax.tick_params(colors=GREY, labelsize=8)
     growth = right.subplots()
-    bare(growth, "share inside a square around the middle", "side of the square, pixels")
+    bare(growth, "share inside a square around its centre", "side of the square, pixels")
     for number, field in enumerate(fields):
         sides, shares = field.within()
         growth.plot(sides, 100 * shares, color=COLOURS[number % len(COLOURS)], lw=1.8, label=field.name)

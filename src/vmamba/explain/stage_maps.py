@@ -13,7 +13,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from vmamba.errors import RecipeError
-from vmamba.explain.images import AnyPictures, Seen, evaluating, see
+from vmamba.explain.images import AnyPictures, Seen, evaluating, name_of, see
 from vmamba.models.feature_maps import DenseModel
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def stage_maps(
         ImageError: a file cannot be used.
     """
     seen = see(model, pictures, size)
-    return StageMaps(name or _name(model), seen, tuple(x.float().cpu() for x in stage_outputs(model, seen.images)))
+    return StageMaps(name or name_of(model), seen, tuple(x.float().cpu() for x in stage_outputs(model, seen.images)))
 
 
 def stage_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
@@ -176,12 +176,6 @@ def stage_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     if len(sizes) > 4 and finest_stride < 3:  # a stem before four stages
         sizes = sizes[1:]
     return [by_size[size].contiguous() for size in sizes]
-
-
-def _name(model: nn.Module) -> str:
-    variant = getattr(model, "variant", None)
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return str(variant or cfg.get("architecture") or type(model).__name__)
 
 
 def _components(x: Tensor, number: int) -> Tensor:
