@@ -209,6 +209,51 @@ def test_pictures_of_dense_models_keep_their_ratio():
     assert (landscape.seen == 200).all()  # nothing is filled up
 
 
+def test_graphs_of_one_size(tmp_path):
+    """Pictures of dense models are stretched to it, whatever the first one's shape."""
+    torch.manual_seed(0)
+    options = {"backbone": "vmamba_femto", "num_classes": 3, "channels": 8, "img_size": (48, 64)}
+    model = vmamba.create_model("upernet", **options).eval()
+    pictures = _pictures(10)
+    path = tmp_path / "whole.onnx"
+    export_onnx(model, path, sizes="batch")
+    written = quantize(path, tmp_path / "int8.onnx", pictures, tolerance=0.5)  # the file says it itself
+    assert (written.calibrated, written.checked) == (8, 2)
+    assert 1e-4 < written.mean < 0.3
+    with pytest.raises(DataError, match="tensors are 40 high and 64 wide, and the network takes 48 and 64 alone"):
+        quantize(path, tmp_path / "int8.onnx", [torch.randn(3, 40, 64) for _ in range(9)])
+    ramp = np.broadcast_to(np.linspace(0, 255, 90).astype(np.uint8)[:, None], (40, 90, 3)).copy()
+    for fitted, widest in ((True, 247), (False, 184)):  # stretched whole, or cropped
+        found = gather([ramp] * 8, 3, Preprocessing((32, 16), crop_pct=1.0), 6, 2, fitted=fitted, only=(16, 16))
+        assert found.seen.shape == (6, 3, 16, 16)
+        assert int(found.seen.max()) == pytest.approx(widest, abs=10)
+
+
+def test_torch_programs_of_one_size(tmp_path):
+    """With operators that Python has signs for, of a dense model's head."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    options = {"backbone": "vmamba_femto", "num_classes": 3, "channels": 8, "img_size": (48, 64)}
+    model = vmamba.create_model("upernet", **options).eval()
+    written = quantize(model, tmp_path / "int8", _pictures(8), format="torch", sizes="batch", tolerance=0.5)
+    assert 1e-4 < written.mean < 0.3
+    module, _ = load_quantized(written.path)
+    images = torch.randn(2, 3, 48, 64)
+    with torch.no_grad():
+        assert module(images).shape == model(images).shape == (2, 3, 48, 64)
+
+
+def test_a_detector_of_one_size(tmp_path):
+    torch.manual_seed(0)
+    options = {"backbone": "vmamba_femto", "num_classes": 3, "channels": 8, "hidden": 16, "img_size": (48, 64)}
+    model = vmamba.create_model("maskrcnn", score_thr=0.3, **options).eval()
+    for layer in (model.rpn_head.rpn_cls, model.rpn_head.rpn_reg, model.roi_head.bbox_head.fc_cls):
+        nn.init.normal_(layer.weight, std=0.5)
+    written = quantize(model, tmp_path / "int8.onnx", _pictures(8), sizes="batch", tolerance=0.9)
+    boxes, *_ = _run(written.path, np.random.default_rng(1).standard_normal((2, 3, 48, 64), np.float32))
+    assert len(boxes)
+
+
 def test_torch_programs(tmp_path):
     pytest.importorskip("torchao")
     model = _small()
@@ -306,6 +351,10 @@ def test_refusals(whole, eighth, tmp_path, monkeypatch):
             quantize(whole, path, few)
     with pytest.raises(DataError, match=r"4 \+ 1 pictures are too few"):
         quantize(whole, path, pictures, samples=4, held_back=1)
+    with pytest.raises(
+        DataError, match=r"1 \+ 8 pictures are too few: at least 8, 2 of them to calibrate with and 2 held"
+    ):
+        quantize(whole, path, pictures, samples=1, held_back=8)
     with pytest.raises(TypeError, match="expected uint8"):
         quantize(whole, path, [np.zeros((8, 8, 4), np.uint8)] * 9)
     with pytest.raises(ExportError, match=r"not written: on 6 pictures .*root mean square.* 0.1% is accepted"):

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
 
 from vmamba.data.config import DataConfig
 from vmamba.data.images import any_image, find_images
 from vmamba.data.sources import Split, open_split, split_names, tracked
-from vmamba.data.transforms import Preprocessing, fitted_size
+from vmamba.data.transforms import ImageTransform, Preprocessing, fitted_size
 from vmamba.errors import DataError, ImageError
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
@@ -63,6 +64,7 @@ def gather(
     raw: bool = False,
     watched: bool = False,
     fitted: bool = False,
+    only: tuple[int, int] | None = None,
 ) -> Calibration:
     """Read as many pictures as are wanted, drawn evenly from all that there are; the draw is always the same.
 
@@ -77,16 +79,22 @@ def gather(
         watched: whether progress is shown, if stderr is a terminal.
         fitted: whether the size to preprocess to is, as of dense models, that of which the sides are not exceeded: all
             pictures are then brought to the size of the first one, fitted into it.
+        only: height and width, if the network takes no others: pictures of dense models are then stretched to them.
 
     Raises:
         DataError: too few pictures can be read, or they do not fit the network.
     """
-    if samples + held_back < LEAST or held_back < 2:
+    if samples + held_back < LEAST or samples < 2 or held_back < 2:
         raise DataError(
-            f"{samples} + {held_back} pictures are too few: at least {LEAST}, 2 of them held back, are needed"
+            f"{samples} + {held_back} pictures are too few: at least {LEAST}, 2 of them to calibrate with and 2 held"
+            " back, are needed"
         )
     readers, skipped = _readers(pictures)
+    if preprocessing and only:
+        preprocessing = replace(preprocessing, img_size=only)
     transform = preprocessing.eval_transform() if preprocessing else None
+    if preprocessing and fitted and only:
+        transform = _stretching(preprocessing)
     order = iter(torch.randperm(len(readers), generator=torch.Generator().manual_seed(0)).tolist())
     found: list[Tensor] = []
     for _ in _progress(range(min(samples + held_back, len(readers))), "reading", watched):
@@ -96,7 +104,7 @@ def gather(
             except ImageError as error:
                 skipped.append(str(error))
                 continue
-            if fitted and preprocessing and not found and isinstance(image, Image.Image):
+            if fitted and not only and preprocessing and not found and isinstance(image, Image.Image):
                 transform = _fitted(preprocessing, image.height, image.width).eval_transform()
             found.append(_as_input(image, chans, transform, raw))
             break
@@ -109,6 +117,11 @@ def gather(
     if len({(image.dtype, image.shape) for image in found}) > 1:
         raise DataError("pictures and tensors, or tensors of several sizes, cannot be mixed; give one kind")
     images = torch.stack(found)
+    if only and images.shape[2:] != only:
+        raise DataError(
+            f"tensors are {images.shape[2]} high and {images.shape[3]} wide, and the network takes {only[0]} and"
+            f" {only[1]} alone; give such, or a network for any size"
+        )
     checked = min(held_back, max(2, len(found) // 4)) if len(found) < samples + held_back else held_back
     is_ready = raw or images.dtype != torch.uint8
     normalise = (lambda batch: batch) if is_ready or preprocessing is None else preprocessing.normalise
@@ -142,6 +155,13 @@ def open_pictures(where: str, dataset: str = "") -> Split | list[str]:
 def _fitted(pre: Preprocessing, height: int, width: int) -> Preprocessing:
     """To the size of a picture that is fitted into the sides."""
     return replace(pre, img_size=fitted_size(height, width, max(pre.img_size), min(pre.img_size)), crop_pct=1.0)
+
+
+def _stretching(pre: Preprocessing) -> ImageTransform:
+    """PIL image of any size to uint8 (C, H, W) of the sides, whatever its shape."""
+    return transforms_imagenet_eval(
+        pre.img_size, crop_pct=1.0, crop_mode="squash", interpolation=pre.interpolation, normalize=False
+    )
 
 
 def _readers(pictures: Pictures) -> tuple[list[Reader], list[str]]:

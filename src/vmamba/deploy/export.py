@@ -31,7 +31,7 @@ from vmamba.deploy.graphs import (
 )
 from vmamba.errors import ExportError
 from vmamba.files import replacing, shown
-from vmamba.models.checkpoints import default_metadata
+from vmamba.models.checkpoints import default_metadata, per_channel
 from vmamba.models.detection import MaskRCNN
 from vmamba.ops.exporting import operators_kept
 
@@ -316,14 +316,9 @@ def preprocessing_for(model: nn.Module, images: Images, given: Preprocessing | N
     """How pictures become the model's inputs; None where they are not pictures."""
     if given is not None or images.chans not in (1, 3):
         return given
-    told = {key: value for key, value in default_metadata(model).items() if value is not None}
-    return Preprocessing.from_dict(told | {"in_chans": images.chans} | _statistics(told, images.chans))
-
-
-def _statistics(told: dict[str, Any], chans: int) -> dict[str, Any]:
-    """Mean and standard deviation with one value a channel; of a grey model that has those of colours, their means."""
-    values = {name: list(told.get(name) or getattr(Preprocessing, name)) for name in ("mean", "std")}
-    return {name: value if len(value) == chans else [sum(value) / len(value)] * chans for name, value in values.items()}
+    told = {"mean": Preprocessing.mean, "std": Preprocessing.std} | default_metadata(model)
+    statistics = {name: per_channel(told[name], images.chans) for name in ("mean", "std")}
+    return Preprocessing.from_dict(told | {"in_chans": images.chans} | statistics)
 
 
 def metadata_of(model: nn.Module, names: Sequence[str] | None, preprocessing: Preprocessing | None) -> dict[str, str]:

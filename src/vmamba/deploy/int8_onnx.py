@@ -48,12 +48,14 @@ def metadata(model: onnx.ModelProto) -> dict[str, str]:
     return {prop.key: prop.value for prop in model.metadata_props}
 
 
-def input_of(model: onnx.ModelProto) -> tuple[str, int, bool]:
-    """The input's name, its channels, and whether it is uint8."""
+def input_of(model: onnx.ModelProto) -> tuple[str, int, tuple[int, int] | None, bool]:
+    """The input's name, its channels, its height and width, None if they are open, and whether it is uint8."""
     weights = {tensor.name for tensor in model.graph.initializer}
     (value,) = (value for value in model.graph.input if value.name not in weights)
     kind = value.type.tensor_type
-    return value.name, kind.shape.dim[1].dim_value, kind.elem_type == onnx.TensorProto.UINT8
+    _, chans, height, width = (side.dim_value for side in kind.shape.dim)  # 0 where it is open
+    size = (height, width) if height and width else None
+    return value.name, chans, size, kind.elem_type == onnx.TensorProto.UINT8
 
 
 def write(
@@ -88,7 +90,7 @@ def write(
             "the model has no matrix product or convolution to quantise"
             + (f" beside those excluded by {list(exclude)}" if exclude else "")
         )
-    told, (name, _, _) = metadata(model), input_of(model)
+    told, (name, *_) = metadata(model), input_of(model)
     add_pre_process_metadata(model)  # what that does, the exporter's optimizer has done
     quantize_static(
         model, path, _Reader({name: batch} for batch in batches), QuantFormat.QDQ, list(_PRODUCTS), per_channel=True,

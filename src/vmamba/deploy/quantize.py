@@ -27,7 +27,8 @@ from vmamba.files import replacing, shown
 from vmamba.models.registry import ENTRIES, create_model, load_model
 from vmamba.ops.exporting import operators_kept
 
-_Gather = Callable[[int, Preprocessing | None, str, bool], Calibration]  # by channels, preprocessing, task, whether raw
+_Size = tuple[int, int] | None  # height and width that a graph takes alone; None of any
+_Gather = Callable[[int, _Size, Preprocessing | None, str, bool], Calibration]  # the first by channels, the last if raw
 _Run = Callable[[Tensor], Sequence[Any]]
 
 TOLERANCE = 0.1
@@ -132,9 +133,9 @@ def quantize(
         raise ExportError(f"{type(source).__name__} is quantised already; give the float32 model")
     options: dict[str, Any] = {"sizes": sizes, "class_names": class_names, "preprocessing": preprocessing}
 
-    def gathered(chans: int, told: Preprocessing | None, task: str, raw: bool) -> Calibration:
+    def gathered(chans: int, only: _Size, told: Preprocessing | None, task: str, raw: bool) -> Calibration:
         fitted = task in ("segmentation", "detection")
-        return gather(pictures, chans, told, samples, held_back, raw, progress, fitted)
+        return gather(pictures, chans, told, samples, held_back, raw, progress, fitted, only)
 
     if format == "torch":
         if isinstance(source, Path):
@@ -159,14 +160,15 @@ def load_quantized(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, A
 
     The program as it is rounds to 8 bits and computes in float32. It is fast once it is compiled, with weights as
     constants: set ``torch._inductor.config.freezing = True``, and call ``torch.compile(module)`` under `torch.no_grad`.
-    A file that would have torch run anything but operators is refused unread, as `torch.export.load` does not do.
+    A file that would have torch run anything but operators that compute, those of torch, torchvision and this package,
+    is refused before torch sees it, as `torch.export.load` does not do.
 
     Returns:
         The program, which takes float32 batches as that of `export_torch` does; and its metadata, which has "model",
         "task", "vmamba_version", "class_names" and "preprocessing", as far as they are known, and "quantization".
 
     Raises:
-        ExportError: it is no such file, or asks for more than operators.
+        ExportError: it is no such file, or asks for more than such operators.
         ImportError: torchao is missing.
     """
     _int8_torch()  # brings the operators
@@ -192,15 +194,15 @@ def _write_onnx(
         if isinstance(source, Path):
             whole = int8_onnx.read(source)
             task = int8_onnx.metadata(whole).get("task", "")
-            _, chans, raw = int8_onnx.input_of(whole)
+            _, chans, only, raw = int8_onnx.input_of(whole)
             pre = options["preprocessing"]
             if pre is None and (stored_pre := int8_onnx.metadata(whole).get("preprocessing")):
                 pre = Preprocessing.from_dict(json.loads(stored_pre))
-            calibration = gathered(chans, pre, task, raw)
+            calibration = gathered(chans, only, pre, task, raw)
         else:
             images = Images.of(source, is_open=options["sizes"] == "open")
             pre, task = preprocessing_for(source, images, options["preprocessing"]), task_of(source)
-            calibration = gathered(images.chans, pre, task, embed)
+            calibration = gathered(images.chans, _only(images), pre, task, embed)
             exported = export_onnx(source, Path(folder) / "whole.onnx", embed=embed, **options)
             whole = int8_onnx.read(exported.path)
         expected = int8_onnx.runner(whole)
@@ -229,7 +231,7 @@ def _write_torch(
     images = Images.of(source, is_open=sizes == "open")
     told = preprocessing_for(source, images, preprocessing)
     network, task = prepared(source), task_of(source)
-    calibration = gathered(images.chans, told, task, False)
+    calibration = gathered(images.chans, _only(images), told, task, False)
     with operators_kept():  # the scans, which inductor calls: written in torch's functions they take most time
         program = traced(network, images.example(), images)
     batches = calibration.batches(calibration.seen, "calibrating")
@@ -244,6 +246,10 @@ def _write_torch(
         )
         _accept(damage, tolerance, target, len(calibration.held_back))
     return damage, calibration, layers
+
+
+def _only(images: Images) -> _Size:
+    return None if images.is_open else (images.height, images.width)
 
 
 def _int8_torch() -> Any:
