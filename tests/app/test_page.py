@@ -23,6 +23,7 @@ from vmamba.app.tabs import TABS, routes
 from vmamba.cli import main
 from vmamba.errors import CheckpointError, RecipeError
 from vmamba.explain.activation_maps import maps_of
+from vmamba.explain.receptive_field import receptive_field
 from vmamba.models.checkpoints import save_checkpoint
 
 
@@ -236,6 +237,16 @@ def test_every_tab_of_a_grey_picture_of_odd_sides_is_finite_and_in_both_language
     panel = TABS[name].draw(session) + routes(session)[1]
     assert "nan" not in re.sub(r"base64,[^)\"]+", "", panel)
     assert panel.count('lang="en"') == panel.count('lang="zh"') > 0
+
+
+def test_stages_are_numbered_as_in_the_network_where_the_first_do_not_scan(page):
+    session, _, network = page.choose_model(page.start(None)[0], "untrained vmamba_pico_local")
+    assert re.findall(r'lang="en">stage (\d)', network) == ["4"]
+    assert 'data-stage="0" data-block="0" aria-pressed="true" aria-label="Stage 4, block 1"' in network
+    for panel in (routes(session)[0], TABS["memory"].draw(session), TABS["field"].draw(session)):
+        assert "in stage 4" in panel or "the middle of stage 4" in panel
+    expected = receptive_field(session.loaded.model, session.recording.seen.images, 3)
+    assert texts.both("field_of", half=expected.side(0.5), most=expected.side(0.9), area=expected.area(0.9)) in panel
 
 
 def test_charts_put_their_points_where_the_numbers_are():

@@ -8,12 +8,15 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
 import vmamba
+from vmamba.cli import main
 from vmamba.deploy import export_onnx
 from vmamba.errors import ExportError
+from vmamba.models.checkpoints import save_checkpoint
 from vmamba.models.vmamba import VMamba
 from vmamba.nn import SS2D
 from vmamba.ops import selective_scan
@@ -108,6 +111,21 @@ def test_dense_models_and_features(tmp_path):
     extractor = vmamba.create_model("vmamba_femto_s2", features_only=True).eval()
     export_onnx(extractor, tmp_path / "features.onnx")
     _assert_as(extractor, tmp_path / "features.onnx", (1, 3, 16, 40))
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_the_size_that_another_of_timms_classifiers_was_trained_at(format, tmp_path):
+    model = timm.create_model("test_resnet", num_classes=2, in_chans=1)
+    save_checkpoint(model, tmp_path / "model.safetensors", {"img_size": [48, 64], "mean": [0.3], "std": [0.4]})
+    command = ["export", str(tmp_path / "model.safetensors"), "--format", format]
+    assert main([*command, "--output", str(tmp_path / "exported")]) == 0
+    if format == "onnx":
+        metadata = {prop.key: prop.value for prop in onnx.load(tmp_path / "exported").metadata_props}
+    else:
+        torch.export.load(tmp_path / "exported", extra_files=(metadata := {"metadata.json": ""}))
+        metadata = json.loads(metadata["metadata.json"])
+    told = json.loads(metadata["preprocessing"])
+    assert (told["img_size"], told["in_chans"], told["mean"], told["std"]) == ([48, 64], 1, [0.3], [0.4])
 
 
 def test_segmentation_on_a_backbone_of_timms(tmp_path):

@@ -381,6 +381,21 @@ def test_a_grey_classifier_in_rgb_computes_the_same(tmp_path: Path) -> None:
         save_folder(again, tmp_path, rgb=True)
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_grey_classifier_of_timms_in_rgb_is_for_the_same_size(name: str, tmp_path: Path) -> None:
+    size = {"img_size": 64} if name == "test_vit" else {}
+    save_checkpoint(timm.create_model(name, num_classes=3, in_chans=1, **size), file := tmp_path / "grey.safetensors",
+                    {"img_size": [64, 64], "mean": [0.3], "std": [0.4]})  # as training does  # fmt: skip
+    model, metadata = load_model(file)
+    save_folder(model, tmp_path / "rgb", metadata, rgb=True)
+    for source in (f"local-dir:{tmp_path / 'rgb'}", tmp_path / "rgb/model.safetensors"):
+        again, told = load_model(source)
+        assert (again.pretrained_cfg["input_size"][-2:], told["img_size"], told["in_chans"]) == ((64, 64), [64, 64], 3)
+        assert "input_size" not in told
+        images = torch.randn(2, 1, 64, 64)
+        torch.testing.assert_close(again(images.expand(-1, 3, -1, -1)), model(images), atol=1e-4, rtol=1e-3)
+
+
 # --- The card ---------------------------------------------------------------------------------------------------------
 
 
@@ -463,6 +478,13 @@ def test_names_of_classes_do_not_become_markup(classifier: Any) -> None:
     )
     assert r"a\|b, \<img src=x\>, \`c\` # d." in card
     assert "\n# d" not in card
+
+
+def test_the_card_of_another_of_timms_models_tells_its_size() -> None:
+    model = timm.create_model("test_resnet", num_classes=3, pretrained_cfg_overlay={"input_size": (3, 96, 96)})
+    card = model_card(model, {"class_names": NAMES, "crop_pct": 0.75}, CardFacts("x"))
+    for line in ("multiply-accumulates at 96×96", "torch.zeros(1, 3, 96, 96)", "128 pixels", "The middle 96×96 is"):
+        assert line in card, line
 
 
 @pytest.mark.parametrize("name", DENSE)

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 import vmamba
 from vmamba.errors import CheckpointError
 from vmamba.models import registry, weight_files
-from vmamba.models.checkpoints import save_checkpoint
+from vmamba.models.checkpoints import default_metadata, save_checkpoint
 from vmamba.models.hub import save_folder
 from vmamba.models.registry import Entry, load_model, register
 from vmamba.models.variants import VARIANTS
+from vmamba.tasks.prediction import Classifier
 
 
 def test_models_are_listed_by_task() -> None:
@@ -112,6 +113,28 @@ def test_another_of_timms_models_is_rebuilt_from_its_file(name: str, tmp_path: P
     assert (metadata["variant"], metadata["class_names"]) == (name, [*"abcde"])
     images = torch.randn(2, 4, 32, 32)
     assert torch.equal(again(images), model(images))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_vit", "test_maxvit"])
+def test_the_size_that_another_of_timms_models_is_for_is_kept(name: str, tmp_path: Path) -> None:
+    """Convolutions have it in timm's configuration alone, ViTs as an argument too, MaxViTs as an attribute besides."""
+    Image.effect_noise((70, 50), 50).save(tmp_path / "picture.png")
+    changes = {"img_size": (64, 96)} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    trained = {"img_size": [64, 96], "mean": [0.5], "std": [0.2]}
+    cases: list[tuple[dict[str, Any], dict[str, Any], tuple[int, int]]] = [
+        ({}, {}, (160, 160)),
+        (changes, trained, (64, 96)),
+        (changes, trained | {"model_kwargs": {}}, (64, 96)),  # where the size is no argument, it is enough
+    ]
+    for arguments, told, size in cases:
+        model = timm.create_model(name, num_classes=3, in_chans=1, **arguments).eval()
+        save_checkpoint(model, path := tmp_path / "model.safetensors", told)
+        again, metadata = load_model(path)
+        assert metadata["img_size"] == list(size)
+        assert (default_metadata(again)["img_size"], again.pretrained_cfg["input_size"]) == (size, (1, *size))
+        images = torch.randn(2, 1, *size)
+        assert torch.equal(again(images), model(images))
+        assert [each.error for each in Classifier.load(str(path)).predict([str(tmp_path / "picture.png")])] == [None]
 
 
 @others

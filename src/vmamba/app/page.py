@@ -167,7 +167,8 @@ class Page:
 def _shown(session: Session) -> tuple[Any, ...]:
     """The session, the picture and the network."""
     beware = views.beware() if session.loaded.choice.origin == "untrained" else ""
-    network = views.network(list(map(len, session.stages)), session.grids, session.stage, session.block)
+    depths = list(map(len, session.stages))
+    network = views.network(session.stage_numbers, depths, session.grids, session.stage, session.block)
     return session, views.canvas(session.seen, session.grid), beware + network
 
 

@@ -79,8 +79,8 @@ class Session:
         picture: RGB, as it was sent.
         number: of the picture, unlike that of any other.
         recording: what the scans of all blocks were given and returned.
-        stages: names of the blocks of each stage.
-        stage, block: the block that is looked into, from 0.
+        stages: names of the blocks of each stage that scans.
+        stage, block: the block that is looked into, its place in `stages`, from 0.
         row, column: the patch, on that block's grid.
     """
 
@@ -112,6 +112,16 @@ class Session:
     def name(self) -> str:
         """Of the block that is looked into."""
         return self.stages[self.stage][self.block]
+
+    @property
+    def stage_numbers(self) -> list[int]:
+        """Which of the network's stages `stages` are, from 0: the first may be convolutions, without a scan."""
+        return [_stage_of(names[0]) for names in self.stages]
+
+    @property
+    def stage_number(self) -> int:
+        """That of the stage that is looked into."""
+        return self.stage_numbers[self.stage]
 
     @property
     def grids(self) -> list[tuple[int, int]]:
@@ -177,11 +187,16 @@ def _recorded(loaded: Loaded, picture: Image.Image) -> Recording:
 
 def _by_stage(blocks: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Names of blocks, those of each stage together."""
-    stages: dict[str, list[str]] = {}
+    stages: dict[int, list[str]] = {}
     for name in blocks:
-        found = re.search(r"stages[._](\d+)", name)
-        stages.setdefault(found[1] if found else "", []).append(name)
+        stages.setdefault(_stage_of(name), []).append(name)
     return tuple(map(tuple, stages.values()))
+
+
+def _stage_of(block: str) -> int:
+    """The number of a block's stage, from 0, as its name has it."""
+    found = re.search(r"stages[._](\d+)", block)
+    return int(found[1]) if found else 0
 
 
 def _index(value: Any, length: int) -> int:

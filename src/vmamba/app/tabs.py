@@ -68,7 +68,7 @@ def routes(session: Session) -> tuple[str, str]:
         image = views.stack(scan.grid, session.seen.size, heat=views.heat(veiled[k], float(sizes.max())))
         items.append((_titled(scan, k), image, text))
     strength = float(maps.contributions.sum((1, 2, 3)).norm() / maps.skip.sum(1).norm().clamp(min=1e-30))
-    say = views.say("routes", stage=session.stage + 1, block=session.block + 1, strength=strength)
+    say = views.say("routes", stage=session.stage_number + 1, block=session.block + 1, strength=strength)
     chart = drawing.chart(lines, both("steps_back"), both("heard"), log="x", percent=True)
     panel = views.panel(say, views.cards(items), chart, at_row=session.row, at_column=session.column)
     return panel, f"<style>:root{{--merged:url({views.heat(maps.merged()[0].numpy())})}}</style>"
@@ -87,7 +87,7 @@ def memory(session: Session) -> str:
         remembered.append((title, image, both(key, middle=middle, kept=float(found.kept[0, k].mean()))))
         image = views.stack(found.scan.grid, size, heat=views.heat((delta[k] - least).numpy(), float(most - least)))
         chosen.append((title, image, both("chosen_by", middle=float(delta[k].median()))))
-    say = views.say("memory", stage=session.stage + 1, block=session.block + 1)
+    say = views.say("memory", stage=session.stage_number + 1, block=session.block + 1)
     step = views.say("chosen", least=float(least), most=float(most)) + views.cards(chosen)
     return views.panel(say, step, views.say("remembered"), views.cards(remembered))
 
@@ -174,9 +174,9 @@ def field(session: Session) -> str:
     """How far the middle of the stage's map hears, before and after training."""
     model, images = session.loaded.model, session.recording.seen.images
     with session.loaded.lock:
-        found = {"field_now": receptive_field(model, images, session.stage)}
+        found = {"field_now": receptive_field(model, images, session.stage_number)}
         if session.loaded.choice.origin != "untrained":
-            found = {"field_before": receptive_field(untrained(model), images, session.stage)} | found
+            found = {"field_before": receptive_field(untrained(model), images, session.stage_number)} | found
     items, lines = [], []
     for (key, one), colour in zip(found.items(), drawing.ROUTE_COLOURS[1::-1][-len(found) :], strict=True):
         shares = one.contributions / one.contributions.max()
@@ -186,7 +186,7 @@ def field(session: Session) -> str:
         items.append((both(key), image, both("field_of", half=half, most=most, area=one.area(0.9))))
         lines.append(drawing.Line(both(key), colour, *(values.tolist() for values in one.within())))
     chart = drawing.chart(lines, both("field_side"), both("field_share"), percent=True)
-    return views.panel(views.say("field", stage=session.stage + 1), views.cards(items), chart)
+    return views.panel(views.say("field", stage=session.stage_number + 1), views.cards(items), chart)
 
 
 def cost(session: Session) -> str:
@@ -231,7 +231,7 @@ TABS = {
     "stages": Tab(stages, of_picture),
     "classes": Tab(classes, of_picture),
     "prediction": Tab(prediction, of_picture),
-    "field": Tab(field, lambda session: (*of_picture(session), session.stage)),
+    "field": Tab(field, lambda session: (*of_picture(session), session.stage_number)),
     "scaling": Tab(cost, of_model),
     "order": Tab(order, lambda session: session.recording.scan(session.name).pattern),
 }

@@ -87,17 +87,19 @@ def stack(
     )
 
 
-def network(depths: Sequence[int], grids: Sequence[tuple[int, int]], stage: int, block: int) -> str:
-    """The stages with a button for each block."""
+def network(
+    numbers: Sequence[int], depths: Sequence[int], grids: Sequence[tuple[int, int]], stage: int, block: int
+) -> str:
+    """The stages that scan, each under its number in the network, with a button for each block."""
     parts = []
-    for s, (depth, grid) in enumerate(zip(depths, grids, strict=True)):
+    for s, (number, depth, grid) in enumerate(zip(numbers, depths, grids, strict=True)):
         dots = ""
         for b in range(depth):
-            name, pressed = plain("block", "en", stage=s + 1, block=b + 1), str((s, b) == (stage, block)).lower()
+            name, pressed = plain("block", "en", stage=number + 1, block=b + 1), str((s, b) == (stage, block)).lower()
             dots += f'<button data-send data-stage="{s}" data-block="{b}" aria-pressed="{pressed}" '
             dots += f'aria-label="{name}" title="{name}"></button>'
         chosen = " chosen" if s == stage else ""
-        title = f'<b>{both("stage", stage=s + 1)}</b><div class="muted">{grid[0]}×{grid[1]}</div>'
+        title = f'<b>{both("stage", stage=number + 1)}</b><div class="muted">{grid[0]}×{grid[1]}</div>'
         parts.append(f'<div class="stage{chosen}">{title}<div class="dots">{dots}</div></div>')
     ends = [f'<div class="end">{both(end)}</div>' for end in ("stem", "head")]
     return f'<div class="vm"><div class="network">{ends[0]}{"".join(parts)}{ends[1]}</div></div>'

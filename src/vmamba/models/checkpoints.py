@@ -16,7 +16,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.models import adapt_input_conv, get_model_args
+from timm.models import adapt_input_conv, get_model_args, get_model_input_config
 from torch import Tensor, nn
 
 from vmamba.errors import CheckpointError
@@ -173,21 +173,29 @@ def default_metadata(model: nn.Module) -> dict[str, Any]:
     """What a model, or the one that a module wraps, knows about itself, as stored by `save_checkpoint`."""
     model = _unwrapped(model)
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    own = {name: getattr(model, name, None) for name in ("num_classes", "in_chans", "img_size")}
+    own = {name: getattr(model, name, None) for name in ("num_classes", "in_chans")} | {"img_size": _size(model)}
     arguments = get_model_args(model) if hasattr(model, "_model_args") else {}
     backbone = _backbone(model)
     if backbone is not None and (backbone.pattern != "cross" or "pattern" in arguments):
         arguments["pattern"] = backbone.pattern  # which may have been set since it was built
+    # `load_model` gives ours their size. Others of timm's have it among their arguments if they take it at all.
+    kept = {"img_size"} if backbone is None else set()
     known: dict[str, Any] = {
         "variant": getattr(model, "variant", cfg.get("architecture")),
         "task": getattr(model, "task", None),
         "class_names": getattr(model, "class_names", None),
         **own,
-        "model_kwargs": {name: value for name, value in arguments.items() if own.get(name) is None},
+        "model_kwargs": {name: value for name, value in arguments.items() if own.get(name) is None or name in kept},
         **{name: cfg.get(name) for name in INPUT_KEYS},
     }
     known |= {name: per_channel(known[name], own["in_chans"]) for name in ("mean", "std")}
     return {"format": METADATA_FORMAT, **{name: value for name, value in known.items() if value is not None}}
+
+
+def _size(model: nn.Module) -> Any:
+    """The height and width that a model is meant for, as it says itself or as timm's configuration of it does."""
+    configured = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    return getattr(model, "img_size", None) or (configured and get_model_input_config(model)["input_size"][1:])
 
 
 def per_channel(values: Any, channels: int | None) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,7 +76,7 @@ def profile(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> 
     config: dict[str, Any] = get_model_input_config(model)
     channels, *size = config["input_size"]
     wanted: Any = getattr(model, "img_size", size) if img_size is None else img_size
-    height, width = (wanted, wanted) if isinstance(wanted, int) else wanted
+    height, width = to_2tuple(wanted)
     parts = [
         (f"{name}.{inner}" if inner else name, part)
         for name, child in model.named_children()

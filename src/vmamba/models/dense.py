@@ -14,6 +14,7 @@ from typing import Any
 
 import timm
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from torch import nn
 
 from vmamba.errors import CheckpointError
@@ -76,7 +77,7 @@ def create(
     model = network(extractor, len(class_names) if num_classes is None else num_classes, **heads)
     model.variant = name
     model.in_chans = in_chans
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size or size
+    height, width = to_2tuple(size if img_size is None else img_size)
     model.img_size = height, width
     model.class_names = class_names if model.num_classes == len(class_names) else None
     convs = (layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d))

@@ -23,6 +23,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models._hub import save_config_for_hf  # save_for_hf without the weights
 from torch import nn
 
@@ -32,6 +33,7 @@ from vmamba.models.checkpoints import INPUT_KEYS, default_metadata, named_patter
 from vmamba.models.feature_maps import DenseModel
 from vmamba.models.folders import CARD, CONFIG, WEIGHTS, ModelFolder
 from vmamba.models.model_card import CardFacts, model_card
+from vmamba.models.vmamba import VMamba
 from vmamba.models.weight_files import StrPath
 
 __all__ = ["push_to_hub", "save_folder"]
@@ -157,7 +159,7 @@ def _config_of(model: nn.Module, known: Mapping[str, Any]) -> dict[str, Any]:
     data = {name: told[name] for name in INPUT_KEYS if told.get(name) is not None}
     data |= {name: per_channel(data[name], told["in_chans"]) for name in ("mean", "std") if name in data}
     if size := told.get("img_size"):
-        data["input_size"] = [told["in_chans"], *((size, size) if isinstance(size, int) else size)]
+        data["input_size"] = [told["in_chans"], *to_2tuple(size)]
     if isinstance(model, DenseModel) and model.variant is not None:
         sizes = {name: told[name] for name in ("num_classes", "in_chans", "img_size")}
         more = {name: told[name] for name in ("category_ids", "sides") if name in told}
@@ -197,12 +199,15 @@ def _in_rgb(model: nn.Module, known: dict[str, Any]) -> tuple[nn.Module, dict[st
     if told.get("in_chans") != 1 or isinstance(model, DenseModel) or not isinstance(first, str):
         raise CheckpointError("rgb is for classifiers of grey pictures, and this is none: leave it out")
     arguments = {**told["model_kwargs"], "num_classes": told["num_classes"], "in_chans": 3}
-    if size := told.get("img_size"):
+    statistics = {name: [sum(told[name]) / len(told[name])] * 3 for name in ("mean", "std") if told.get(name)}
+    overlay: dict[str, Any] = dict(statistics)
+    if (size := told.get("img_size")) and isinstance(model, VMamba):
         arguments["img_size"] = size
-    overlay = {name: [sum(told[name]) / len(told[name])] * 3 for name in ("mean", "std") if told.get(name)}
+    elif size:  # those of timm's that take it as an argument have it among theirs
+        overlay["input_size"] = (3, *to_2tuple(size))
     wide = timm.create_model(configuration["architecture"], pretrained_cfg_overlay=overlay, **arguments)
     state = dict(model.state_dict())
     grey = state[f"{first}.weight"]
     state[f"{first}.weight"] = torch.cat([grey * share for share in _GREY], 1)
     wide.load_state_dict(state)
-    return wide.train(model.training), known | overlay | {"in_chans": 3, "colours": False}
+    return wide.train(model.training), known | statistics | {"in_chans": 3, "colours": False}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import timm
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -67,7 +68,7 @@ def check_metadata(stored: Mapping[str, Any]) -> None:
 
 
 def _is_size(size: Any) -> bool:
-    height, width = (size, size) if isinstance(size, int) else size or (1, 1)
+    height, width = to_2tuple(1 if size is None else size)
     return type(height) is type(width) is int and min(height, width) > 0 and height * width <= _LARGEST_IMAGE
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from timm.layers import to_2tuple
 from torch import nn
 
 from vmamba.models.checkpoints import default_metadata
@@ -227,8 +228,7 @@ class _Card:
         text += " (`local-dir:FOLDER` in place of `hf-hub:OWNER/NAME` reads a copy on the disk):\n\n"
         if self.chans in (1, 3) and self.classes:
             text += f"```bash\nvmamba predict photo.jpg --checkpoint hf-hub:{self.repository}\n```\n\n"
-        size = self.told.get("img_size") or (224, 224)
-        height, width = (min(side, 512) for side in ((size, size) if isinstance(size, int) else size))
+        height, width = (min(side, 512) for side in to_2tuple(self.told.get("img_size") or 224))
         gives = {
             "classification": f"# (1, {self.classes})" if self.classes else "# features",
             "segmentation": f"# (1, {self.classes}, {height}, {width})",
@@ -304,7 +304,7 @@ class _Card:
         told = self.told
         if self.chans not in (1, 3):
             return ""
-        height, width = told.get("sides") or _pair(told.get("img_size") or (224, 224))
+        height, width = told.get("sides") or to_2tuple(told.get("img_size") or 224)
         if self.task == "classification":
             crop = float(told.get("crop_pct", 1.0))
             size = (
@@ -358,11 +358,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _list(values: Any) -> str:
     return " / ".join(f"{value:g}" for value in values or ())
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
 
 
 def _last(place: str) -> str:

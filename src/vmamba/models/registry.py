@@ -28,6 +28,7 @@ from typing import Any
 import timm
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
@@ -190,14 +191,15 @@ def _options(checkpoint: Checkpoint, stored: Mapping[str, Any], ours: bool) -> d
         ValueError: they ask for more than a network: where it lives, other weights, sizes beyond reason.
     """
     check_metadata(stored)
-    options = dict(stored.get("model_kwargs") or {})
-    if ours and (size := stored.get("sides") or stored.get("img_size")):  # a trained detector's own, not its variant's
+    options, overlay, info = dict(stored.get("model_kwargs") or {}), _statistics(stored), checkpoint.info
+    size = stored.get("sides") or stored.get("img_size")  # a trained detector's own, not its variant's
+    if size and ours:
         options = {"img_size": size} | options
+    elif size:  # not every other network of timm's takes it as an argument; to those that must have it, timm gives it
+        overlay["input_size"] = (info.in_chans, *to_2tuple(size))
     check_arguments(options)
-    info = checkpoint.info
     classes = 0 if info.num_classes is None and info.task == "classification" else info.num_classes
-    options |= {"num_classes": classes, "in_chans": info.in_chans}
-    return options | {"pretrained_cfg_overlay": _statistics(stored)}
+    return options | {"num_classes": classes, "in_chans": info.in_chans, "pretrained_cfg_overlay": overlay}
 
 
 def _statistics(stored: Mapping[str, Any]) -> dict[str, Any]:

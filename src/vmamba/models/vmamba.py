@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, to_2tuple
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
@@ -191,7 +191,7 @@ class VMamba(nn.Module):
         return next((module.in_channels for module in self.stem.modules() if isinstance(module, nn.Conv2d)), None)
 
     def _checked_size(self, img_size: int | Sequence[int]) -> tuple[int, int]:
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        height, width = to_2tuple(img_size)
         if min(height, width) < self.total_stride:
             raise ValueError(
                 f"img_size is {height}×{width}; this model needs at least {self.total_stride} pixels a side"
@@ -274,7 +274,11 @@ class VMamba(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations.
+
+        Hooks, modes and backends must then be the same in both passes: whether layers are computed one by one or fused,
+        which depends on them, decides what is saved.
+        """
         for stage in self.stages:
             assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable
