@@ -6,8 +6,10 @@ import contextlib
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
 
 from vmamba.ops import use_backend
 
@@ -90,9 +92,14 @@ def compiled_call(module):
     module._compiled_call_impl = lambda *args: _scaled(type(module).forward(module, *args))
 
 
+def patched_call(module):
+    original = module._call_impl
+    module._call_impl = lambda *args: _scaled(original(*args))
+
+
 TO_ANY_MODULE = (
     forward_hook, forward_hook_with_kwargs, forward_pre_hook, backward_hook, backward_pre_hook, patched_instance,
-    subclass, compiled_call,
+    subclass, compiled_call, patched_call,
 )  # fmt: skip
 
 
@@ -101,6 +108,16 @@ def patched_class(kind):
     original = kind.forward
     with mock.patch.object(kind, "forward", lambda self, *args: _scaled(original(self, *args))):
         yield
+
+
+class Functions(TorchFunctionMode):
+    """What is scaled that torch's functions give for layers, as programs that quantise a network do it."""
+
+    LAYERS = (F.linear, F.layer_norm, F.gelu, F.silu, F.conv2d, torch.conv2d)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        y = function(*args, **kwargs or {})
+        return _scaled(y) if function in self.LAYERS else y
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from nn.changes import TO_ANY_MODULE, Scale, global_hook, patched_class, plainly, results, trained
+from nn.changes import TO_ANY_MODULE, Functions, Scale, global_hook, patched_class, plainly, results, trained
 from timm.layers import DropPath
 from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -18,6 +18,7 @@ from vmamba.models.vmamba import VMamba
 from vmamba.nn import GELU, SS2D, ConvSiLU, ConvStem, GridConv2d, LayerNorm, Linear, Mlp, VSSBlock, cpu
 from vmamba.ops.backends import native
 from vmamba.ops.backends.native import block
+from vmamba.ops.operators import runs_eagerly
 
 pytestmark = pytest.mark.skipif(native.unavailable(torch.device("cpu")) is not None, reason="there is no fast path")
 
@@ -120,6 +121,40 @@ def test_a_class_patched_or_every_module_hooked(change, kind, unchanged):
     model = make(variant)
     with change(kind):
         check(model, before if any(type(module) is kind for module in model.modules()) else None)
+
+
+def test_functions_of_torch_replaced_by_a_mode(unchanged):
+    variant, before = unchanged
+    model = make(variant)
+    with Functions():
+        check(model, before)
+    with torch.device("cpu"):  # a mode, too, but one that only makes tensors
+        assert runs_eagerly(IMAGE)
+
+
+def test_a_function_in_the_place_of_a_part(unchanged):
+    variant, before = unchanged
+    tried = 0
+    for name, part in list(make(variant).named_modules()):
+        parent, _, child = name.rpartition(".")
+        model = make(variant)
+        holder = model.get_submodule(parent)
+        if not name or isinstance(holder, nn.ModuleList | nn.Sequential) or isinstance(part, nn.ModuleList):
+            continue
+        original = getattr(holder, child)
+        delattr(holder, child)
+        setattr(holder, child, lambda *given, original=original: 0.5 * original(*given))
+        if fits(model):
+            check(model, [y for y in before if y.shape] if tried else None)
+            tried += 1
+    assert tried > 10
+
+
+def test_a_part_whose_class_inherits_from_that_of_the_part():
+    torch.manual_seed(0)
+    stem = ConvStem(3, 16).eval()
+    stem.conv2 = ConvSiLU(8, 16, 3, stride=2, padding=1)
+    check(stem)
 
 
 def replace(model, name, module):

@@ -7,7 +7,8 @@ import timm.layers
 import torch
 from torch import nn
 
-from vmamba.nn import cpu
+from vmamba.models.vmamba import VMamba
+from vmamba.nn import SS2D, Linear, cpu
 from vmamba.nn.mlp import Mlp
 
 
@@ -47,6 +48,53 @@ def test_float32_takes_the_fast_products(short_stretches):
     (y, grads), (expected_y, expected_grads) = _gradients(ours, x), _gradients(theirs, x)
     torch.testing.assert_close(y, expected_y, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(grads, expected_grads, atol=1e-5, rtol=1e-4)
+
+
+def test_a_second_layer_of_another_width(short_stretches):
+    ours, theirs = _pair(16, 32)
+    for width in (1, 40):
+        layer = nn.Linear(32, width)
+        for mlp in (ours, theirs):
+            mlp.fc2 = Linear(32, width)
+            mlp.fc2.load_state_dict(layer.state_dict())
+        x = torch.randn(2, 30, 16)
+        (y, grads), (expected_y, expected_grads) = _gradients(ours, x), _gradients(theirs, x)
+        torch.testing.assert_close(y, expected_y, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(grads, expected_grads, atol=1e-5, rtol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), expected_y, atol=1e-5, rtol=1e-5)
+
+
+def test_one_pixel_alone():
+    ours, theirs = _pair(16, 32)
+    x = torch.randn(16)
+    for layer, torch_s in ((ours, theirs), (ours.fc1, nn.Linear(16, 32))):
+        torch_s.load_state_dict(layer.state_dict())
+        (y, grads), (expected_y, expected_grads) = _gradients(layer, x), _gradients(torch_s, x)
+        torch.testing.assert_close(y, expected_y, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(grads, expected_grads, atol=1e-5, rtol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected_y, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Mlp", "Linear", "SS2D", "model"])
+def test_several_gradients_at_once(kind):
+    """As `torch.autograd.grad(is_grads_batched=True)` computes them, for Jacobians and Hessians."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 4, 8)
+    modules = {"Mlp": lambda: Mlp(8, 24), "Linear": lambda: Linear(8, 5), "SS2D": lambda: SS2D(8)}
+    if kind == "model":
+        options = {"depths": (1, 1), "dims": (8, 12), "stem_stride": 2, "num_classes": 3, "img_size": 12}
+        module, x = VMamba(**options).eval(), torch.randn(1, 3, 12, 12)
+    else:
+        module = modules[kind]()
+    one, several = (torch.autograd.functional.jacobian(module, x, vectorize=v) for v in (False, True))
+    torch.testing.assert_close(several, one, atol=1e-6, rtol=1e-4)
+    weight = next(module.parameters())
+    y = module(x).flatten()
+    (several,) = torch.autograd.grad(y, weight, torch.eye(len(y)), is_grads_batched=True, retain_graph=True)
+    one = torch.stack([torch.autograd.grad(value, weight, retain_graph=True)[0] for value in y])
+    torch.testing.assert_close(several, one, atol=1e-6, rtol=1e-4)
 
 
 def test_gradients_to_second_order(short_stretches):

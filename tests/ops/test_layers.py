@@ -225,3 +225,24 @@ def test_a_heads_convolution_that_was_changed(by_tiles, monkeypatch):
     layer.float()(x).sum().backward()
     close(layer.bias.grad, torch.full((100,), float(x[:, 0].numel())))
     assert 1 not in by_tiles[3:]
+
+
+def test_kernels_of_a_gpu_are_given_parameters_that_fit(monkeypatch):
+    """They read as much as the weight says there is."""
+    monkeypatch.setitem(layers._FUSING, "cpu", "triton")
+    monkeypatch.setattr(layers, "choose_backend", lambda *given: type("Backend", (), {"name": "triton"}))
+    grid, image = torch.randn(1, 4, 5, 8).bfloat16(), torch.randn(1, 3, 8, 8).bfloat16()
+
+    def random(*shape):
+        return torch.randn(shape).bfloat16()
+
+    with torch.no_grad():
+        for asks, x, *parameters in (
+            (layers.fuses_depthwise_silu, grid, random(8, 1, 3, 3), random(8)),
+            (layers.fuses_linear_gelu, grid, random(12, 8), random(12)),
+            (layers.fuses_stem, image, random(16, 3, 3, 3), random(16), random(16), random(16)),
+        ):
+            assert asks(x, *parameters)
+            for i, value in enumerate(parameters):
+                for less in (value[:-1], torch.cat([value, value])):
+                    assert not asks(x, *parameters[:i], less, *parameters[i + 1 :])

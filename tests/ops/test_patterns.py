@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -141,6 +142,28 @@ def test_what_is_no_pattern_is_refused(returned, message):
 
     with pytest.raises(ValueError, match=rf"the pattern .*wrong returned for a grid of 2×2 .*({message})"):
         ss2d_scan(*ss2d_arguments(1, 2, 2, 3, 1, 1), wrong)
+
+
+def test_a_pattern_without_a_hash_is_refused():
+    class Reversed:
+        step: int = 1
+
+        def __call__(self, height, width):
+            return [list(range(height * width))[:: -self.step]] * 4
+
+    @dataclass
+    class Mutable(Reversed):
+        step: int = 1
+
+    arguments = ss2d_arguments(1, 2, 2, 3, 1, 1)
+    with pytest.raises(ValueError, match=r"Mutable\(step=1\), which has no hash.*make its class a @dataclass\(frozen"):
+        ss2d_scan(*arguments, Mutable())
+
+    @dataclass(frozen=True)
+    class Frozen(Reversed):
+        pass
+
+    assert ss2d_scan(*arguments, Frozen()).shape == arguments[0].shape
 
 
 def test_an_error_inside_a_pattern_comes_through():

@@ -35,14 +35,14 @@ class _Written(NamedTuple):
 
     names: tuple[str, ...]
     methods: tuple[tuple[Mapping[str, Any], str, Any], ...]  # where one would be, its name, and it or None
-    parts: dict[str, Any]
+    parts: dict[str, tuple[type[nn.Module], ...]]  # the classes that each child may have
     condition: Callable[[Any], bool] | None  # of a module's settings
     settings: tuple[str, ...]  # that decide what it computes, beside its parameters and parts
     parameters: tuple[str, ...]
 
 
 _KNOWN: dict[type[nn.Module], _Written] = {}
-_METHODS = ("forward", "_conv_forward")  # that compute, of every class
+_METHODS = ("forward", "_conv_forward", "_call_impl")  # that compute, of every class
 
 # Of torch's and timm's classes, as ours name them in SETTINGS and PARAMETERS.
 _AFFINE = ("weight", "bias")
@@ -78,7 +78,9 @@ def known(kind: Kind) -> Kind:
     methods = tuple((place, name, place.get(name)) for place in places for name in names)
     condition = next((condition for base, condition in _CONDITIONS.items() if issubclass(kind, base)), None)
     settings, parameters = told("SETTINGS", _SETTINGS), told("PARAMETERS", _PARAMETERS)
-    _KNOWN[kind] = _Written(names, methods, getattr(kind, "PARTS", {}), condition, settings, parameters)
+    given = getattr(kind, "PARTS", {}).items()
+    parts = {name: kinds if isinstance(kinds, tuple) else (kinds,) for name, kinds in given}
+    _KNOWN[kind] = _Written(names, methods, parts, condition, settings, parameters)
     return kind
 
 
@@ -105,15 +107,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
     It is asked in such a way that torch.compile, which traces it, notices what is hooked or replaced later.
     """
-    own = vars(module)
-    return (
-        type(module) is kind
-        and is_unpatched(kind)
-        and not _has_any_global_hook()
-        and not any(own[name] for name in _HOOKS)
-        and not _has_own(module, _METHODS)
-        and not module._compiled_call_impl
-    )
+    return type(module) is kind and not module._compiled_call_impl and as_built(module)
 
 
 def as_built(module: nn.Module) -> bool:
@@ -142,8 +136,11 @@ def _is_as_built(module: nn.Module, unpatched: set[type[nn.Module]]) -> bool:
     for name, child in own["_modules"].items():
         if child is None:
             continue
-        is_part = isinstance(child, written.parts.get(name, ())) and not child._compiled_call_impl
+        is_part = type(child) in written.parts.get(name, ()) and not child._compiled_call_impl
         if not is_part or not _is_as_built(child, unpatched):
+            return False
+    for name in written.parts:  # noqa: SIM110  (every module of every block comes by here)
+        if own.get(name) is not None:  # a function in a child's place
             return False
     return True
 
@@ -171,6 +168,7 @@ class _Layout(NamedTuple):
     conditions: tuple[tuple[int, Callable[[Any], bool]], ...]  # on which of the modules
     settings: tuple[tuple[int, Callable[[Any], Any]], ...]  # of which, and how they are read from its dictionary
     parameters: tuple[tuple[int, list[str]], ...]  # of which, and their names
+    missing: tuple[tuple[int, tuple[str, ...]], ...]  # which of them have none of these children
 
 
 _LAYOUTS: dict[Hashable, _Layout] = {}
@@ -210,6 +208,9 @@ def state_of(module: nn.Module) -> tuple[Any, ...] | None:
     for own, not_own in zip(owns, layout.not_own, strict=True):
         if not own.keys().isdisjoint(not_own):
             return None
+    for i, missing in layout.missing:
+        if any(owns[i].get(name) is not None for name in missing):  # a function in a child's place
+            return None
     for i, condition in layout.conditions:
         if not condition(modules[i]):
             return None
@@ -243,12 +244,15 @@ def _lay_out(kinds: tuple[type[nn.Module], ...], names: list[str | None]) -> _La
         return None
     parents = iter(kinds)
     parent, child = next(parents), 0
+    missing = [{*_KNOWN[parent].parts}]
     for name in names:
         if name is None:
             parent = next(parents, nn.Module)
+            missing.append({*_KNOWN[parent].parts} if parent in _KNOWN else set())
             continue
         child += 1
-        if not issubclass(kinds[child], _KNOWN[parent].parts.get(name, ())):
+        missing[-1].discard(name)
+        if kinds[child] not in _KNOWN[parent].parts.get(name, ()):
             return None
     written = [_KNOWN[kind] for kind in kinds]
     methods = {(id(place), name): (place, name, method) for each in written for place, name, method in each.methods}
@@ -258,6 +262,7 @@ def _lay_out(kinds: tuple[type[nn.Module], ...], names: list[str | None]) -> _La
         tuple((i, w.condition) for i, w in enumerate(written) if w.condition),
         tuple((i, itemgetter(*w.settings)) for i, w in enumerate(written) if w.settings),
         tuple((i, [*w.parameters]) for i, w in enumerate(written) if w.parameters),
+        tuple((i, tuple(lacking)) for i, lacking in enumerate(missing) if lacking),
     )
     return layout
 
@@ -297,7 +302,7 @@ def in_stretches(function: Callable[[Tensor], Tensor], x: Tensor, width: int) ->
         x: (..., C).
         width: how many values of a pixel the widest layer in the function has.
     """
-    rows = stretches(x.flatten(0, -2), width)
+    rows = stretches(x.reshape(-1, x.shape[-1]), width)
     if len(rows) == 1:
         return function(x)
     part = function(rows[0])

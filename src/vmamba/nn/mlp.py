@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import timm.layers
@@ -59,13 +60,13 @@ class Mlp(timm.layers.Mlp):
         if not records(x, *parameters):
             return cpu.in_stretches(lambda part: self.infer(part.to(dtype)), x, self.fc1.out_features)
         x, weight1, bias1, weight2, bias2 = (v if v is None else v.to(dtype) for v in (x, *parameters))
-        return _FrugalMlp.apply(x.flatten(0, -2), weight1, bias1, weight2, bias2).view(x.shape)
+        y = _FrugalMlp.apply(x.reshape(-1, x.shape[-1]), weight1, bias1, weight2, bias2)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _activates_in_the_product(self, x: Tensor) -> bool:
         """Whether the first two layers may be one kernel of a GPU's."""
-        if not is_on_gpu(x) or not (cpu.is_plain(self.fc1, Linear) and cpu.is_plain(self.act, GELU)):
-            return False
-        return self.act.approximate == "none" and fuses_linear_gelu(x, self.fc1.weight, self.fc1.bias)
+        is_usual = is_on_gpu(x) and cpu.is_plain(self.fc1, Linear) and cpu.is_plain(self.act, GELU)
+        return is_usual and fuses_linear_gelu(x, self.fc1.weight, self.fc1.bias)
 
     def infer(self, x: Tensor) -> Tensor:
         """Of an MLP as it was built, without autograd: its result, (..., C)."""
@@ -80,7 +81,7 @@ class _FrugalMlp(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None
     ) -> Tensor:
-        hidden, y = [], torch.empty_like(x)
+        hidden, y = [], x.new_empty(len(x), len(weight2))
         for part, result in zip(cpu.stretches(x, len(weight1)), cpu.stretches(y, len(weight1)), strict=True):
             hidden.append(product(part, weight1, bias1))
             result.copy_(product(gelu(hidden[-1]), weight2, bias2))
@@ -90,8 +91,11 @@ class _FrugalMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight1, bias1, weight2, bias2, *hidden = ctx.saved_tensors
+        values = x, weight1, bias1, weight2, bias2
         if torch.is_grad_enabled():  # to be differentiated again
-            return tuple(pull_back(_plain_mlp, (x, weight1, bias1, weight2, bias2), [grad]))
+            return tuple(pull_back(_plain_mlp, values, [grad]))
+        if torch._C._functorch.is_legacy_batchedtensor(grad):  # several gradients at once, which no kernel can read
+            return _plain_gradients(values, grad)
 
         needs_x, needs_weight1, needs_bias1, needs_weight2, needs_bias2 = ctx.needs_input_grad
         grad_x, grad_weight1, grad_weight2 = (torch.empty_like(value) for value in (x, weight1, weight2))
@@ -109,6 +113,15 @@ class _FrugalMlp(torch.autograd.Function):
                 grad_x_part.copy_(product(grad_h, weight1.t()))
         grads = (grad_x, grad_weight1, grad_bias1, grad_weight2, grad.sum(0) if needs_bias2 else None)
         return tuple(value if needed else None for value, needed in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+def _plain_gradients(values: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of `_plain_mlp` of these values by torch's own functions."""
+    with torch.enable_grad():
+        leaves: list[Any] = [value if value is None else value.detach().requires_grad_() for value in values]
+        y = _plain_mlp(*leaves)
+    found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], grad))
+    return tuple(value if value is None else next(found) for value in values)
 
 
 def _plain_mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:

@@ -62,8 +62,7 @@ class ConvStem(nn.Module):
         layers = ((conv, nn.Conv2d), (norm, LayerNorm), (self.act, GELU))
         if not all(cpu.is_plain(layer, kind) for layer, kind in layers):
             return False
-        is_usual = cpu.is_patchwise(conv) and len(norm.normalized_shape) == 1 and self.act.approximate == "none"
-        return is_usual and fuses_stem(x, conv.weight, conv.bias, norm.weight, norm.bias)
+        return cpu.is_patchwise(conv) and fuses_stem(x, conv.weight, conv.bias, norm.weight, norm.bias)
 
     def _infer(self, x: Tensor) -> Tensor | None:
         """The same in one call, for a stem as it was built; None where it has to be computed layer by layer."""

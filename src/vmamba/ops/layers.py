@@ -130,10 +130,10 @@ def _product_dtypes() -> tuple[torch.dtype, ...]:
 
 def _product_gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     (x, weight, _), needed = ctx.saved_tensors, ctx.needs_input_grad
-    rows = grad.flatten(0, -2)
+    rows = grad.reshape(-1, grad.shape[-1])
     return [
         torch.ops.vmamba.linear(grad, weight.t(), None) if needed[0] else None,
-        rows.t() @ x.flatten(0, -2) if needed[1] else None,
+        rows.t() @ x.reshape(-1, x.shape[-1]) if needed[1] else None,
         rows.sum(0) if needed[2] else None,
     ]
 
@@ -186,7 +186,9 @@ def fuses_depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool
 
     On the CPU the library has to be there, on a GPU the backend for `x` has to be Triton (`choose_backend`).
     """
-    kind = _FUSING.get(x.device.type)
+    kind, channels = _FUSING.get(x.device.type), x.shape[-1:]
+    if weight.shape != (*channels, 1, 3, 3) or (bias is not None and bias.shape != channels):
+        return False
     if kind == "native":
         return applies(x, weight, bias) and can_fuse(x)
     return kind is not None and _fuses_on_gpu(x, product_dtype(x), weight, bias)
@@ -454,7 +456,7 @@ def fuses_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
     That is in inference on a GPU, in half precision, where the backend for `x` is Triton (`choose_backend`).
     """
-    if not is_on_gpu(x) or bias is None or records(x, weight, bias):
+    if not is_on_gpu(x) or bias is None or bias.shape != weight.shape[:1] or records(x, weight, bias):
         return False
     dtype = product_dtype(x)
     is_half = dtype in (torch.float16, torch.bfloat16)
@@ -509,7 +511,9 @@ def fuses_stem(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """
     if not is_on_gpu(x) or x.ndim != 4 or records(x, weight, *others):
         return False
-    if any(value is None for value in others) or x.shape[1] != weight.shape[1] or x.dtype not in _HALF_AND_SINGLE:
+    if any(value is None or value.shape != weight.shape[:1] for value in others):
+        return False
+    if x.shape[1] != weight.shape[1] or x.dtype not in _HALF_AND_SINGLE:
         return False
     is_small = weight.shape[1] <= _MAX_STEM[0] and weight.shape[0] <= _MAX_STEM[1] and x.numel() < 2**31
     dtype = product_dtype(x)

@@ -13,6 +13,9 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.overrides import _get_current_function_mode_stack as _function_modes
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from vmamba.ops.arguments import ScanArguments, SS2DArguments, empty_gradients
@@ -35,9 +38,15 @@ def runs_eagerly(*values: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and _get_current_dispatch_mode() is None
+        and not (torch._C._len_torch_function_stack() and any(map(_changes_functions, _function_modes())))
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
+
+
+def _changes_functions(mode: TorchFunctionMode) -> bool:
+    """Whether a mode may do something else than torch's functions; torch's own default device only makes tensors."""
+    return not isinstance(mode, DeviceContext)
 
 
 def call_operator(name: str, backend: Backend, arguments: ScanArguments | SS2DArguments) -> Any:

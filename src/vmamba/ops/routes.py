@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
@@ -83,12 +83,17 @@ def check_pattern(pattern: Pattern) -> None:
     """Require a known name or a function.
 
     Raises:
-        ValueError: the pattern has no entry in `PATTERNS` and is no function.
+        ValueError: the pattern has no entry in `PATTERNS` and is no function, or one without a hash.
     """
     if not (callable(pattern) or (isinstance(pattern, str) and (pattern in PATTERNS or pattern in _UNNAMED))):
         raise ValueError(
             f"pattern is {pattern!r}; expected one of {', '.join(map(repr, PATTERNS))}, a function from (H, W) to four"
             " orders, or a name after vmamba.register_pattern(name, function)"
+        )
+    if not isinstance(pattern, Hashable):  # as an instance of a dataclass is
+        raise ValueError(
+            f"pattern is {pattern!r}, which has no hash, so its orders could not be kept; give a function, or make its"
+            " class a @dataclass(frozen=True)"
         )
 
 
