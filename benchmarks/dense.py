@@ -44,8 +44,9 @@ from vmamba.errors import DataError
 from vmamba.models.detection import MaskRCNN
 from vmamba.models.segmentation import UPerNet
 from vmamba.tasks import overlays
-from vmamba.tasks.detection import TrainingPictures, evaluate, padded
+from vmamba.tasks.detection import TrainingPictures, evaluate
 from vmamba.tasks.detector import Detector, drawn, fitted_sides
+from vmamba.tasks.inference import padded
 from vmamba.tasks.segmentation import Pairs, scores
 from vmamba.tasks.segmenter import Segmenter
 

@@ -45,9 +45,20 @@ def why_unwritable(path: str | os.PathLike[str]) -> str | None:
         return f"{shown(target)} is a folder; give the name of a file in it"
     if not folder.is_dir():
         return f"{shown(folder)} is no folder; make it first"
+    if (target.exists() and not target.is_file()) or (target.is_symlink() and _is_of_devices(folder)):
+        return (
+            f"{shown(target)} is no file but a device, pipe or socket, whose place a file would take; name a file, or"
+            " leave the option out"
+        )
     if not os.access(folder, os.W_OK):
         return f"{shown(folder)} cannot be written to"
     return None
+
+
+def _is_of_devices(folder: Path) -> bool:
+    """Whether the links in it stand for what is open: /dev/stdout may lead to a file, and is none."""
+    where = folder.resolve()
+    return where == Path("/dev") or Path("/proc") in (where, *where.parents)
 
 
 def shown(path: str | os.PathLike[str]) -> str:

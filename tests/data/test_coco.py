@@ -87,6 +87,14 @@ def test_the_ground_truth_against_itself_scores_one(folder):
     assert evaluation.stats[0] == pytest.approx(1)
 
 
+def test_annotations_may_be_numbered_from_0(folder):
+    """For COCO's evaluation an object of number 0 is one that was not found."""
+    data = copy.deepcopy(DATA)
+    for annotation in data["annotations"]:
+        annotation["id"] -= 1
+    assert opened(folder, data).ground_truth() == opened(folder, DATA).ground_truth()
+
+
 def test_boxes_alone(folder):
     data = opened(folder, changed(segmentation=[]))
     assert not data.has_masks
@@ -165,8 +173,10 @@ def test_pascal_voc(folder):
     assert target["boxes"].tolist() == [[0, 0, 8, 6], [2, 1, 4, 4]]
     assert target["labels"].tolist() == [1, 0]
     assert data.with_objects() == [0]
-    with pytest.raises(DataError, match=r"a.png: there is no class 'cat'; the classes are dog"):
+    with pytest.raises(DataError, match=r"a.xml: there is no class 'cat'; the classes are dog"):
         open_objects(folder / "xml", folder, ["dog"])
-    (folder / "xml/c.xml").write_text("<annotation>")
-    with pytest.raises(DataError, match=r"c.xml: no element found"):
+    (folder / "xml/0.xml").write_text("<annotation>")
+    with pytest.raises(DataError, match=r"0.xml: no element found"):
         open_objects(folder / "xml", folder)
+    with pytest.raises(DataError, match=r"(?s)0.xml: no element found.*a.xml: there is no class 'cat'"):
+        open_objects(folder / "xml", folder, ["dog"])

@@ -89,6 +89,16 @@ def test_masks_move_with_their_picture_and_what_is_added_is_ignored():
     assert torch.equal(labels, mask.flip(-1))
 
 
+def test_the_sides_of_a_scale_have_no_order():
+    picture, mask, _ = scene()
+    found = []
+    for scale in ((64, 512), (512, 64)):
+        seed_sample(0)
+        config = SegmentationAugmentConfig(crop=(48, 48), scale=scale, ratio=(1, 1))
+        found.append(segmentation_transform(config, PRE)(picture, mask))
+    assert all(map(torch.equal, *found))
+
+
 def test_boxes_and_masks_move_with_their_picture():
     picture, _, target = scene()
     configs = {

@@ -302,6 +302,8 @@ def test_fashion_mnist_is_unpacked_and_read(tmp_path):
     image, label = train.read(13, 1)
     assert torch.equal(memory.images[13, 0], torch.from_numpy(np.array(image)))
     assert label == 3
+    cut = Preprocessing((28, 28), 1, (0.286,), (0.353,), crop_pct=0.875)  # the images are resized, then cropped
+    assert torch.equal(MemorySamples(train, cut, 10).images[13], cut.eval_transform()(image))
     assert sorted(path.name for path in (tmp_path / "FashionMNIST/raw").glob("*ubyte")) == [
         "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "train-images-idx3-ubyte", "train-labels-idx1-ubyte",
     ]  # fmt: skip

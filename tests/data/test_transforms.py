@@ -1,9 +1,11 @@
+import pickle
 import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.transforms_factory import transforms_imagenet_eval
 
 from vmamba.data.config import AugmentConfig
 from vmamba.data.seeding import derive_seed, seed_sample, seed_step
@@ -32,6 +34,46 @@ def test_eval_transform_leaves_an_image_of_the_right_size_alone():
     pixels = torch.randint(0, 256, (28, 28), dtype=torch.uint8)
     pre = Preprocessing((28, 28), 1, (0.5,), (0.5,), crop_pct=1.0)
     assert torch.equal(pre.eval_transform()(Image.fromarray(pixels.numpy()))[0], pixels)
+
+
+@pytest.mark.parametrize("pre", [
+    Preprocessing((32, 32)),
+    Preprocessing((31, 31), interpolation="bilinear", crop_pct=1.0),
+    Preprocessing((24, 40), crop_pct=0.9),
+])  # fmt: skip
+@pytest.mark.parametrize("short", [1, 7, 32, 101])
+def test_eval_transform_is_timms_also_of_what_is_long(pre, short):
+    draw = np.random.default_rng(0)
+    expected = transforms_imagenet_eval(
+        pre.img_size, crop_pct=pre.crop_pct, interpolation=pre.interpolation, normalize=False
+    )
+    transform = pickle.loads(pickle.dumps(pre.eval_transform()))  # loaders send it to their workers
+    for ratio, most in ((1, 0), (3.3, 0), (11, 0), (19.9, 0), (30, 8), (45.7, 8)):
+        sides = short, round(short * ratio)
+        for height, width in (sides, sides[::-1]):
+            if most:  # which is moved by up to a pixel, for its new size is rounded
+                rows, columns = np.indices((height, width)) / max(height, width)
+                values = 127 * np.sin(40 * (rows - columns))[..., None] + 128
+                image = Image.fromarray(values.astype(np.uint8).repeat(3, 2))
+            else:
+                image = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            found, wanted = transform(image), expected(image)
+            assert found.shape == wanted.shape == (3, *pre.img_size)
+            assert (found.int() - wanted.int()).abs().max() <= most
+    assert transform(Image.new("L", (200, 2), 7)).tolist() == torch.full((1, *pre.img_size), 7).tolist()
+
+
+@pytest.mark.parametrize("size", [(2500, 1), (1, 65000)])
+def test_a_long_picture_takes_little_memory(size, monkeypatch):
+    resize, pixels = Image.Image.resize, []
+
+    def watched(image, size, *args, **options):
+        pixels.append(size[0] * size[1])
+        return resize(image, size, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    assert Preprocessing().eval_transform()(Image.new("RGB", size, (1, 2, 3)))[:, 0, 0].tolist() == [1, 2, 3]
+    assert 0 < max(pixels) <= 30 * 256**2
 
 
 def test_preprocessing_survives_metadata_and_refuses_nonsense():

@@ -10,7 +10,8 @@ import vmamba
 from vmamba.data.config import DataConfig
 from vmamba.errors import CheckpointError, DataError, ImageError, RecipeError
 from vmamba.models.checkpoints import read_metadata, save_checkpoint
-from vmamba.tasks.prediction import Classifier
+from vmamba.tasks.classification import ClassificationTask
+from vmamba.tasks.prediction import Classifier, load_weights
 from vmamba.tasks.recipe import ModelConfig, TrainerConfig, ValidateConfig
 from vmamba.tasks.task import build_model
 from vmamba.tasks.training import train, validate
@@ -143,6 +144,37 @@ def test_bad_data_is_refused_before_any_work(images, tmp_path):
     config.checkpoint = str(tmp_path / "two.safetensors")
     with pytest.raises(DataError, match=r"missing: pink; unknown: green, red"):
         validate(config)
+
+
+def test_classes_without_names_are_measured_by_number(images, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(vmamba.create_model("vmamba_femto_s2", num_classes=3, img_size=16), path)
+    config = ValidateConfig(checkpoint=str(path), data=DataConfig(root=str(images)), trainer=TrainerConfig("cpu"))
+    found = validate(config)
+    assert found["images"] == 9
+    assert list(found["per_class"]) == list(CLASSES)
+    (images / "val/yellow").mkdir()
+    (images / "val/red/0.png").rename(images / "val/yellow/0.png")
+    with pytest.raises(DataError, match=r"has 4 classes, but .*model.safetensors has 3"):
+        validate(config)
+
+
+def test_a_network_is_never_given_a_batch_of_no_images(images, tmp_path, monkeypatch):
+    """Where there are more devices than images, one has nothing but what fills up."""
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(vmamba.create_model("vmamba_femto_s2", num_classes=3, img_size=16), path)
+    config = ValidateConfig(checkpoint=str(path), data=DataConfig(root=str(images)), trainer=TrainerConfig("cpu"))
+    task = ClassificationTask.from_weights(config, load_weights(str(path)))
+    task.on_validation_epoch_start()
+    network, sizes = task.network, []
+    network.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
+    pictures = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    for labels in ([-1, -1, -1, -1], [2, 0, -1, -1]):
+        task.judge((pictures, torch.tensor(labels)))
+    assert sizes == [4, 4]
+    logits = network(task.pre.normalise(pictures[:2]))
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor([2, 0]))
+    assert task.means.local("loss") == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_a_file_whose_preprocessing_contradicts_its_network_is_refused(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from tasks.shapes import CLASSES, KWARGS, make_shapes, shape_recipe
 from tasks.small import distributed, history
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmamba.cli import main, make_parser
 from vmamba.data.coco import open_objects
@@ -19,9 +21,10 @@ from vmamba.data.transforms import Preprocessing
 from vmamba.errors import CheckpointError, DataError, RecipeError
 from vmamba.models.checkpoints import read_metadata
 from vmamba.models.registry import ENTRIES
-from vmamba.tasks.detection import NUMBERS, DetectionTask, evaluate, padded
+from vmamba.tasks.detection import NUMBERS, DetectionTask, evaluate
 from vmamba.tasks.detection_recipe import DetectionDataConfig, DetectionTrainConfig, DetectionValidateConfig
-from vmamba.tasks.detector import Detector, drawn, encode_masks
+from vmamba.tasks.detector import Detector, _with_windows, drawn, encode_masks
+from vmamba.tasks.inference import padded
 from vmamba.tasks.overlays import INK, palette
 from vmamba.tasks.prediction import Classifier
 from vmamba.tasks.recipe import ModelConfig, TrainerConfig
@@ -165,6 +168,38 @@ def test_windows_find_what_is_too_small_in_the_whole_picture(trained):
         detector.detect(picture, window=8)
     assert hits(whole) <= 1
     assert hits(windows) >= 4
+
+
+def test_masks_of_windows_are_as_large_as_the_picture_only_where_they_are_kept(monkeypatch):
+    """Those of all objects in all windows would not fit into memory."""
+    windows, most = [], [0]
+
+    def found(model, pictures, *sides, least_score):
+        height, width = pictures[0].shape[1:]
+        windows.append((height, width))
+        mask = torch.zeros(1, height, width, dtype=torch.bool)
+        mask[0, 10:20, 12:30] = True
+        scores = pictures[0].float().mean()[None] / 255
+        return [{"boxes": torch.tensor([[12.0, 10, 30, 20]]), "scores": scores, "labels": scores.long(), "masks": mask}]
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            y = function(*args, **kwargs or {})
+            most[0] = max(most[0], y.numel() if isinstance(y, torch.Tensor) else 0)
+            return y
+
+    monkeypatch.setattr("vmamba.tasks.detector.detect", found)
+    model = SimpleNamespace(nms_iou=0.5, max_per_img=3)
+    picture = torch.linspace(0, 255, 600)[:, None].expand(1, 600, 800).to(torch.uint8)  # brightest at the bottom
+    whole = found(model, [picture], least_score=0)[0]
+    with Sizes():
+        kept = _with_windows(model, picture, 64, whole, 0.0)
+    assert len(windows) > 100
+    assert most[0] == kept["masks"].numel() == 3 * 600 * 800
+    for box, mask in zip(kept["boxes"].int().tolist(), kept["masks"], strict=True):
+        rows, columns = torch.nonzero(mask, as_tuple=True)
+        assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert box[1] > 500
 
 
 def test_the_command_line_predicts(trained, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tasks.small import CLASSES, PLAIN, checkpoint, distributed, history, recipe, train_and_die
+from tasks.small import CLASSES, PLAIN, checkpoint, distributed, history, recipe, spawn, train_and_die
 from tasks.toy import ToyTrainConfig, ToyValidateConfig, toy_recipe
 
 from vmamba.cli import main
@@ -25,7 +26,7 @@ from vmamba.models.checkpoints import read_metadata
 from vmamba.tasks import classification, settings_of
 from vmamba.tasks.classification import ClassificationTask
 from vmamba.tasks.prediction import Classifier
-from vmamba.tasks.recipe import TrainConfig, TrainerConfig, ValidateConfig, load_recipe
+from vmamba.tasks.recipe import TrainConfig, TrainerConfig, ValidateConfig, differences, load_recipe
 from vmamba.tasks.training import train, validate
 
 
@@ -315,6 +316,69 @@ def test_a_folder_that_holds_a_run_is_resumed_replaced_or_refused(images, tmp_pa
     config.data.batch_size = 4
     train(config)
     assert len(history(tmp_path / "run")) == 2
+
+
+def test_the_settings_in_a_runs_folder_replace_no_run_and_resume_any(images, tmp_path, capsys):
+    config = recipe(images, tmp_path / "run", epochs=2)
+    config.overwrite = True
+    train(config)
+    written = tmp_path / "run/config.yaml"
+    assert main(["train", "--config", str(written)]) == 1
+    assert "already holds a run" in capsys.readouterr().err
+    assert main(["train", "--config", str(written), "--resume", "true"]) == 0
+    assert main(["train", "--config", str(written), "--overwrite", "true"]) == 0
+
+
+def test_the_link_to_the_latest_run_names_it(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = recipe(images, Path("runs/latest"), epochs=2)
+    with pytest.raises(RecipeError, match=r"runs/latest is a link to the latest run, and there is none yet"):
+        train(config)
+    train(replace(config, run="runs/first"))
+    for change in ({"resume": True}, {"overwrite": True}):
+        train(replace(config, **change))
+        assert os.readlink("runs/latest") == "first"
+        assert len(history(Path("runs/first"))) == 2
+    Path("runs/latest").unlink()
+    Path("runs/latest").mkdir()
+    with pytest.raises(RecipeError, match=r"runs/latest is to be a link to the latest run, but is a folder"):
+        train(replace(config, run="runs/second"))
+    assert not Path("runs/second").exists()
+
+
+def test_a_run_goes_on_with_as_many_processes_and_images(images, tmp_path):
+    config = recipe(images, tmp_path / "run")
+    config.trainer.accumulate = 1
+    process = spawn(train_and_die, config, "training")
+    process.join()
+    before = checkpoint(tmp_path / "run")
+    config.resume = True
+    distributed(train, config, exitcode=1, stderr=tmp_path / "said")
+    said = (tmp_path / "said").read_text()
+    assert "has had 1 processes, 6 updates an epoch, and would now have 2 processes, 3 updates an epoch" in said
+    for number in range(4):
+        (images / f"train/red/{number}.png").unlink()
+    with pytest.raises(RecipeError, match=r"has had 1 processes, 6 updates .* would now have 1 processes, 5 updates"):
+        train(config)
+    assert checkpoint(tmp_path / "run")["global_step"] == before["global_step"] == 6
+
+
+def test_workers_of_a_stream_share_it(tmp_path):
+    before = TrainConfig().to_dict()
+    for dataset, changed in (("", []), ("torch/cifar10", []), ("wds/", ["data.workers: 1 -> 2"])):
+        settings = [before | {"data": before["data"] | {"dataset": dataset, "workers": w}} for w in (1, 2)]
+        assert differences(*settings) == changed
+
+
+def test_a_file_that_is_no_yaml_is_told(tmp_path, capsys):
+    for text in (b"seed: 1\n\tepochs: 2\n", b"run: \xff\n", b"base: other.yaml\n"):
+        (tmp_path / "recipe.yaml").write_bytes(text)
+        (tmp_path / "other.yaml").write_text("seed: [1\n")
+        for command in ("train", "predict"):
+            assert main([command, "--config", str(tmp_path / "recipe.yaml")]) == 1
+            said = capsys.readouterr().err
+            assert "Traceback" not in said
+            assert re.search(r"(recipe|other)\.yaml cannot be read as YAML: ", said)
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_unread(images, tmp_path):

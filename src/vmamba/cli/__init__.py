@@ -33,7 +33,7 @@ from vmamba.errors import (
 from vmamba.explain.config import ExplainConfig
 from vmamba.files import shown
 from vmamba.tasks import settings_of
-from vmamba.tasks.recipe import InfoConfig, ModelsConfig, PredictConfig, TrainConfig, ValidateConfig
+from vmamba.tasks.recipe import InfoConfig, ModelsConfig, PredictConfig, TrainConfig, ValidateConfig, load_recipe
 from vmamba.tasks.runs import report
 
 # Errors that are for the person at the keyboard: their message says it all, a traceback would bury it.
@@ -290,7 +290,7 @@ class _ConfigFile(ActionConfigFile):
     """A YAML file with settings; ``base: OTHER.yaml`` in it names a file, relative to it, whose settings come first."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        settings = yaml.safe_load(Path(values).read_text()) if os.path.isfile(values) else None
+        settings = load_recipe(Path(values)) if os.path.isfile(values) else None
         if isinstance(settings, dict) and (base := settings.pop("base", None)):
             self(parser, cfg, str(Path(values).parent / base))
             values = yaml.safe_dump(settings)

@@ -93,10 +93,11 @@ class Objects:
         return Image(pil_to_tensor(picture)), target
 
     def ground_truth(self) -> dict[str, Any]:
-        """The data set as COCO's evaluation takes it, crowds included."""
+        """The data set as COCO's evaluation takes it, crowds included; there an id of 0 would mean "not found"."""
+        annotations = [annotation for text in self.annotations for annotation in json.loads(text)]
         return {
             "images": self.pictures,
-            "annotations": [annotation for text in self.annotations for annotation in json.loads(text)],
+            "annotations": [annotation | {"id": number} for number, annotation in enumerate(annotations, 1)],
             "categories": [
                 {"id": i, "name": name} for i, name in zip(self.category_ids, self.class_names, strict=True)
             ],
@@ -288,7 +289,7 @@ def _from_voc(folder: Path, where: str, class_names: Sequence[str] | None) -> di
     names = sorted({name for _, name, _, _ in objects}) if class_names is None else list(class_names)
     index = {name: i for i, name in enumerate(names)}
     problems += [
-        f"{shown(images[number - 1]['file_name'])}: there is no class {name!r}; the classes are {', '.join(names)}"
+        f"{shown(files[number - 1])}: there is no class {name!r}; the classes are {', '.join(names)}"
         for number, name, _, _ in objects
         if name not in index
     ]

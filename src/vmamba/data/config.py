@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+STREAMS = ("wds/", "hfids/", "tfds/")  # data sets that can only be read in a row, as timm's factory names them
+
 
 @dataclass
 class DataConfig:

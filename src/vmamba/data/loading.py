@@ -159,7 +159,8 @@ class MemorySamples(Dataset[tuple[Tensor, Tensor]]):
         if split.is_stream:
             raise DataError(f"data.in_memory needs images that can be read one by one; {split.where} is a stream")
         data, labels = getattr(split.source, "data", None), split.labels()
-        if isinstance(data, Tensor) and data.shape[1:] == pre.img_size and pre.in_chans == 1 and labels is not None:
+        as_they_are = pre.in_chans == 1 and pre.crop_pct == 1 and labels is not None
+        if as_they_are and isinstance(data, Tensor) and data.shape[1:] == pre.img_size:
             self.images, self.labels = data[:, None], torch.tensor(labels)
             return
         items = LabelledImages(split, pre.eval_transform(), pre.in_chans, num_classes)

@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.tv_tensors import Image, Mask
 
 from vmamba.data.images import image_files, read_image, read_index_mask
-from vmamba.data.sources import refuse, split_names
+from vmamba.data.sources import names_in, refuse, split_names
 from vmamba.data.transforms import IGNORED
 from vmamba.errors import DataError, ImageError
 from vmamba.files import shown
@@ -101,7 +101,7 @@ def open_masks(
         raise DataError(f"{shown(root)} has no folders images/{split} and annotations/{split}")
     ade = Path(root, "objectInfo150.txt")
     if class_names is None:
-        class_names = _ade_names(ade) if ade.exists() else _listed_names(Path(root, "classes.txt"))
+        class_names = _ade_names(ade) if ade.exists() else names_in(Path(root, "classes.txt"))
     pictures, masks = folders
     return pair(pictures / found, masks / found, class_names, reduce_zero=ade.exists(), ignored=ignored)
 
@@ -146,14 +146,7 @@ def pair(
     )
 
 
-def _listed_names(file: Path) -> list[str]:
-    try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{shown(file)} should name a class on each line: {error}") from error
-
-
 def _ade_names(file: Path) -> list[str]:
     """The first name of each class in ADE20K's table, whose columns are parted by tabs."""
-    rows = [line.split("\t") for line in _listed_names(file)]
+    rows = [line.split("\t") for line in names_in(file)]
     return [row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit()]

@@ -21,7 +21,7 @@ from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset
 
-from vmamba.data.config import DataConfig
+from vmamba.data.config import STREAMS, DataConfig
 from vmamba.data.images import check_channels, image_files, is_hidden, is_image, read_image, standard_image
 from vmamba.errors import DataError, ImageError
 from vmamba.files import replacing, shown
@@ -126,6 +126,8 @@ class Split:
             labels = [label for _, label in reader.samples]
         if labels is None:
             return None
+        if getattr(labels, "ndim", 1) == 2:  # QMNIST's, whose first column is the class
+            labels = labels[:, 0]
         try:
             return [int(label) for label in labels]
         except (TypeError, ValueError) as error:
@@ -162,7 +164,7 @@ def open_split(config: DataConfig, training: bool, class_names: Sequence[str] | 
         source = _open_named(config, root, split, training, seed, where)
         if not isinstance(source, IterableImageDataset) and not len(source):
             raise DataError(f"{where} is empty")
-    names = _class_names(source) or _listed_names(config)
+    names = _class_names(source) or (names_in(Path(config.class_names)) if config.class_names else None)
     if training and (config.num_classes or len(names or ())) == 1:
         raise DataError(
             f"{where} has one class{f' ({names[0]})' if names else ''}: there is nothing to tell apart. Put the images "
@@ -285,7 +287,7 @@ def _open_named(config: DataConfig, root: str | None, split: str, training: bool
         "name": config.dataset, "root": root, "split": split, "is_training": training, "seed": seed,
         "batch_size": config.batch_size, "input_key": config.input_key, "target_key": config.target_key,
     }  # fmt: skip
-    if config.dataset.startswith(("wds/", "hfids/", "tfds/")):
+    if config.dataset.startswith(STREAMS):
         arguments["input_img_mode"] = ""  # as stored: `standard_image` does the rest
         arguments["num_samples"] = config.num_samples if training else None
     try:
@@ -331,13 +333,16 @@ def _reason(config: DataConfig, root: str | None, error: Exception) -> str:
     return f"there is no {shown(looked)}; give {shown(instead)}, which holds {folder}, instead of {shown(root)}"
 
 
-def _listed_names(config: DataConfig) -> list[str] | None:
-    if config.class_names is None:
-        return None
+def names_in(file: Path) -> list[str]:
+    """The lines of a file that names a class on each; blank ones do not count.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
-        return Path(config.class_names).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"data.class_names: {error}") from error
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{shown(file)} should name a class on each line: {error}") from error
 
 
 def _unpack(folder: Path) -> None:

@@ -29,6 +29,8 @@ from vmamba.errors import RecipeError
 
 IGNORED = -1  # the label of pixels that neither loss nor metrics count
 
+_LONG = 20  # times as long as wide, up to which a picture is resized whole
+
 ImageTransform = Callable[[Image.Image], Tensor]
 
 
@@ -71,14 +73,33 @@ class Preprocessing:
 
     def eval_transform(self) -> ImageTransform:
         """PIL image of any size to uint8 (C, H, W): the short side to ``img_size / crop_pct``, then a centre crop."""
-        return transforms_imagenet_eval(
+        steps = transforms_imagenet_eval(
             self.img_size, crop_pct=self.crop_pct, interpolation=self.interpolation, normalize=False
         )
+        steps.transforms.insert(0, CropLong(self))
+        return steps
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) to float32 with the given mean and standard deviation of each channel."""
         mean, std = _on_device(self.mean, images.device), _on_device(self.std, images.device)
         return (images.float() - mean * 255) / (std * 255)
+
+
+class CropLong:
+    """Cut off the ends of a long picture, far from what timm's centre crop leaves, before timm resizes all of it.
+
+    One row of pixels would become as many as a square picture has, for each pixel that it is long.
+    """
+
+    def __init__(self, pre: Preprocessing) -> None:
+        self.sides = [math.floor(side / pre.crop_pct) for side in pre.img_size]  # that the picture is resized to cover
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """A picture of any size; one that is no more than `_LONG` times as long as these sides is left as it is."""
+        factor = max(self.sides[0] / image.height, self.sides[1] / image.width)
+        most = math.ceil(_LONG * max(self.sides) / factor)
+        left, top = (max(given - most, 0) // 2 for given in image.size)  # as much at the other end: the centre stays
+        return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 @functools.cache
@@ -343,7 +364,7 @@ def saturate(image: Tensor, factor: float) -> Tensor:
 def segmentation_transform(config: SegmentationAugmentConfig, pre: Preprocessing) -> v2.Transform:
     """(picture, uint8 (3, H, W), and mask of labels (H, W)) to the same, varied, of the crop's size."""
     return v2.Compose([
-        FitSides([config.scale], config.ratio),
+        FitSides([(max(config.scale), min(config.scale))], config.ratio),
         Crop(config.crop, most_of_one_class=config.most_of_one_class),
         v2.RandomHorizontalFlip(config.hflip),
         *([PhotometricDistort()] if config.photometric else []),

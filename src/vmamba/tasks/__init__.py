@@ -9,8 +9,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
-import yaml
-
 from vmamba.errors import RecipeError
 
 
@@ -82,7 +80,9 @@ def settings_of(command: str, arguments: Sequence[str]) -> type:
 
 def _task_in(path: str) -> str | None:
     """The task that a YAML file names, or the one it is based on; a file that cannot be read is refused elsewhere."""
-    settings = yaml.safe_load(Path(path).read_bytes()) if os.path.isfile(path) else None
+    from vmamba.tasks.recipe import load_recipe
+
+    settings = load_recipe(Path(path)) if os.path.isfile(path) else None
     if not isinstance(settings, dict):
         return None
     return settings.get("task") or ("base" in settings and _task_in(str(Path(path).parent / settings["base"]))) or None

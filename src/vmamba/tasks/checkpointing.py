@@ -60,15 +60,29 @@ class Recorder(L.Callback):
         self.run = run
         self.history: list[dict[str, float]] = []
         self.best: float | None = None  # as `Score.rank` has it
+        self.shares: dict[str, int] = {}  # how the work of an epoch is divided
         self.started = self.drawn = time.monotonic()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "best": self.best}
+        return {"history": self.history, "best": self.best, "shares": self.shares}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.best = state_dict["history"], state_dict["best"]
+        self.shares = state_dict.get("shares", {})
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Refuse to go on with other devices or another number of images: steps would be counted otherwise."""
+        now = {"processes": trainer.world_size, "updates an epoch": pl_module.updates}
+        if self.shares and self.shares != now:
+            before, after = (", ".join(f"{count} {name}" for name, count in s.items()) for s in (self.shares, now))
+            raise RecipeError(
+                f"the run in {self.run.path} has had {before}, and would now have {after}, so it cannot be resumed: "
+                f"give it the devices and the images it was started with, or another folder with --run"
+            )
+        self.shares = now
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:

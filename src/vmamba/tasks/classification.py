@@ -92,16 +92,18 @@ class ClassificationTask(Task):
     @override
     def from_weights(cls, config: ValidateConfig, weights: Weights) -> Self:
         data, classifier = config.data, Classifier.from_weights(weights, config.data)
-        # Folders are labelled in the order of the model's classes; published weights know ImageNet's by number only.
-        names = classifier.class_names if config.pretrained is None and not data.dataset else None
+        # Folders are labelled in the order of the classes that the model's file names; published ones name none.
+        known = weights.metadata.get("class_names") or None
+        names = known if config.pretrained is None and not data.dataset else None
         split = open_split(data, training=False, class_names=names)
         if (number := number_of_classes(data, split)) != classifier.num_classes:
             raise DataError(f"{split.where} has {number} classes, but {classifier.source} has {classifier.num_classes}")
-        if names is None and number != 1000 and split.class_names not in (None, classifier.class_names):
+        if known and names is None and number != 1000 and split.class_names not in (None, known):
             raise DataError(f"the classes of {split.where}, {split.class_names}, are not those of {classifier.source}")
         if data.check_files and is_first_process():
             check_files(split, classifier.pre.in_chans, data.workers)
-        return cls(classifier.model, number, classifier.class_names, classifier.pre, data, split)
+        told = classifier.class_names if known or number == 1000 else split.class_names
+        return cls(classifier.model, number, told, classifier.pre, data, split)
 
     @override
     def loader(self, training: bool) -> EpochLoader:
@@ -142,9 +144,9 @@ class ClassificationTask(Task):
     @override
     def judge(self, batch: tuple[Tensor, Tensor]) -> None:
         """uint8 images (B, C, H, W) and labels (B,), -1 where the image only fills up the batch."""
-        known = batch[1] != PADDING
+        known = batch[1] != PADDING  # after the network, for not every one takes a batch of no images
+        logits = self.network(self.pre.normalise(batch[0])).float()[known]
         images, labels = batch[0][known], batch[1][known]
-        logits = self.network(self.pre.normalise(images)).float()
         best = logits.topk(min(5, self.num_classes)).indices
         right = best == labels[:, None]
         self.means.add("loss", F.cross_entropy(logits, labels, reduction="sum"), len(labels))

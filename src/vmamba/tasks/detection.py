@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 from typing_extensions import override
 
@@ -28,7 +27,7 @@ from vmamba.models.detection import Losses, MaskRCNN, Target
 from vmamba.tasks import overlays
 from vmamba.tasks.detection_recipe import DetectionDataConfig, DetectionTrainConfig, DetectionValidateConfig
 from vmamba.tasks.detector import Detector, drawn, encode_masks, fitted_sides
-from vmamba.tasks.inference import detect
+from vmamba.tasks.inference import detect, padded
 from vmamba.tasks.prediction import Weights
 from vmamba.tasks.runs import report
 from vmamba.tasks.task import LOSS, Score, Task, build_model
@@ -286,26 +285,6 @@ class WholePictures:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.objects.read(max(index, 0))[0].as_subclass(Tensor), index
-
-
-def padded(batch: Sequence[Tensor], pre: Preprocessing, multiple: int = 32) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Pictures of different sizes as one batch, normalised and then filled up with zeros below and to the right.
-
-    Args:
-        batch: uint8 (3, H, W) each.
-        pre: how they are normalised.
-        multiple: the sides of the batch are multiples of this.
-
-    Returns:
-        float32 (B, 3, H, W), and the height and width of each picture.
-    """
-    sizes = [(picture.shape[1], picture.shape[2]) for picture in batch]
-    height, width = (-(-max(sides) // multiple) * multiple for sides in zip(*sizes, strict=True))
-    images = [
-        F.pad(pre.normalise(picture[None])[0], (0, width - columns, 0, height - rows))
-        for picture, (rows, columns) in zip(batch, sizes, strict=True)
-    ]
-    return torch.stack(images), sizes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

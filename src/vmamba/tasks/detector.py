@@ -291,7 +291,7 @@ def fitted_sides(img_size: int | Sequence[int] | None) -> tuple[int, int]:
 def _with_windows(model: MaskRCNN, picture: Tensor, window: int, whole: Detections, least_score: float) -> Detections:
     """What was found in a whole picture, and in overlapping windows of it that no object is cut off by."""
     _, height, width = picture.shape
-    found = [whole]
+    found, corners = [whole], [(0, 0)]
     for top in window_starts(height, window):
         for left in window_starts(width, window):
             part = picture[:, top : top + window, left : left + window]
@@ -305,11 +305,15 @@ def _with_windows(model: MaskRCNN, picture: Tensor, window: int, whole: Detectio
             kept = (here["boxes"][:, :2] > edges[:2]).all(1) & (here["boxes"][:, 2:] < edges[2:]).all(1)
             here = {name: values[kept] for name, values in here.items()}
             here["boxes"] = here["boxes"] + here["boxes"].new_tensor([left, top, left, top])
-            if "masks" in here:
-                masks = here["masks"].new_zeros(len(here["masks"]), height, width)
-                masks[:, top : top + rows, left : left + columns] = here["masks"]
-                here["masks"] = masks
             found.append(here)
-    together = {name: torch.cat([each[name] for each in found]) for name in whole}
+            corners.append((left, top))
+    together = {name: torch.cat([each[name] for each in found]) for name in whole if name != "masks"}
     kept = bx.suppress(together["boxes"], together["scores"], together["labels"], model.nms_iou)[: model.max_per_img]
-    return {name: values[kept] for name, values in together.items()}
+    result = {name: values[kept] for name, values in together.items()}
+    if "masks" in whole:  # as large as the picture only now: there may be many windows
+        places = [(mask, *corner) for each, corner in zip(found, corners, strict=True) for mask in each["masks"]]
+        result["masks"] = whole["masks"].new_zeros(len(kept), height, width)
+        for pasted, index in zip(result["masks"], kept.tolist(), strict=True):
+            mask, left, top = places[index]
+            pasted[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+    return result

@@ -44,7 +44,8 @@ def segment(
     scores = torch.zeros(model.num_classes, height, width, device=picture.device)
     least = model.backbone.strides[-1]
     for rows, columns in sizes:
-        images = _prepared(model, picture, (max(rows, least), max(columns, least)))[None]
+        seen = resize_bilinear_uint8(picture, (max(rows, least), max(columns, least)))
+        images = _preprocessing_of(model).normalise(seen[None])
         for x in (images, images.flip(3)) if flip else (images,):
             logits = model(x)
             logits = resized((logits if x is images else logits.flip(3)).float(), (height, width))[0]
@@ -75,15 +76,30 @@ def detect(
     """
     file_sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
     sizes = [fitted_size(height, width, max(scale), min(scale)) for height, width in file_sizes]
+    resized_pictures = [resize_bilinear_uint8(picture, size) for picture, size in zip(pictures, sizes, strict=True)]
+    images, _ = padded(resized_pictures, _preprocessing_of(model), multiple)
+    return model(images, sizes=sizes, file_sizes=file_sizes, least_score=least_score)
+
+
+def padded(batch: Sequence[Tensor], pre: Preprocessing, multiple: int = 32) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Pictures of different sizes as one batch, normalised and then filled up with zeros below and to the right.
+
+    Args:
+        batch: uint8 (3, H, W) each.
+        pre: how they are normalised.
+        multiple: the sides of the batch are multiples of this.
+
+    Returns:
+        float32 (B, 3, H, W), and the height and width of each picture.
+    """
+    sizes = [(picture.shape[1], picture.shape[2]) for picture in batch]
     height, width = (-(-max(sides) // multiple) * multiple for sides in zip(*sizes, strict=True))
     images = [
-        F.pad(_prepared(model, picture, size), (0, width - size[1], 0, height - size[0]))
-        for picture, size in zip(pictures, sizes, strict=True)
+        F.pad(pre.normalise(picture[None])[0], (0, width - columns, 0, height - rows))
+        for picture, (rows, columns) in zip(batch, sizes, strict=True)
     ]
-    return model(torch.stack(images), sizes=sizes, file_sizes=file_sizes, least_score=least_score)
+    return torch.stack(images), sizes
 
 
-def _prepared(model: UPerNet | MaskRCNN, picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """A picture at another size, normalised as the model expects it."""
-    small = picture if tuple(picture.shape[1:]) == size else resize_bilinear_uint8(picture, size)
-    return Preprocessing.from_dict(dict(model.pretrained_cfg)).normalise(small[None])[0]
+def _preprocessing_of(model: UPerNet | MaskRCNN) -> Preprocessing:
+    return Preprocessing.from_dict(dict(model.pretrained_cfg))

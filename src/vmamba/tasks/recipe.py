@@ -6,6 +6,7 @@ The defaults are the recipe of the published ImageNet results. Nothing here impo
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,9 @@ from typing import Any, Literal
 import yaml
 from typing_extensions import override
 
-from vmamba.data.config import AugmentConfig, DataConfig
+from vmamba.data.config import STREAMS, AugmentConfig, DataConfig
 from vmamba.errors import RecipeError
+from vmamba.files import shown
 
 
 @dataclass
@@ -317,18 +319,29 @@ _FREE = {"resume", "overwrite", "run", "data.root", "data.val_root", "data.worke
          "data.val_batch_size", "data.download", "trainer.progress", "model.checkpoint"}  # fmt: skip
 
 
-def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(
+    before: dict[str, Any], now: dict[str, Any], prefix: str = "", free: Collection[str] = _FREE
+) -> list[str]:
     """The settings, as ``name: before -> now``, that keep a run from being resumed exactly."""
     found: list[str] = []
+    if not prefix and str(now["data"].get("dataset")).startswith(STREAMS):  # whose parts the workers share among them
+        free = _FREE - {"data.workers"}
     for key in sorted(before.keys() | now.keys()):
         name, a, b = prefix + key, before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, name + ".")
-        elif a != b and name not in _FREE:
+            found += differences(a, b, name + ".", free)
+        elif a != b and name not in free:
             found.append(f"{name}: {a} -> {b}")
     return found
 
 
-def load_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a run, from the config.yaml in its folder."""
-    return yaml.safe_load(path.read_bytes())
+def load_recipe(path: Path) -> Any:
+    """The settings in a YAML file, such as the config.yaml in a run's folder.
+
+    Raises:
+        RecipeError: it is no YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{shown(path)} cannot be read as YAML: {error}") from error

@@ -47,8 +47,12 @@ class RunFolder:
 
         Raises:
             RecipeError: the folder holds a run and neither resume nor overwrite is asked for, or the run to be resumed
-                was started with other settings.
+                was started with other settings, or the link to the latest run cannot be made.
         """
+        if LATEST.exists() and not LATEST.is_symlink():
+            raise RecipeError(f"{LATEST} is to be a link to the latest run, but is a folder or file: rename it")
+        if self.path.absolute() == LATEST.absolute() and not LATEST.exists():
+            raise RecipeError(f"{LATEST} is a link to the latest run, and there is none yet: name a folder with --run")
         if not self.checkpoint.exists() or overwrite:
             return None
         if not resume:
@@ -76,16 +80,18 @@ class RunFolder:
             for path in (self.checkpoint, self.model, self.metrics, self.curve):
                 path.unlink(missing_ok=True)
         with atomic_write(self.config) as file:
-            file.write(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
+            once = {"resume": False, "overwrite": False}  # asked of this call, not of others with the same settings
+            file.write(yaml.safe_dump(settings | once, sort_keys=False, allow_unicode=True).encode())
         self._link()
 
     def _link(self) -> None:
         """Point runs/latest here."""
         LATEST.parent.mkdir(parents=True, exist_ok=True)
-        inside = self.path.resolve().parent == LATEST.parent.resolve()
+        target = self.path.resolve()
+        inside = target.parent == LATEST.parent.resolve()
         temporary = LATEST.with_name(f".latest.{os.getpid()}.tmp")
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(self.path.name if inside else self.path.resolve())
+        temporary.symlink_to(target.name if inside else target)
         os.replace(temporary, LATEST)
 
     def write_metrics(self, history: list[dict[str, float]]) -> None:
