@@ -122,7 +122,7 @@ def subjects_of(settings: BestSettings, case: Case) -> list[Subject]:
         Subject(label, NAMES[label], mode, case.size, case.batch, case.precision)
         for label in settings.contenders
         for mode in modes(settings, label, case.precision)
-        if case.compiled or mode not in (COMPILED, AOTI)
+        if case.compiled or mode != COMPILED
     ]
     if case.precision != INT8:
         found.append(Subject(MINE, NAMES[MINE], PRODUCTS, case.size, case.batch, case.precision))

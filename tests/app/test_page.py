@@ -136,11 +136,11 @@ def test_models_that_are_not_in_the_list_are_refused(page, session, desk):
 
 
 def test_a_picture_that_is_sent_in_takes_the_place_of_the_other(page, session):
-    mine = page.choose_picture(session, sent(png(64, 48)))[0]
+    mine = page.choose_picture(session, "", sent(png(64, 48)))[0]
     assert mine.picture.size == (64, 48)
     assert np.array_equal(mine.recording.seen.pictures[0], np.full((32, 32, 3), (255, 0, 0)))
     assert mine.number != session.number
-    assert page.choose_picture(None, event(example="1"))[0].picture.size == (48, 40)
+    assert page.choose_picture(None, page.catalogue.first, event(example="1"))[0].picture.size == (48, 40)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,14 @@ def test_a_picture_that_is_sent_in_takes_the_place_of_the_other(page, session):
 )  # fmt: skip
 def test_what_is_no_picture_is_refused(page, session, given, key):
     with pytest.raises(RefusedError) as caught:
-        page.choose_picture(session, given)
+        page.choose_picture(session, "", given)
     assert caught.value.key == key
 
 
 def test_refusals_are_told_in_words_and_accidents_without_their_insides(page, session, monkeypatch, capsys):
     choose = next(fn.fn for fn in page.blocks.fns.values() if fn.fn.__name__ == "choose_picture")
     with pytest.raises(gr.Error) as caught:
-        choose(session, sent(b"no picture", "<script>.png"))
+        choose(session, "", sent(b"no picture", "<script>.png"))
     assert '<span lang="en">This picture cannot be used.</span><span lang="zh">无法使用这张图片。</span>' in str(
         caught.value
     )
@@ -175,10 +175,10 @@ def test_refusals_are_told_in_words_and_accidents_without_their_insides(page, se
             "vmamba.app.page.received_picture", lambda sent, error=error: (_ for _ in ()).throw(error("x"))
         )
         with pytest.raises(gr.Error, match=r"This cannot be shown.*<small>x</small>"):
-            choose(session, sent(png(9, 9)))
+            choose(session, "", sent(png(9, 9)))
     monkeypatch.setattr("vmamba.app.page.received_picture", lambda sent: 1 / 0)
     with pytest.raises(gr.Error) as caught:
-        choose(session, sent(png(9, 9)))
+        choose(session, "", sent(png(9, 9)))
     assert "ZeroDivisionError" not in str(caught.value)
     assert "ZeroDivisionError" in capsys.readouterr().err
 
@@ -199,11 +199,15 @@ def test_predictions_are_those_of_the_network(page, session):
 def test_visitors_at_the_same_time_do_not_see_each_others_pictures(page):
     """Two threads, one model: the recordings are those that each gets alone."""
     pictures = [png(40, 40, "red"), png(40, 40, "blue")]
-    alone = [page.choose_picture(None, sent(picture))[0].recording for picture in pictures]
+
+    def choose(picture: bytes) -> Session:
+        return page.choose_picture(None, page.catalogue.first, sent(picture))[0]
+
+    alone = [choose(picture).recording for picture in pictures]
     together: dict[int, list[Session]] = {0: [], 1: []}
 
     def visit(number: int) -> None:
-        together[number] += [page.choose_picture(None, sent(pictures[number]))[0] for _ in range(8)]
+        together[number] += [choose(pictures[number]) for _ in range(8)]
 
     visitors = [threading.Thread(target=visit, args=(number,)) for number in together]
     for visitor in visitors:
@@ -237,6 +241,41 @@ def test_every_tab_of_a_grey_picture_of_odd_sides_is_finite_and_in_both_language
     panel = TABS[name].draw(session) + routes(session)[1]
     assert "nan" not in re.sub(r"base64,[^)\"]+", "", panel)
     assert panel.count('lang="en"') == panel.count('lang="zh"') > 0
+
+
+def test_a_detector_that_finds_nothing_says_so(page, tmp_path):
+    (tmp_path / "runs/blind").mkdir(parents=True)
+    options = {"backbone": "vmamba_femto", "num_classes": 2, "channels": 8, "hidden": 16, "img_size": (64, 64)}
+    model = vmamba.create_model("maskrcnn", score_thr=0.999, **options)
+    save_checkpoint(model, tmp_path / "runs/blind/model.safetensors")
+    loaded = Catalogue(runs=tmp_path / "runs").load(f"trained {tmp_path}/runs/blind")
+    session = page.start(None)[0].with_model(loaded)
+    assert "The network finds no object in this picture." in TABS["classes"].draw(session)
+
+
+def test_a_first_picture_is_for_the_model_that_is_chosen(page):
+    """Where there are no examples, or the session has ended meanwhile."""
+    session = page.choose_picture(None, "untrained vmamba_femto", sent(png(32, 32)))[0]
+    assert session.loaded.choice.name == "vmamba_femto"
+    with pytest.raises(gr.Error):
+        _handler(page, "choose_picture")(None, "untrained nothing", sent(png(32, 32)))
+
+
+def test_a_session_that_has_ended_is_told(page):
+    redraw = _handler(page, "redraw")
+    assert redraw(None, "memory", {})[-1] == {}
+    with pytest.raises(gr.Error, match="Choose a picture"):
+        redraw(None, "memory", {"memory": 1})
+
+
+def test_choices_wait_for_each_other(page):
+    """Each begins with the session that the last one has left."""
+    names = {fn.fn.__name__ for fn in page.blocks.fns.values() if fn.concurrency_id == "choices"}
+    assert names == {"choose_model", "choose_picture", "choose_block", "choose_patch"}
+
+
+def _handler(page, name):
+    return next(fn.fn for fn in page.blocks.fns.values() if fn.fn.__name__ == name)
 
 
 def test_stages_are_numbered_as_in_the_network_where_the_first_do_not_scan(page):

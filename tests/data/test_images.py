@@ -169,6 +169,24 @@ def test_exif_orientation_is_applied(tmp_path, orientation, corner):
     assert np.argwhere(pixels == 255).tolist() == [list(corner)]
 
 
+def test_a_picture_is_upright_whatever_else_its_exif_says(tmp_path):
+    """A resolution that is text, which Pillow could not write again."""
+    other = struct.pack("<HHI4s", 282, 2, 2, b"7\0\0\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHII", 8, 2, 0x112, 3, 1, 6) + other + bytes(4)
+    path = _saved(tmp_path, Image.new("RGB", (40, 24), "red"), "a.jpg", exif=exif)
+    assert read_image(path).size == (24, 40)
+
+
+def test_links_that_cannot_be_followed_are_images_that_cannot_be_read(tmp_path):
+    _saved(tmp_path, Image.new("RGB", (4, 4)), "a.png")
+    (tmp_path / "b.png").symlink_to("b.png")
+    (tmp_path / "notes").symlink_to("notes")
+    found, problems = find_images([tmp_path])
+    assert ([os.path.basename(path) for path in found], problems) == (["a.png", "b.png"], [])
+    with pytest.raises(ImageError, match=r"b\.png"):
+        read_image(found[1])
+
+
 def test_damaged_exif_does_not_hide_the_picture(tmp_path):
     path = _saved(
         tmp_path, Image.new("RGB", (4, 4), "red"), "a.png", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff garbage"

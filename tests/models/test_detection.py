@@ -159,6 +159,28 @@ def test_losses_and_gradients_are_those_of_mmdetection(monkeypatch: pytest.Monke
         assert model.get_parameter(name).grad.norm().item() == pytest.approx(norm, abs=2e-6), name
 
 
+def test_proposals_are_matched_before_the_true_boxes_join_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an object's best proposal is for it, as in mmdetection, though it overlaps with another even more."""
+    truths = torch.tensor([[0.0, 0, 100, 100], [30, 0, 130, 100]])
+    proposed = torch.tensor([[20.0, 0, 120, 100], [30, 0, 128, 100], [300, 300, 310, 310]])
+    overlaps = bx.box_iou(truths, proposed)
+    assert overlaps[0].argmax() == 0
+    assert overlaps[1, 0] > overlaps[0, 0] > 0.5
+
+    class MatchedError(Exception):
+        pass
+
+    def sample(matched: Tensor, count: int, positives: float) -> None:
+        raise MatchedError(matched.tolist())
+
+    monkeypatch.setattr(bx, "sample", sample)
+    model = vmamba.create_model("maskrcnn", backbone="vmamba_femto", channels=8, hidden=16, num_classes=2)
+    for given, expected in ((proposed, [0, 1, 0, 1, bx.NEGATIVE]), (proposed[:0], [0, 1])):
+        with pytest.raises(MatchedError) as caught:
+            model._roi_losses([], [given], [{"boxes": truths, "labels": torch.tensor([0, 1])}])
+        assert caught.value.args == (expected,)
+
+
 def test_boxes_without_masks_train_the_boxes_alone() -> None:
     images, both = torch.zeros(2, 3, 160, 224), targets()
     for target in both:

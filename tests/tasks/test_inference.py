@@ -52,6 +52,13 @@ def test_the_network_sees_the_golden_input(path: object) -> None:
     torch.testing.assert_close(seen[:, :, :4, :4], expected["input_corner"], atol=1e-5, rtol=0.0)
 
 
+def test_ratios_bound_the_picture_and_keep_its_shape() -> None:
+    """As mmcv's Resize(scale_factor=0.75, keep_ratio=True): 683·0.75 is 512 wide, and 450·512/683 is 337 high."""
+    model = Seen()
+    segment(model, picture(450, 683, 1), ratios=(0.75, 1.0))
+    assert [seen.shape[2:] for seen in model.images] == [(337, 512), (450, 683)]
+
+
 def test_segmentation_resizes_logits_twice() -> None:
     model, shown = Seen(), picture(40, 60, 1)
     logits = segment(model, shown, scale=(80, 30))

@@ -73,7 +73,8 @@ class Page:
                             with tab:
                                 panels[name] = part()
 
-            choose = functools.partial(_on, trigger_mode="always_last")
+            # One after another, for each begins with the session that the last has left.
+            choose = functools.partial(_on, trigger_mode="always_last", concurrency_id="choices")
             whole = [session, canvas, network]
             redraw = {
                 "fn": _told(self.redraw),
@@ -86,7 +87,7 @@ class Page:
             start.then(**redraw)
             choose(model.input, self.choose_model, [session, model], whole).then(**redraw)
             for event in (picker.select, picker.upload):
-                choose(event, self.choose_picture, [session], whole).then(**redraw)
+                choose(event, self.choose_picture, [session, model], whole).then(**redraw)
             choose(network.select, self.choose_block, [session], whole).then(**redraw)
             for each in (canvas, *panels.values()):
                 choose(
@@ -113,8 +114,8 @@ class Page:
         """Another model for the same picture."""
         return _shown(_begun(session).with_model(self._load(key)))
 
-    def choose_picture(self, session: Session | None, event: gr.EventData) -> tuple[Any, ...]:
-        """An example, or a picture that was sent in."""
+    def choose_picture(self, session: Session | None, key: object, event: gr.EventData) -> tuple[Any, ...]:
+        """An example, or a picture that was sent in; the first one, for the model of that name."""
         sent = event._data if isinstance(event._data, dict) else {}
         if "example" in sent:
             place = str(sent["example"])
@@ -124,7 +125,7 @@ class Page:
         else:
             picture = received_picture(sent)
         if session is None:
-            return _shown(Session.begin(self._load(self.catalogue.first), picture))
+            return _shown(Session.begin(self._load(key), picture))
         return _shown(session.with_picture(picture))
 
     def choose_block(self, session: Session | None, event: gr.EventData) -> tuple[Any, ...]:
@@ -149,6 +150,8 @@ class Page:
         """The tab that is open, unless it shows what it should already, and the map over the picture."""
         panels = dict.fromkeys(TABS, gr.skip())
         if session is None:  # the browser tells of the first tab before there is anything to show
+            if drawn:  # but something was shown: the session has ended
+                raise RefusedError("nobody")
             return *panels.values(), gr.skip(), drawn
         panels["routes"], light = routes(session)
         if active in TABS and (tab := TABS[active]) and drawn.get(active) != (key := tab.key(session)):

@@ -14,7 +14,7 @@ from vmamba.app import drawing, views
 from vmamba.app.session import Session
 from vmamba.app.texts import ROUTES, both
 from vmamba.explain.activation_maps import maps_of
-from vmamba.explain.class_maps import class_maps
+from vmamba.explain.class_maps import NothingFoundError, class_maps
 from vmamba.explain.receptive_field import receptive_field, untrained
 from vmamba.explain.scaling import scaling
 from vmamba.explain.scans import Scan
@@ -158,7 +158,10 @@ def classes(session: Session) -> str:
                 logits = session.loaded.model(session.recording.seen.images)[0]
             targets = [*logits.topk(min(2, len(logits))).indices.tolist()]
         names = predictor.class_names
-        found = [class_maps(session.loaded.model, session.recording.seen, t, class_names=names) for t in targets]
+        try:
+            found = [class_maps(session.loaded.model, session.recording.seen, t, class_names=names) for t in targets]
+        except NothingFoundError:
+            return views.panel(views.say("nothing_found"))
     parts = []
     for one in found:
         items = []

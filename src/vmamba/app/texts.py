@@ -111,6 +111,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "What made this answer: places of each stage that spoke for it (Grad-CAM).",
         "为何得出这个答案：各阶段中支持它的位置（Grad-CAM）。",
     ),
+    "nothing_found": ("The network finds no object in this picture.", "网络在这幅图片中没有找到任何物体。"),
     "class": ("{name} (logit {score:.2f})", "{name}（得分 {score:.2f}）"),
     "field": (
         "Effective receptive field: which pixels the middle of stage {stage} hears, on a logarithmic scale down to a"

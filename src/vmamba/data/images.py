@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vmamba.errors import DataError, ImageError
 from vmamba.files import shown
@@ -203,6 +203,14 @@ def _widen_key(image: Image.Image, stored: Any, file: BinaryIO) -> None:
         image.putalpha(Image.fromarray(~hidden.all(2)).convert("L"))
 
 
+# By EXIF's orientation, what makes a picture upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
 def standard_image(image: Image.Image, in_chans: int = 3) -> Image.Image:
     """Turn an opened image of any mode into 8-bit RGB or grey, as `read_image` describes.
 
@@ -210,12 +218,14 @@ def standard_image(image: Image.Image, in_chans: int = 3) -> Image.Image:
         ValueError: the pixels have no defined range (32-bit integers beyond 65535, floats beyond 0 to 1).
     """
     try:
-        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        image = image if upright else ImageOps.exif_transpose(image)
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     # A damaged EXIF block says nothing about the pixels: they are shown as they are stored.
     except Exception as error:
         if isinstance(error, _TooSlowError):
             raise
+        turn = None
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bit(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -311,10 +321,22 @@ def image_files(
         except OSError as error:
             on_error(error)
             continue
-        visible = [entry for entry in entries if not is_hidden(entry.name)]
-        folders += [entry.path for entry in visible if entry.is_dir()]
-        files += [entry.path for entry in visible if wanted(entry.name) and not entry.is_dir()]
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if _is_folder(entry):
+                folders.append(entry.path)
+            elif wanted(entry.name):
+                files.append(entry.path)
     return sorted(files)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """False also of a link that cannot be followed."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[str], list[str]]:

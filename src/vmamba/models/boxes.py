@@ -124,7 +124,7 @@ def match(boxes: Tensor, truths: Tensor, positive: float, negative: float, rescu
         rescue: a true box's best boxes match it if they overlap by at least this much, whatever else they match.
     """
     matched = torch.full((len(boxes),), LEFT_OUT, dtype=torch.int64, device=boxes.device)
-    if not len(truths):
+    if not len(truths) or not len(boxes):
         return matched.fill_(NEGATIVE)
     overlaps = box_iou(truths, boxes)
     best, which = overlaps.max(0)

@@ -330,8 +330,8 @@ class MaskRCNN(DenseModel):
         for proposed, target in zip(proposals, targets, strict=True):
             truths = target["boxes"].to(proposed)
             candidates = torch.cat([truths, proposed])
-            matched = bx.match(candidates, truths, 0.5, 0.5, 0.5)
-            matched[: len(truths)] = torch.arange(len(truths), device=matched.device)
+            matched = bx.match(proposed, truths, 0.5, 0.5, 0.5)
+            matched = torch.cat([torch.arange(len(truths)).to(matched), matched])
             positive, negative = bx.sample(matched, self.regions, 0.25)
             which, chosen = matched[positive], candidates[positive]
             label = target["labels"][which]

@@ -39,8 +39,8 @@ def segment(
         float32 (num_classes, H, W): logits, or probabilities where several are averaged.
     """
     height, width = picture.shape[1:]
-    sizes = [(int(height * ratio + 0.5), int(width * ratio + 0.5)) for ratio in ratios]
-    sizes = sizes or [fitted_size(height, width, max(scale), min(scale))]
+    bounds = [(int(height * ratio + 0.5), int(width * ratio + 0.5)) for ratio in ratios] or [scale]
+    sizes = [fitted_size(height, width, max(sides), min(sides)) for sides in bounds]
     scores = torch.zeros(model.num_classes, height, width, device=picture.device)
     least = model.backbone.strides[-1]
     for rows, columns in sizes:

@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from vmamba.deploy.batch import places
-from vmamba.deploy.batch.sources import Item, Segment, extents_of, find, images_of
+from vmamba.deploy.batch.sources import Item, Segment, _row_item, extents_of, find, images_of
 from vmamba.errors import BatchError, ImageError
 
 from .conftest import picture, tar_of
@@ -160,6 +160,14 @@ def test_paths_in_parquet_are_relative_to_it_and_lead_nowhere_else(pictures, tmp
         found[4].read(3)
     with pytest.raises(ImageError, match="no image in this row"):
         found[5].read(3)
+
+
+def test_parquet_from_elsewhere_names_no_files_of_this_machine():
+    for path in ("/home/me/private.jpg", "file:///home/me/private.jpg"):
+        with pytest.raises(ImageError, match=r"private.jpg: a Parquet file elsewhere may not name files of this"):
+            _row_item("s3://bucket/list.parquet", 0, path).read(3)
+    for value in ("a/b.jpg", "s3://bucket/a/b.jpg"):
+        assert _row_item("s3://bucket/list.parquet", 0, value).name == "s3://bucket/a/b.jpg"
 
 
 def test_hugging_face_images_and_columns_by_name(tmp_path, pictures):

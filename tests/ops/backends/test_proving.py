@@ -137,6 +137,25 @@ def test_an_exception_is_a_verdict(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == {"fault": "RuntimeError: PassManager::run failed", "lasts": True}
 
 
+@pytest.mark.parametrize(
+    ("said", "lasts"),
+    [
+        ("CUDA error: out of memory", False),
+        ("Triton Error [CUDA]: out of memory", False),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False),
+        ("GET was unable to find an engine to execute this computation", False),
+        ("out of resource: shared memory, Required: 300000", True),
+    ],
+)
+def test_a_card_that_is_full_says_nothing_of_the_kernels(monkeypatch, capsys, said, lasts):
+    def fails(*given):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(proving, "compare", fails)
+    proving.main("cpu", "float32", "cross")
+    assert json.loads(capsys.readouterr().out) == {"fault": f"RuntimeError: {said}", "lasts": lasts}
+
+
 # --- the process around it -------------------------------------------------------------------------------------------
 
 

@@ -342,8 +342,10 @@ def _row_item(path: str, row: int, value: Any) -> Item:
         if "::" in value or (protocol not in _PATH_PROTOCOLS and not path.startswith(f"{protocol}://")):
             return Item(value, ImageError(f"{shown(value)}: paths in a Parquet file may not be addresses of this kind"))
         return Item(value, value)
-    value = places.plain(value)
-    return Item(target := places.join(posixpath.dirname(path), value), target)
+    target = places.join(posixpath.dirname(path), places.plain(value))
+    if places.is_remote(path) and not places.is_remote(target):
+        return Item(value, ImageError(f"{shown(value)}: a Parquet file elsewhere may not name files of this machine"))
+    return Item(target, target)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -41,8 +42,10 @@ _PATIENCE = 600  # seconds for one proof, most of which goes into compiling
 _GRIDS = ((7, 7, 64, 1, 20), (11, 13, 40, 3, 3), (17, 19, 96, 1, 6), (3, 4, 32, 1, 2))
 _CONVOLVED = (1, 8, 9, 32)  # the image of the convolution: more than one tile each way, whatever the tile
 _STEM = ((2, 3, 19, 22), (48, 3, 3, 3), (48,), (48,), (48,))  # and of these, with the norm's scale and offset
-_MULTIPLIED = ((150, 96), (200, 96), (200,))  # of x, weight and bias: two blocks each way that are not full
+_MULTIPLIED = (96, 128, 192)  # channels, for each length of a step in each tile that is chosen by them
 _NORMALISED, _EPS = (50, 96), 1e-5  # several blocks of rows, the last of which is not full
+# What CUDA, cuBLAS, cuDNN and Triton say of a card that is full, or another process's own.
+_FOR_NOW = re.compile("busy or unavailable|out of memory|ALLOC_FAILED|NOT_INITIALIZED|unable to find an engine")
 _PROGRAM = "import sys; from vmamba.ops.backends import proving; proving.main(*sys.argv[1:])"
 _NO_GRID = "selective_scan"
 # SIGHUP, SIGINT, SIGKILL and SIGTERM: from a user, or the system where memory is short, and not from a kernel's fault.
@@ -273,7 +276,9 @@ def _compare_convolution(device: torch.device, dtype: torch.dtype, rounding: flo
             )
         if fault := _fault_of_layer("the convolution", found, expected, rounding):
             return f"{fault}, with {tile}"
-    return ""
+    expected = F.silu(F.conv2d(image.permute(0, 3, 1, 2), filters, padding=1, groups=len(filters)).permute(0, 2, 3, 1))
+    found = [convolution.depthwise_silu(x, weight, None)]
+    return _fault_of_layer("the convolution without a bias", found, [expected.detach()], rounding)
 
 
 def _compare_normalisation(device: torch.device, dtype: torch.dtype, rounding: float) -> str:
@@ -306,11 +311,13 @@ def _compare_products(device: torch.device, dtype: torch.dtype, rounding: float)
     from vmamba.ops.backends.triton import linear, stem
 
     torch.manual_seed(0)
-    x, weight, bias = (torch.randn(shape, device=device).to(dtype) for shape in _MULTIPLIED)
-    expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
-    fault = _fault_of_layer("the product with GELU", [linear.linear_gelu(x, weight, bias)], [expected], rounding)
-    if fault:
-        return fault
+    for depth in _MULTIPLIED:
+        shapes = (150, depth), (200, depth), (200,)  # two blocks each way that are not full
+        x, weight, bias = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+        expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+        fault = _fault_of_layer("the product with GELU", [linear.linear_gelu(x, weight, bias)], [expected], rounding)
+        if fault:
+            return f"{fault}, with {depth} channels"
     x, weight, bias, scale, offset = (torch.randn(shape, device=device).to(dtype) for shape in _STEM)
     y = F.conv2d(x.double(), weight.double(), bias.double(), stride=2, padding=1).permute(0, 2, 3, 1)
     expected = F.gelu(F.layer_norm(y, scale.shape, scale.double(), offset.double(), _EPS))
@@ -346,6 +353,8 @@ def _problems(device: torch.device, dtype: torch.dtype, pattern: str) -> Iterato
         if pattern != _NO_GRID:
             shape = (2, 1, height * width) if pattern == SEQUENCE else (2, height, width)
             u, projected = normal(*shape, channels), normal(*shape, K, R + 2 * N)
+            if dtype == torch.bfloat16:  # as `ss2d_scan` has it on a GPU
+                projected = projected.to(dtype)
             weight, bias = normal(K, channels, R) * R**-0.5, normal(K, channels) - 3
             yield SS2DArguments(u.to(dtype), projected, weight, bias, A, normal(K, channels), pattern)
         else:
@@ -362,6 +371,5 @@ def main(device: str, dtype: str, pattern: str, share: str = "0", shares: str = 
         fault = compare(torch.device(device), getattr(torch, dtype), pattern, int(share), int(shares))
     except Exception as error:
         fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        is_busy = "busy or unavailable" in fault  # CUDA's words for a card that is another process's own
-        lasts = not (is_busy or isinstance(error, torch.OutOfMemoryError | MemoryError))
+        lasts = not (isinstance(error, torch.OutOfMemoryError | MemoryError) or _FOR_NOW.search(fault))
     print(json.dumps({"fault": fault, "lasts": lasts}), flush=True)

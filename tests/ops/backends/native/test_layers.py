@@ -272,21 +272,14 @@ def test_non_contiguous_inputs():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_in_the_memory_of_an_argument(kernels, dtype):
-    x, grad, _, bias, scale = _arguments((2, 3, 5, 21), dtype)
-    norm, y, (_, grad_h) = layers.layer_norm(x, scale, bias), layers.gelu(x), layers.gelu_backward(grad, x)
-    calls = [
-        (lambda given: layers.layer_norm(given, scale, bias, overwrite=True), x, norm),
-        (lambda given: layers.gelu(given, overwrite=True), x, y),
-        (lambda given: layers.gelu_backward(given, x, overwrite=True)[1], grad, grad_h),
-    ]
-    for call, value, expected in calls:
-        given = value.clone()
-        result = call(given)
-        assert result.data_ptr() == given.data_ptr()
-        assert torch.equal(result, expected)
-        given = value.transpose(1, 2).contiguous().transpose(1, 2)
-        assert torch.equal(call(given), expected)
-        assert torch.equal(given, value)
+    x, grad, *_ = _arguments((2, 3, 5, 21), dtype)
+    expected, given = layers.gelu_backward(grad, x)[1], grad.clone()
+    result = layers.gelu_backward(given, x, overwrite=True)[1]
+    assert result.data_ptr() == given.data_ptr()
+    assert torch.equal(result, expected)
+    given = grad.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(layers.gelu_backward(given, x, overwrite=True)[1], expected)
+    assert torch.equal(given, grad)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4, 16), (2, 0, 4, 16), (2, 4, 0, 16), (2, 4, 4, 0)])

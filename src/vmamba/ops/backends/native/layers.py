@@ -42,9 +42,7 @@ _call_gelu = compute_function("vmamba_gelu", _Layer)
 _call_gelu_backward = compute_function("vmamba_gelu_backward", _Layer)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, overwrite: bool = False
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """LayerNorm over the last dimension.
 
     Args:
@@ -52,7 +50,6 @@ def layer_norm(
         weight: (C,) or None for 1, float32 or bfloat16.
         bias: (C,) or None for 0, float32 or bfloat16.
         eps: added to the variance.
-        overwrite: write the result to the memory of x (where that is contiguous), whose values are lost.
 
     Returns:
         x's shape and dtype, contiguous.
@@ -68,7 +65,7 @@ def layer_norm(
     size = x.shape[-1]
     scale, offset = vector("weight", weight, size), vector("bias", bias, size)
     x = x.contiguous()
-    y = x if overwrite else torch.empty_like(x)
+    y = torch.empty_like(x)
     if count := x.numel():
         _call_layer_norm(_layer(x, y=y, weight=scale, bias=offset, width=count // size, channels=size, eps=eps))
     return y
@@ -136,12 +133,11 @@ def depthwise_silu_backward(
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to((weight if bias is None else bias).dtype)
 
 
-def gelu(h: Tensor, overwrite: bool = False) -> Tensor:
+def gelu(h: Tensor) -> Tensor:
     """The exact GELU, h·Φ(h) with Φ the normal distribution, to within 2e-7·max(1, |h|).
 
     Args:
         h: any shape, float32 or bfloat16.
-        overwrite: write the result to the memory of h (where that is contiguous), whose values are lost.
 
     Returns:
         h's shape and dtype, contiguous.
@@ -153,7 +149,7 @@ def gelu(h: Tensor, overwrite: bool = False) -> Tensor:
     """
     require_native("h", h)
     h = h.contiguous()
-    y = h if overwrite else torch.empty_like(h)
+    y = torch.empty_like(h)
     if count := h.numel():
         _call_gelu(_layer(h, y=y, channels=count))
     return y

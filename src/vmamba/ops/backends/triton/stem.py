@@ -38,9 +38,8 @@ def stem_kernel(
     k = tl.arange(0, DEPTH)[None, :]  # as the filters lie in memory: channel, row, column
     r = (row % rows)[:, None] * STRIDE + (k % 9 // 3 - 1)
     c = (pixel - row * columns)[:, None] * STRIDE + (k % 3 - 1)
-    at = (
-        (row // rows).to(tl.int64)[:, None] * of_image + (k // 9) * of_channel + r.to(tl.int64) * of_row + c * of_column
-    )
+    at = (row // rows).to(tl.int64)[:, None] * of_image + (k // 9).to(tl.int64) * of_channel
+    at += r.to(tl.int64) * of_row + c.to(tl.int64) * of_column  # strides of a part of a huge image are large, too
     is_inside = (r >= 0) & (r < height) & (c >= 0) & (c < width) & (k < 9 * CHANNELS) & (pixel < pixels)[:, None]
     patches = tl.load(x + at, mask=is_inside, other=0.0).to(weight.dtype.element_ty)
     lane = tl.arange(0, LANES)
