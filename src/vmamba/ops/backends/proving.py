@@ -276,9 +276,9 @@ def _compare_convolution(device: torch.device, dtype: torch.dtype, rounding: flo
             )
         if fault := _fault_of_layer("the convolution", found, expected, rounding):
             return f"{fault}, with {tile}"
-    expected = F.silu(F.conv2d(image.permute(0, 3, 1, 2), filters, padding=1, groups=len(filters)).permute(0, 2, 3, 1))
-    found = [convolution.depthwise_silu(x, weight, None)]
-    return _fault_of_layer("the convolution without a bias", found, [expected.detach()], rounding)
+    z = F.conv2d(image.permute(0, 3, 1, 2), filters, padding=1, groups=len(filters))
+    y, without = F.silu(z.permute(0, 2, 3, 1)).detach(), convolution.depthwise_silu(x, weight, None)
+    return _fault_of_layer("the convolution without a bias", [without], [y], rounding)
 
 
 def _compare_normalisation(device: torch.device, dtype: torch.dtype, rounding: float) -> str:
