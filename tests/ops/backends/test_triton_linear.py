@@ -196,8 +196,7 @@ from vmamba.ops.backends.triton import linear
 backend, architecture, cases = json.loads(sys.argv[1])
 kernel = linear.linear_gelu_kernel
 for kind, depth, width in cases:
-    tile = linear.SHALLOW if depth <= linear._SHALLOW else linear.DEEP
-    constants = dict(linear._plan((1000, depth), width, tile)[1])
+    constants = dict(linear._plan((1000, depth), width, linear.tile_for(depth, backend == "hip"))[1])
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     del constants["rows"]
     signature = {n: "constexpr" if n in constants else "i32" if n == "rows" else kind for n in kernel.arg_names}
@@ -226,7 +225,7 @@ ODD = [("*bf16", 50, 70), ("*fp16", 150, 33), ("*bf16", 1, 1)]
     [
         (("cuda", 90), MODEL + ODD, "wgmma.mma_async", 227 * 1024),
         (("cuda", 89), MODEL[:2], "mma.sync", 99 * 1024),
-        (("hip", "gfx942"), MODEL[:2], "v_mfma", 64 * 1024),
+        (("hip", "gfx942"), [*MODEL[:2], ("*bf16", 128, 512)], "v_mfma", 64 * 1024),
     ],
 )
 def test_nothing_spills_and_products_are_the_card_s(target, cases, products, memory):
