@@ -110,6 +110,15 @@ def test_wrong_settings(folder, capsys, arguments, message):
     assert not Path("runs/explain/explain.json").exists()
 
 
+def test_what_photos_show_is_kept_where_the_model_as_a_whole_cannot_be_looked_at(folder, capsys):
+    files = ["photo.png", "--checkpoint", "model.safetensors", "--output", "out"]
+    code, _, err = run(capsys, *files, "--what", "class,depth")
+    assert code == 1
+    assert "name their folder with --labelled" in err
+    (photo,) = numbers()["photos"]
+    assert photo["class"]["target"] in ("“cat”", "“dog”")
+
+
 def test_a_network_without_scans(folder, capsys):
     model = timm.create_model("resnet10t", num_classes=2)
     save_checkpoint(model, "resnet.safetensors", {"variant": "resnet10t", "img_size": [64, 64]})

@@ -127,13 +127,23 @@ def explain(config: ExplainConfig, photos: Sequence[str]) -> Iterator[Step]:
         if "error" in about:
             yield run.step(photo, part)._replace(error=about["error"])
     whole: dict[str, Any] = {}
-    for part in filter(MODEL_PARTS.__contains__, parts):
-        whole[part] = resolve_name(MODEL_PARTS[part])(run, photos)
-        yield run.step(weights.source, part)
-    path = Path(config.output) / "explain.json"
+    try:
+        for part in filter(MODEL_PARTS.__contains__, parts):
+            whole[part] = resolve_name(MODEL_PARTS[part])(run, photos)
+            yield run.step(weights.source, part)
+    except RecipeError:
+        if not PHOTO_PARTS.keys().isdisjoint(parts):  # what the photos showed is not lost
+            _save(run, found, whole)
+        raise
+    _save(run, found, whole)
+
+
+def _save(run: Explanation, found: list[dict[str, Any]], whole: dict[str, Any]) -> None:
+    """Write explain.json."""
+    path = Path(run.config.output) / "explain.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     variant = str(getattr(run.model, "variant", None) or type(run.model).__name__)
-    result = {"model": variant, "weights": shown(weights.source), "photos": found, **whole}
+    result = {"model": variant, "weights": shown(run.weights.source), "photos": found, **whole}
     with atomic_write(path) as file:
         file.write(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace"))
 
