@@ -163,7 +163,7 @@ def test_what_is_no_picture_is_refused(page, session, given, key):
 
 
 def test_refusals_are_told_in_words_and_accidents_without_their_insides(page, session, monkeypatch, capsys):
-    choose = next(fn.fn for fn in page.blocks.fns.values() if fn.fn.__name__ == "choose_picture")
+    choose = _handler(page, "choose_picture")
     with pytest.raises(gr.Error) as caught:
         choose(session, "", sent(b"no picture", "<script>.png"))
     assert '<span lang="en">This picture cannot be used.</span><span lang="zh">无法使用这张图片。</span>' in str(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
@@ -47,7 +48,7 @@ class Images:
         told: Mapping[str, Any] = default_metadata(model)
         chans, *size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
         size = told.get("img_size") or size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = to_2tuple(size)
         if is_open:  # any size will do, and large ones take long
             height, width = min(height, 224), min(width, 224)
         smallest = getattr(model, "total_stride", None) or min(32, height, width)
@@ -77,7 +78,7 @@ class AdaptiveAveragePool(nn.Module):
 
     def __init__(self, size: Any) -> None:
         super().__init__()
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.size = to_2tuple(size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, *size)."""

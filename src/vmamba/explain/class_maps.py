@@ -21,13 +21,12 @@ from vmamba.explain.images import AnyPictures, Seen, evaluating, see
 from vmamba.models.detection import MaskRCNN
 from vmamba.models.feature_maps import DenseModel
 from vmamba.models.segmentation import UPerNet
+from vmamba.tasks.inference import MULTIPLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Score = Callable[[Tensor], Tensor]  # from images (B, C, H, W) to what is explained, (B,)
-
-_MULTIPLE = 32  # what `vmamba.tasks.inference.detect` fills the sides of pictures up to
 
 
 class NothingFoundError(RecipeError):
@@ -237,7 +236,7 @@ def _object_goal(
     model: MaskRCNN, seen: Seen, target: int | None, at: Any, names: Sequence[str]
 ) -> tuple[Score, tuple[str, ...], Tensor]:
     height, width = seen.size
-    margin = (0, -width % _MULTIPLE, 0, -height % _MULTIPLE)
+    margin = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
 
     def detections(images: Tensor) -> dict[str, Tensor]:  # as `vmamba predict` has them
         return model(nn.functional.pad(images, margin), sizes=[seen.size])[0]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vmamba.data.sources import Split
@@ -69,7 +70,7 @@ def depth_profiles(
     count = min(limit, len(pictures))
     found = []
     for name, model in models.items():
-        sized = model if size is None else at_size(model, (size, size) if isinstance(size, int) else size)
+        sized = model if size is None else at_size(model, to_2tuple(size))
         edges: list[Tensor] = []
         features: list[list[Tensor]] = []
         labels: list[int] = []

@@ -12,6 +12,7 @@ from vmamba.data.transforms import Preprocessing, fitted_size, resize_bilinear_u
 from vmamba.models.detection import Detections, MaskRCNN
 from vmamba.models.segmentation import UPerNet, resized
 
+MULTIPLE = 32  # of which the sides of a batch for a detector are
 SEVERAL = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # the ratios of the published multi-scale results
 
 
@@ -59,7 +60,7 @@ def detect(
     model: MaskRCNN,
     pictures: Sequence[Tensor],
     scale: tuple[int, int] = (1333, 800),
-    multiple: int = 32,
+    multiple: int = MULTIPLE,
     least_score: float = 0.0,
 ) -> list[Detections]:
     """Objects in pictures of any sizes, in pixels of the pictures.
@@ -81,7 +82,9 @@ def detect(
     return model(images, sizes=sizes, file_sizes=file_sizes, least_score=least_score)
 
 
-def padded(batch: Sequence[Tensor], pre: Preprocessing, multiple: int = 32) -> tuple[Tensor, list[tuple[int, int]]]:
+def padded(
+    batch: Sequence[Tensor], pre: Preprocessing, multiple: int = MULTIPLE
+) -> tuple[Tensor, list[tuple[int, int]]]:
     """Pictures of different sizes as one batch, normalised and then filled up with zeros below and to the right.
 
     Args:
