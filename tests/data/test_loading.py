@@ -32,6 +32,22 @@ def test_tickets_divide_an_epoch_among_devices():
     assert [index for _, index in sampler] != [index for _, index in first]
 
 
+def test_batches_are_of_one_group_until_too_few_are_left():
+    upright = [number % 3 == 0 for number in range(50)]
+    samplers = [TicketSampler(50, True, 1, rank, 2, upright, batch_size=4) for rank in (0, 1)]
+    for sampler, plain in zip(samplers, [TicketSampler(50, True, 1, rank, 2) for rank in (0, 1)], strict=True):
+        order = [index for _, index in sampler]
+        assert sorted(order) == sorted(index for _, index in plain)
+        kinds = [{upright[index] for index in order[i : i + 4]} for i in range(0, len(order), 4)]
+        assert all(len(kind) == 1 for kind in kinds[:-2])
+        assert {True} in kinds
+        assert {False} in kinds
+        sampler.set_epoch(1)
+        assert [index for _, index in sampler] != order
+    in_order = TicketSampler(50, False, groups=upright, batch_size=4)
+    assert [index for _, index in in_order] == list(range(50))
+
+
 def epoch_of(loader, epoch):
     loader.set_epoch(epoch)
     batches = list(loader)

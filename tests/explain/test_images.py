@@ -12,8 +12,11 @@ import vmamba
 from vmamba.data.transforms import Preprocessing, resize_bilinear_uint8
 from vmamba.errors import ImageError, RecipeError
 from vmamba.explain.images import evaluating, preprocessing_for, see
+from vmamba.explain.scans import record_scans
+from vmamba.explain.stage_maps import stage_maps
 from vmamba.models.checkpoints import save_checkpoint
 from vmamba.models.registry import load_model
+from vmamba.tasks.inference import padded
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 
@@ -70,6 +73,26 @@ def test_dense_models_see_whole_pictures_as_in_their_tests():
     assert preprocessing_for(detector, size=160).img_size == (160, 267)
     with pytest.raises(RecipeError, match="different sizes, picture 1 120×80, picture 2 80×80: give them one at a"):
         see(segmenter, [PIXELS, PIXELS[:, :40]], size=80)
+
+
+def test_a_detector_sees_pictures_filled_up_and_so_do_all_who_look_into_it():
+    detector = vmamba.create_model("maskrcnn", backbone="vmamba_femto_s2", num_classes=3, channels=8)
+    seen = see(detector, PIXELS, size=(60, 90))  # the picture is 40×60
+    batch, _ = padded(
+        [resize_bilinear_uint8(torch.as_tensor(PIXELS).permute(2, 0, 1), (60, 90))], preprocessing_for(detector)
+    )
+    assert torch.equal(seen.images, batch)
+    assert (seen.size, seen.drawn()) == ((64, 96), (60, 90))
+    assert (seen.pictures[0, 60:] == [124, 116, 104]).all()
+    assert (seen.pictures[0, :, 90:] == [124, 116, 104]).all()
+    assert seen.locate(59, 39) == pytest.approx((88.5, 58.5))
+    assert seen.given(88.5, 58.5) == pytest.approx((59, 39))
+    scan = record_scans(detector, PIXELS, size=(60, 90)).scan(0)
+    assert scan.grid == (32, 48)
+    maps = stage_maps(detector, PIXELS, size=(60, 90)).maps
+    with torch.no_grad():
+        expected = detector.eval().backbone(batch)
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
 
 
 def test_a_model_sees_the_size_it_was_made_for():

@@ -299,6 +299,26 @@ def test_batches_of_pictures_of_any_sizes():
         assert torch.equal(image, expected)
 
 
+def test_upright_pictures_share_batches(shapes, tmp_path):
+    data = json.loads((shapes / "train.json").read_text())
+    turned = {entry["id"] for entry in data["images"][::2]}
+    for entry in (entry for entry in data["images"] if entry["id"] in turned):
+        file = shapes / "images" / entry["file_name"]
+        Image.open(file).transpose(Image.Transpose.TRANSPOSE).save(file)
+        entry["height"], entry["width"] = entry["width"], entry["height"]
+    for annotation in (annotation for annotation in data["annotations"] if annotation["image_id"] in turned):
+        x, y, width, height = annotation["bbox"]
+        annotation["bbox"] = [y, x, height, width]
+        points = np.reshape(annotation["segmentation"][0], (-1, 2))
+        annotation["segmentation"] = [points[:, ::-1].ravel().tolist()]
+    (shapes / "train.json").write_text(json.dumps(data))
+    task = DetectionTask.from_recipe(shape_recipe(shapes, tmp_path / "run"))
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    task.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)
+    batches = [[picture.shape[1] > picture.shape[2] for picture, _ in batch] for batch in task.loader(training=True)]
+    assert sorted(batches) == [[False, False]] * 2 + [[True, True]] * 2
+
+
 def test_pictures_without_objects_give_every_loss_and_gradient(shapes, tmp_path):
     task = DetectionTask.from_recipe(shape_recipe(shapes, tmp_path / "run"))
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,10 +51,24 @@ class TicketSampler(Sampler[Ticket]):
 
     Shuffled for training, where what does not divide by the devices is left out; in order for validation, where every
     device gets equally many, filled up with tickets of index -1.
+
+    Args:
+        length: number of samples.
+        shuffle: for training.
+        seed: of the order.
+        rank: of the device among ``world_size``.
+        world_size: devices that share the samples.
+        groups: of each sample, the group that it belongs to: when shuffled, each ``batch_size`` tickets in a row are of
+            one group, until too few of each are left.
+        batch_size: see ``groups``.
     """
 
-    def __init__(self, length: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, length: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1,
+        groups: Sequence[Hashable] | None = None, batch_size: int = 1,
+    ) -> None:  # fmt: skip
         self.length, self.shuffle, self.seed, self.rank, self.world_size = length, shuffle, seed, rank, world_size
+        self.groups, self.batch_size = groups, batch_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -69,8 +84,24 @@ class TicketSampler(Sampler[Ticket]):
             order = torch.randperm(self.length, generator=generator).tolist()
         else:
             order = list(range(self.length)) + [-1] * (len(self) * self.world_size - self.length)
-        for index in order[self.rank : len(self) * self.world_size : self.world_size]:
+        own = order[self.rank : len(self) * self.world_size : self.world_size]
+        if self.shuffle and self.groups is not None:
+            own = _grouped(own, self.groups, self.batch_size)
+        for index in own:
             yield self.epoch, index
+
+
+def _grouped(order: list[int], groups: Sequence[Hashable], size: int) -> list[int]:
+    """Indices in an order near theirs, in which each `size` in a row are of one group, but for the last of each."""
+    grouped: list[int] = []
+    waiting: defaultdict[Hashable, list[int]] = defaultdict(list)
+    for index in order:
+        group = waiting[groups[index]]
+        group.append(index)
+        if len(group) == size:
+            grouped += group
+            group.clear()
+    return grouped + [index for group in waiting.values() for index in group]
 
 
 class EpochLoader(DataLoader[Any]):
@@ -87,6 +118,7 @@ class EpochLoader(DataLoader[Any]):
         world_size: devices that share the samples.
         pin_memory: as in torch's loader.
         collate: a list of samples to a batch; by default torch's, for samples of tensors and numbers of one shape.
+        groups: of each sample, the group that its batch is to be of in training.
     """
 
     def __init__(
@@ -100,16 +132,20 @@ class EpochLoader(DataLoader[Any]):
         world_size: int = 1,
         pin_memory: bool = False,
         collate: Callable[[list[Any]], Any] | None = None,
+        groups: Sequence[Hashable] | None = None,
     ) -> None:
         stream, batches = isinstance(data, IterableDataset), hasattr(data, "__getitems__")
         if batches:
             workers, collate = 0, _as_is  # picking rows of a tensor is cheaper than sending them between processes
         if stream:
             workers = max(workers, 1)  # a fresh process starts each epoch's stream from its beginning
+        sampler = None if stream else TicketSampler(
+            len(data), training, seed, rank, world_size, groups, batch_size  # type: ignore[arg-type]
+        )  # fmt: skip
         super().__init__(
             data,
             batch_size,
-            sampler=None if stream else TicketSampler(len(data), training, seed, rank, world_size),  # type: ignore[arg-type]
+            sampler=sampler,
             num_workers=workers,
             collate_fn=collate,
             drop_last=training,

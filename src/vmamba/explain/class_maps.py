@@ -21,7 +21,6 @@ from vmamba.explain.images import AnyPictures, Seen, evaluating, see
 from vmamba.models.detection import MaskRCNN
 from vmamba.models.feature_maps import DenseModel
 from vmamba.models.segmentation import UPerNet
-from vmamba.tasks.inference import MULTIPLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -159,17 +158,16 @@ def class_maps(
         if unknown := [stage for stage in chosen if not 1 <= stage <= count]:
             raise RecipeError(f"there is no stage {unknown[0]}; this model has stages 1 to {count}")
         images = seen.images.detach().clone()  # of inference mode no gradient could be taken
+        with torch.no_grad():
+            scores = score(images).float().cpu()
+        if any(isinstance(tap, _Tap) and not tap.was_called for tap in taps):
+            raise RecipeError(f"{type(model).__name__} does not compute the stages that its feature_info names")
         layers = taps if len(taps) < count else [taps[stage - 1] for stage in chosen]
         cams = [LayerGradCam(score, layer).attribute(images, relu_attributions=True) for layer in layers]
         products = LayerGradientXActivation(score, layers).attribute(images)
-        with torch.no_grad():
-            scores = score(images).float().cpu()
     if len(taps) < count:  # one tap for all maps
         cams, products = ([found[0][stage - 1] for stage in chosen] for found in (cams, products))
     sums = [tuple(x.detach().sum(1).float().cpu() for x in found) for found in (cams, products)]
-    if isinstance(model, MaskRCNN):  # without what the picture was filled up with
-        cells = [tuple(-(-side // model.backbone.strides[stage - 1]) for side in seen.size) for stage in chosen]
-        sums = [tuple(x[:, :h, :w] for x, (h, w) in zip(found, cells, strict=True)) for found in sums]
     return ClassMaps(seen, targets, scores, regions, chosen, *sums)
 
 
@@ -235,11 +233,10 @@ def _connected(pixels: Tensor, x: int, y: int) -> Tensor:
 def _object_goal(
     model: MaskRCNN, seen: Seen, target: int | None, at: Any, names: Sequence[str]
 ) -> tuple[Score, tuple[str, ...], Tensor]:
-    height, width = seen.size
-    margin = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
+    height, width = seen.drawn()
 
     def detections(images: Tensor) -> dict[str, Tensor]:  # as `vmamba predict` has them
-        return model(nn.functional.pad(images, margin), sizes=[seen.size])[0]
+        return model(images, sizes=[(height, width)])[0]
 
     with torch.no_grad():
         found = detections(seen.images)
@@ -258,7 +255,10 @@ def _object_goal(
     box, label = boxes[target], int(found["labels"][target])
     rows, columns = (torch.arange(n, device=box.device) + 0.5 for n in seen.size)
     inside = ((rows >= box[1]) & (rows < box[3]))[:, None] & (columns >= box[0]) & (columns < box[2])
-    region = found["masks"][target].bool() if "masks" in found and found["masks"][target].any() else inside
+    region = inside
+    if "masks" in found and found["masks"][target].any():
+        region = torch.zeros_like(inside)
+        region[:height, :width] = found["masks"][target]
 
     def score(images: Tensor) -> Tensor:
         probability = detections(images)["scores"][target]
@@ -294,22 +294,32 @@ def _tapped(model: nn.Module, size: tuple[int, int]) -> Iterator[list[nn.Module]
             together = _here(lambda maps: list(taps[0](*maps)))
             hooks.callback(source.backbone.register_forward_hook(together).remove)
         else:
-            info = getattr(source, "feature_info", None)
-            entries = [entry for entry in info or () if entry.get("module")]
+            entries = [entry for entry in getattr(source, "feature_info", None) or () if entry.get("module")]
             # After its last block a ViT reads the class's token alone: the patches had their say before.
             entries = entries[:-1] if getattr(source, "global_pool", None) == "token" else entries
-            places = {entry["reduction"]: entry["module"] for entry in entries}
-            coarse = {stride: name for stride, name in places.items() if stride >= 4} if len(places) > 4 else places
-            if not coarse:
+            places = {entry["reduction"]: entry for entry in entries}
+            coarse = {stride: entry for stride, entry in places.items() if stride >= 4} if len(places) > 4 else places
+            named = dict(source.named_modules())
+            if not coarse or any(entry["module"] not in named for entry in coarse.values()):
                 raise RecipeError(
                     f"{type(model).__name__} does not say where its stages are; expected a model of ours, or one of"
-                    " timm with feature_info"
+                    " timm whose feature_info names modules that it has"
                 )
-            taps = [nn.Identity() for _ in coarse]
-            for tap, (stride, name) in zip(taps, coarse.items(), strict=True):
-                through = _tapping(source, tap, _grid(source, stride, size))
-                hooks.callback(source.get_submodule(name).register_forward_hook(through).remove)
+            taps = [_Tap() for _ in coarse]
+            for tap, (stride, entry) in zip(taps, coarse.items(), strict=True):
+                through = _tapping(source, tap, entry.get("num_chs"), _grid(source, stride, size))
+                hooks.callback(named[entry["module"]].register_forward_hook(through).remove)
         yield taps
+
+
+class _Tap(nn.Module):
+    """Passes on what a stage puts out."""
+
+    was_called = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.was_called = True
+        return x
 
 
 class _Together(nn.Module):
@@ -329,13 +339,17 @@ def _grid(model: Any, stride: int, size: tuple[int, int]) -> tuple[int, int]:
     return known(size) if known else (-(-size[0] // stride), -(-size[1] // stride))
 
 
-def _tapping(model: Any, tap: nn.Module, grid: tuple[int, int]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """A hook that passes a stage's output through `tap`, whatever its layout."""
+def _tapping(
+    model: Any, tap: nn.Module, channels: int | None, grid: tuple[int, int]
+) -> Callable[[nn.Module, Any, Any], Any]:
+    """A hook that passes a stage's output through `tap`, whatever its layout. Pruning may leave fewer channels."""
 
-    def through(x: Tensor) -> Tensor:
-        if x.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NHWC":
-            return tap(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if x.ndim == 3:  # tokens, behind those that are no patches
+    def through(x: Any) -> Tensor:
+        ndim = x.ndim if isinstance(x, Tensor) else None
+        if ndim == 4:
+            is_last = x.shape[3] == channels != x.shape[1] or getattr(model, "output_fmt", "NCHW") == "NHWC"
+            return tap(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if is_last else tap(x)
+        if ndim == 3:  # tokens, behind those that are no patches
             first, most = x.shape[1] - grid[0] * grid[1], getattr(model, "num_prefix_tokens", 0)
             # Some networks append the class's token behind their blocks. Hiera keeps its tokens window by window.
             if first not in (0, most) or hasattr(model, "reroll"):
@@ -346,6 +360,10 @@ def _tapping(model: Any, tap: nn.Module, grid: tuple[int, int]) -> Callable[[nn.
                 )
             patches = tap(x[:, first:].transpose(1, 2).unflatten(2, grid))
             return torch.cat([x[:, :first], patches.flatten(2).transpose(1, 2)], 1)
-        return tap(x)
+        given = type(x).__name__ if ndim is None else f"tensor of shape {tuple(x.shape)}"
+        raise RecipeError(
+            f"a stage of {type(model).__name__} puts out a {given}; expected (B, C, H, W), (B, H, W, C) or tokens"
+            " (B, L, C): take another model"
+        )
 
     return _here(through)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from vmamba.models.feature_maps import DenseModel
 from vmamba.models.registry import ENTRIES
 from vmamba.models.segmentation import UPerNet
 from vmamba.tasks.detector import PUBLISHED_SIDES, fitted_sides
+from vmamba.tasks.inference import MULTIPLE
 from vmamba.tasks.prediction import preprocessing_of
 from vmamba.tasks.segmenter import segmentation_preprocessing
 
@@ -32,7 +34,8 @@ _LEAST = 32  # pixels a side that dense networks take
 
 
 class Part(NamedTuple):
-    """The part of a picture that a model sees, in pixels of the picture."""
+    """The part of a picture that a model sees, in pixels of the picture; for a detector, which sees it filled up, it
+    reaches beyond the right and the lower edge."""
 
     left: float
     top: float
@@ -42,7 +45,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Pictures as a model sees them: resized, cropped, normalised.
+    """Pictures as a model sees them: resized, cropped, normalised, and for a detector filled up with zeros.
 
     Attributes:
         images: (B, C, H, W), normalised, in the dtype and on the device of the model.
@@ -65,6 +68,12 @@ class Seen:
     def size(self) -> tuple[int, int]:
         """Height and width that the model sees."""
         return self.images.shape[2], self.images.shape[3]
+
+    def drawn(self, image: int = 0) -> tuple[int, int]:
+        """Rows and columns of what the model sees that are picture: what is beyond them was filled up."""
+        (height, width), part = self.sizes[image], self.parts[image]
+        rows, columns = round(height / part.height * self.size[0]), round(width / part.width * self.size[1])
+        return min(rows, self.size[0]), min(columns, self.size[1])
 
     def one(self, image: int) -> Seen:
         """One of the pictures alone."""
@@ -115,7 +124,8 @@ def see(
 ) -> Seen:
     """What a model sees of pictures: its own preprocessing, as in its test and in `vmamba predict`.
 
-    A classifier sees a crop of the middle; a model for segmentation or detection sees whole pictures.
+    A classifier sees a crop of the middle; a model for segmentation or detection sees whole pictures, a detector filled
+    up below and to the right to multiples of 32 pixels.
 
     Args:
         model: one of ours or of timm's.
@@ -225,7 +235,19 @@ def _prepared(model: nn.Module, picture: Any, name: str, size: Any, pre: Preproc
         part = Part(0, 0, image.width, image.height)
     else:
         pixels, part = _cropped(image, pre)
-    return Seen(pre.normalise(pixels[None]), _rgb(pixels), (name,), (part,), (own,))
+    seen = Seen(pre.normalise(pixels[None]), _rgb(pixels), (name,), (part,), (own,))
+    return _filled_up(seen, pre) if isinstance(model, MaskRCNN) else seen
+
+
+def _filled_up(seen: Seen, pre: Preprocessing) -> Seen:
+    """A picture as a detector's batch holds it; zeros after normalisation are to look at as the mean colour."""
+    height, width = seen.size
+    below, right = -height % MULTIPLE, -width % MULTIPLE
+    pictures = np.empty((1, height + below, width + right, 3), np.uint8)
+    pictures[:] = np.round(np.multiply(pre.mean, 255))
+    pictures[:, :height, :width] = seen.pictures
+    part = Part(0, 0, seen.parts[0].width * (width + right) / width, seen.parts[0].height * (height + below) / height)
+    return replace(seen, images=F.pad(seen.images, (0, right, 0, below)), pictures=pictures, parts=(part,))
 
 
 def preprocessing_for(

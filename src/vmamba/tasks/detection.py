@@ -105,10 +105,16 @@ class DetectionTask(Task):
 
     @override
     def loader(self, training: bool) -> EpochLoader:
-        items = TrainingPictures(self.train_split, self.transform) if training else WholePictures(self.val)
         seed = self.recipe.seed if self.recipe else 0
         batch = self.data.batch_size if training else self.data.val_batch_size
-        return EpochLoader(Samples(items, seed), batch, training, self.data.workers, seed, collate=list, **self.place)
+        items: TrainingPictures | WholePictures = WholePictures(self.val)
+        upright = None
+        if training:
+            items = TrainingPictures(self.train_split, self.transform)
+            upright = items.upright()  # a batch is as high as its highest picture and as wide as its widest
+        return EpochLoader(
+            Samples(items, seed), batch, training, self.data.workers, seed, collate=list, groups=upright, **self.place
+        )
 
     @override
     def loss(self, batch: list[tuple[Tensor, Target]]) -> Losses:
@@ -268,6 +274,11 @@ class TrainingPictures:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def upright(self) -> list[bool]:
+        """Of each picture, whether it is higher than wide."""
+        pictures = [self.objects.pictures[i] for i in self.indices]
+        return [picture["height"] > picture["width"] for picture in pictures]
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         picture, target = self.transform(*self.objects.read(self.indices[index]))
