@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from tasks.small import CLASSES, PLAIN, history, recipe
 
@@ -11,7 +12,7 @@ from vmamba.data.config import DataConfig
 from vmamba.errors import CheckpointError, DataError, ImageError, RecipeError
 from vmamba.models.checkpoints import read_metadata, save_checkpoint
 from vmamba.tasks.classification import ClassificationTask
-from vmamba.tasks.prediction import Classifier, load_weights
+from vmamba.tasks.prediction import Classifier, load_weights, preprocessing_of
 from vmamba.tasks.recipe import ModelConfig, TrainerConfig, ValidateConfig
 from vmamba.tasks.task import build_model
 from vmamba.tasks.training import train, validate
@@ -50,6 +51,16 @@ def test_a_run_learns_and_leaves_a_model_that_stands_alone(images, tmp_path):
     assert results["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
     for name in ("metrics.json", "confusion_matrix.png", "predictions.png"):
         assert (tmp_path / "run" / name).stat().st_size > 100
+
+
+def test_images_have_the_size_that_a_model_was_made_for():
+    size = preprocessing_of(vmamba.create_model("vmamba_femto_s2", img_size=(48, 64))).img_size  # its own is 32
+    assert size == (48, 64)
+    vit = timm.create_model("test_vit", img_size=96)  # whose configuration says 160
+    assert preprocessing_of(vit).img_size == (96, 96)
+    assert preprocessing_of(vit, DataConfig(img_size=64)).img_size == (64, 64)
+    assert preprocessing_of(vit, stored={"img_size": [128, 160]}).img_size == (128, 160)
+    assert preprocessing_of(timm.create_model("test_resnet")).img_size == (160, 160)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])

@@ -263,23 +263,16 @@ def preprocessing_for(
     Raises:
         CheckpointError: it takes images of other than 1 or 3 channels.
     """
-    if size is None and not stored:
-        size = _own_size(model)
     asked = SimpleNamespace(img_size=size)
     if isinstance(model, UPerNet):
         return segmentation_preprocessing(model, asked, stored)
-    if isinstance(model, DenseModel):
-        sides = fitted_sides(size or (stored or {}).get("sides"))
-        return replace(preprocessing_of(model, stored=stored), img_size=sides)
-    return preprocessing_of(model, asked, stored)
-
-
-def _own_size(model: nn.Module) -> tuple[int, int] | None:
-    """What a model was made or trained for, where it says so itself: timm's configuration may name another size."""
-    if isinstance(model, MaskRCNN) and model.img_size == ENTRIES["maskrcnn"].img_size:
-        return PUBLISHED_SIDES  # by default a detector names the size that the published costs are for
-    embed = getattr(model, "patch_embed", None)
-    return getattr(model, "img_size", None) or getattr(embed, "img_size", None)
+    pre = preprocessing_of(model, asked, stored)
+    if isinstance(model, MaskRCNN):
+        if size is None and not stored:
+            # By default a detector names the size that the published costs are for.
+            size = PUBLISHED_SIDES if model.img_size == ENTRIES["maskrcnn"].img_size else model.img_size
+        return replace(pre, img_size=fitted_sides(size or (stored or {}).get("sides")))
+    return pre
 
 
 def _cropped(image: Image.Image, pre: Preprocessing) -> tuple[Tensor, Part]:

@@ -171,8 +171,8 @@ def at_size(model: nn.Module, size: Sequence[int]) -> nn.Module:
 
 def sizes_from(model: nn.Module, factors: Sequence[float]) -> list[int]:
     """Multiples of 32 near so many times the side that a model is meant for."""
-    own: Any = getattr(model, "img_size", None) or preprocessing_of(model).img_size
-    return sorted({max(32, 32 * round(factor * min(own) / 32)) for factor in factors})
+    own = min(preprocessing_of(model).img_size)
+    return sorted({max(32, 32 * round(factor * own / 32)) for factor in factors})
 
 
 def report(run: Explanation, photos: Sequence[str]) -> dict[str, Any]:

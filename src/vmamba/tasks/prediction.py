@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import timm
 import torch
 from timm.data import ImageNetInfo
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
@@ -247,7 +248,7 @@ def preprocessing_of(model: nn.Module, settings: Any = None, stored: dict[str, A
     """What a classifier expects of its input.
 
     Args:
-        model: whose ``pretrained_cfg`` says so where nothing else does.
+        model: the size that it was made for, and its ``pretrained_cfg``, count where nothing else says so.
         settings: an object whose attributes, where they are not None, come first.
         stored: metadata of the model's file, which comes second.
 
@@ -257,10 +258,13 @@ def preprocessing_of(model: nn.Module, settings: Any = None, stored: dict[str, A
     known = dict(stored or getattr(model, "pretrained_cfg", None) or {})
     names = [field.name for field in fields(Preprocessing)]
     given = {name: getattr(settings, name) for name in names if getattr(settings, name, None) is not None}
-    if isinstance(given.get("img_size"), int):
-        given["img_size"] = (given["img_size"],) * 2
+    if "img_size" in given:
+        given["img_size"] = to_2tuple(given["img_size"])
     if "input_size" in known:
         known["img_size"] = known.pop("input_size")[1:]
+    embed = getattr(model, "patch_embed", None)
+    if not stored and (own := getattr(model, "img_size", None) or getattr(embed, "img_size", None)):
+        known["img_size"] = to_2tuple(own)  # timm's configuration may name another
     channels = getattr(model, "in_chans", None) or known.get("in_chans") or given.get("in_chans") or 3
     if channels not in (1, 3):
         raise CheckpointError(
