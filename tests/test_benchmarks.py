@@ -540,12 +540,12 @@ def test_gpu_benchmark_does_not_time_what_is_wrong(gpu_run, load, monkeypatch, t
 
 @pytest.mark.timeout(120)  # three processes, of which each imports torch
 def test_gpu_benchmark_with_contenders_in_processes(gpu_run, capsys):
-    chosen = ["--sections", "inference,latency,profile,resolution", "--modes", "eager"]
+    chosen = ["--sections", "inference,profile,resolution", "--modes", "eager"]
     results, _ = gpu_run(*chosen, "--workers", "3")
     assert results["skipped"] == {}
     tables = results["tables"]
     errors = {row["error"] for rows in tables.values() for row in rows if "error" in row}
-    assert errors == {"mamba-ssm is absent", "there are no graphs on the CPU"}
+    assert errors == {"mamba-ssm is absent"}
     models = ["VMamba-T", "Swin-T", "ConvNeXt-T", "DeiT-S"]
     assert [(row["model"], row["size"]) for row in tables["resolution"] if row["seconds"] > 0] == [
         (model, size) for size in (96, 64) for model in models
