@@ -29,7 +29,7 @@ class DetectionDataConfig:
     """Short side, or short and long side, that pictures are fitted into for validation and later use; null for the
     model's, at first 800 and 1333. Training's are augment.short_sides and augment.longest."""
     batch_size: int = 2
-    """Pictures on each device in one step."""
+    """Pictures on each device in one step: all upright or none, so that little of a batch is filling."""
     val_batch_size: int = 1
     """The same for validation; what smaller pictures of a batch are filled up with changes results a little."""
     workers: int = 4
