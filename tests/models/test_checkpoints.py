@@ -20,6 +20,7 @@ from vmamba import create_model, identify_checkpoint, load_checkpoint
 from vmamba.errors import CheckpointError
 from vmamba.models.checkpoints import read_metadata, save_checkpoint
 from vmamba.models.registry import load_model
+from vmamba.models.variants import VARIANTS
 
 # --- Formats ---------------------------------------------------------------------------------------------------------
 
@@ -81,6 +82,20 @@ FORMATS: dict[Callable[[Path, State], None], str] = {
     bare_safetensors: "safetensors",
     ours: "vmamba",
 }
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not VARIANTS[name].release])
+@pytest.mark.parametrize("family", ["", "upernet_", "maskrcnn_"])
+def test_what_any_variant_of_ours_saves_is_read_back(name: str, family: str, tmp_path: Path) -> None:
+    options = {"": {}, "upernet_": {"channels": 8}, "maskrcnn_": {"channels": 8, "hidden": 16}}[family]
+    model = create_model(family + name, num_classes=3, **options)
+    save_checkpoint(model, path := tmp_path / "model.safetensors", {"model_kwargs": options})
+    loaded, _ = load_model(path)
+    assert_equal(loaded, model.state_dict())
+    torch.save(model.state_dict(), path := tmp_path / "model.pth")
+    other = create_model(family + name, num_classes=3, **options)
+    load_checkpoint(other, path)
+    assert_equal(other, model.state_dict())
 
 
 @pytest.mark.parametrize("make", [small, vanilla])

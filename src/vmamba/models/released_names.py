@@ -65,9 +65,12 @@ def to_our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _our_name(name: str, patch_stem: bool) -> str:
+    renamed = name
     for theirs, ours in _RENAMED:
-        name = theirs.sub(ours, name)
-    return name.replace("stem.conv1.", "stem.conv.").replace("stem.norm1.", "stem.norm.") if patch_stem else name
+        renamed = theirs.sub(ours, renamed)
+    if patch_stem and name.startswith("patch_embed."):
+        return renamed.replace("stem.conv1.", "stem.conv.").replace("stem.norm1.", "stem.norm.")
+    return renamed
 
 
 def _in_our_shape(name: str, ours: str, tensor: Tensor) -> Tensor:
