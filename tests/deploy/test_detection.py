@@ -10,6 +10,7 @@ from vmamba.cli import main
 from vmamba.deploy import detection, export_onnx
 from vmamba.errors import ExportError
 from vmamba.models.checkpoints import save_checkpoint
+from vmamba.tasks.inference import detect
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -53,7 +54,7 @@ def test_detections_are_the_models(made):
     for shape in ((1, 3, 64, 96), (3, 3, 101, 70)):
         images = torch.randn(shape)
         with torch.no_grad():
-            found = model(images)
+            found = model(detection.filled_up(images), sizes=[shape[2:]] * len(images))
         expected = detection.in_rows(found)
         assert len(expected[0]) > 5 * shape[0]
         got = _run(path, images)
@@ -75,17 +76,18 @@ def test_nothing_found(tmp_path, capsys):
 
 
 def _found_in(model, pictures):
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    """As `vmamba predict` finds it."""
     with torch.no_grad():
-        return detection.in_rows(model((pictures / 255 - mean) / std))
+        return detection.in_rows(detect(model, list(pictures), scale=pictures.shape[2:]))
 
 
 def test_boxes_alone_from_pictures(tmp_path):
     model, path = _detector(masks=False, score_thr=0.3), tmp_path / "model.onnx"
     export_onnx(model, path, embed=True)
-    pictures = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    pictures = torch.randint(0, 256, (2, 3, 50, 91), dtype=torch.uint8)
     got = _run(path, pictures)
     assert len(got) == 4
+    assert len(got[1]) > 10
     assert detection.unmatched(got, _found_in(model, pictures)) <= 0.02
 
 
@@ -95,7 +97,7 @@ def test_a_backbone_of_timms(tmp_path):
     export_onnx(model, path)
     images = torch.randn(2, 3, 50, 91)
     with torch.no_grad():
-        expected = detection.in_rows(model(images))
+        expected = detection.in_rows(model(detection.filled_up(images), sizes=[(50, 91)] * 2))
     assert len(expected[0]) > 10
     assert detection.unmatched(_run(path, images), expected) <= 0.02
 

@@ -18,6 +18,7 @@ from torchvision.ops import box_iou
 from vmamba.models import boxes as bx
 from vmamba.models.detection import _BOX_STDS, Detections, MaskRCNN
 from vmamba.ops.nms import nms
+from vmamba.tasks.inference import MULTIPLE
 
 OUTPUTS = ("boxes", "scores", "labels", "picture", "masks")
 _PROPOSALS = 1000  # of each map for the suppression, and of each picture after it
@@ -80,7 +81,7 @@ class DetectionGraph(nn.Module):
         """Detections of a batch, by picture and falling score.
 
         Args:
-            images: (B, 3, H, W), normalised, without padding.
+            images: (B, 3, H, W), normalised, without padding, which is added here.
 
         Returns:
             "boxes" (n, 4) in pixels, "scores" (n,), "labels" (n,), int64, "picture" (n,), int64: which of the batch;
@@ -89,7 +90,7 @@ class DetectionGraph(nn.Module):
         model = self.model
         height, width = (torch.full((1,), side, dtype=torch.float32) for side in images.shape[2:])
         limits = torch.cat([width, height, width, height])
-        maps = model.neck(model.backbone(images.to(self.dtype)))
+        maps = model.neck(model.backbone(filled_up(images).to(self.dtype)))
         boxes, scores, levels = self._candidates(maps, limits)
         maps = [x.float() for x in maps]
         chosen = suppress_all(_apart(boxes, levels, scores >= 0), scores[:, None], _PROPOSALS, 0.7)
@@ -145,6 +146,13 @@ class DetectionGraph(nn.Module):
         order = torch.cat(members)
         places = torch.zeros_like(picture).scatter(0, order, torch.arange(order.shape[0]))
         return torch.cat(parts)[places].to(self.dtype)
+
+
+def filled_up(images: Tensor) -> Tensor:
+    """Normalised images (B, C, H, W) with zeros below and to the right, as `vmamba predict` shows them to a detector."""
+    # Of numbers above zero alone: ONNX rounds quotients towards it.
+    below, right = ((side + MULTIPLE - 1) // MULTIPLE * MULTIPLE - side for side in images.shape[2:])
+    return F.pad(images, (0, right, 0, below))
 
 
 def _clipped(boxes: Tensor, limits: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vmamba import __version__
 from vmamba.data.transforms import Preprocessing
 from vmamba.deploy import programs
-from vmamba.deploy.detection import OUTPUTS, DetectionGraph, in_rows, unmatched
+from vmamba.deploy.detection import OUTPUTS, DetectionGraph, filled_up, in_rows, unmatched
 from vmamba.deploy.graphs import (
     Images,
     check_target,
@@ -85,7 +85,7 @@ class _Rows(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, C, H, W) to the outputs of `DetectionGraph`."""
-        return in_rows(self.model(images))
+        return in_rows(self.model(filled_up(images), sizes=[images.shape[2:]] * len(images)))
 
 
 class _Decision(nn.Module):

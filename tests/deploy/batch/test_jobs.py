@@ -268,11 +268,14 @@ def test_settings_that_are_wrong_are_refused(settings, message, pictures, weight
 
 
 def test_a_cluster_without_room_and_sources_that_are_not_there(nodes, pictures, weights, tmp_path):
+    """Neither takes the results of another job, which may be overwritten."""
+    (part := tmp_path / "part-00000000.parquet").write_bytes(b"x")
     with pytest.raises(BatchError, match="no machine has room for a worker of 64 cores and 0 GPUs: all have 2 and 0"):
-        run_batch([pictures], BatchConfig(str(tmp_path), checkpoint=weights, cpus=64, address=nodes))
-    with pytest.raises(BatchError, match="nowhere: no such file or folder"):
-        run_batch([f"{tmp_path}/nowhere"], BatchConfig(f"{tmp_path}/out", checkpoint=weights, address=nodes))
-    assert "_job/plan.parquet" not in files_in(tmp_path / "out")
+        run_batch([pictures], BatchConfig(str(tmp_path), checkpoint=weights, cpus=64, address=nodes, overwrite=True))
+    with pytest.raises(BatchError, match="no: no such file or folder"):
+        run_batch([f"{tmp_path}/no"], BatchConfig(str(tmp_path), checkpoint=weights, address=nodes, overwrite=True))
+    assert part.read_bytes() == b"x"
+    assert "_job/plan.parquet" not in files_in(tmp_path)
 
 
 def test_commands_and_snippets_of_the_documentation(nodes, pictures, weights, tmp_path, monkeypatch, capsys):

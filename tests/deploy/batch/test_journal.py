@@ -41,43 +41,62 @@ def test_units_are_cut_without_regard_to_where_files_end(tmp_path):
 def test_another_job_is_refused_unless_it_may_overwrite(tmp_path):
     journal = Journal(str(tmp_path / "out"))
     journal.begin(ABOUT)
-    journal.plan([Extent(Segment("file", "a.png"))], 1)
+    journal.plan([Extent(Segment("file", f"{name}.png")) for name in "ab"], 1)
     for name in ("part-00000000.parquet", "part-00000012.parquet", "part-1.parquet", "mine.txt"):
         (tmp_path / "out" / name).write_bytes(b"x")
     (tmp_path / "out" / ".part-00000001.parquet.12345678.partial").write_bytes(b"half")
-    journal.begin(dict(ABOUT))  # the same
-    assert journal.parts() == [0, 12]
-    assert journal.is_planned
+    assert journal.goes_on(dict(ABOUT))
+    assert journal.goes_on(ABOUT, overwrite=True)  # the same command after a stop
     with pytest.raises(
         BatchError, match=r'another job: model: "abc" -> "xyz"; topk: 5 -> null; window: null -> 9\. Ch'
     ):
-        journal.begin({"model": "xyz", "window": 9, "sources": ["/a"]})
-    assert journal.parts() == [0, 12]
-    journal.begin({"model": "xyz"}, overwrite=True)
+        journal.goes_on({"model": "xyz", "window": 9, "sources": ["/a"]})
+    journal.clear_partial()
+    assert not journal.goes_on({"model": "xyz"}, overwrite=True)
+    assert journal.parts() == [0, 12]  # until the new job begins
+    assert (journal.units, journal.done) == (2, [0])
+    journal.begin({"model": "xyz"})
     assert files_in(tmp_path / "out") == {"_job/job.json", "part-1.parquet", "mine.txt"}
+    journal.plan([Extent(Segment("file", "a.png"))], 1)
+    assert journal.units == 1
+
+
+def test_a_finished_job_may_be_done_again(tmp_path):
+    journal = Journal(str(tmp_path))
+    journal.begin(ABOUT)
+    journal.plan([Extent(Segment("file", "a.png"))], 1)
+    assert not journal.is_done
+    (tmp_path / "part-00000000.parquet").write_bytes(b"x")
+    assert journal.is_done
+    assert journal.goes_on(ABOUT)
+    assert not journal.goes_on(ABOUT, overwrite=True)
 
 
 def test_a_job_that_came_to_no_plan_is_in_nobodys_way(tmp_path):
-    """As where a source was misspelt."""
     journal = Journal(str(tmp_path))
     journal.begin(ABOUT)
-    journal.begin({**ABOUT, "sources": ["/b"]})
+    other = {**ABOUT, "sources": ["/b"]}
+    assert not journal.goes_on(other)
+    journal.begin(other)
     assert files_in(tmp_path) == {"_job/job.json"}
     journal.plan([Extent(Segment("file", "/b/a.png"))], 1)
     with pytest.raises(BatchError, match="another job: sources"):
-        journal.begin(ABOUT)
+        journal.goes_on(ABOUT)
 
 
 def test_results_without_a_job_and_damaged_jobs_are_refused(tmp_path):
+    journal = Journal(str(tmp_path))
     (tmp_path / "part-00000000.parquet").write_bytes(b"x")
     with pytest.raises(BatchError, match="holds results of an unknown job"):
-        Journal(str(tmp_path)).begin(ABOUT)
-    Journal(str(tmp_path)).begin(ABOUT, overwrite=True)
+        journal.goes_on(ABOUT)
+    assert not journal.goes_on(ABOUT, overwrite=True)
+    journal.begin(ABOUT)
     (tmp_path / "_job" / "job.json").write_text("{")
     with pytest.raises(BatchError, match=r"holds a damaged _job/job\.json"):
-        Journal(str(tmp_path)).begin(ABOUT)
-    Journal(str(tmp_path)).begin(ABOUT, overwrite=True)
-    Journal(str(tmp_path)).begin(ABOUT)
+        journal.goes_on(ABOUT)
+    assert not journal.goes_on(ABOUT, overwrite=True)
+    journal.begin(ABOUT)
+    assert journal.goes_on(ABOUT)
 
 
 def test_parts_are_small_where_there_are_few_images():

@@ -50,4 +50,5 @@ class BatchConfig:
     gpus: float | None = None
     """GPUs of each worker, or a share of one such as 0.5; null for one where there are any, else none."""
     overwrite: bool = False
-    """Begin anew: delete the results of another job in the same folder."""
+    """Begin anew: delete the results of another job in the same folder, or of this one if it is finished, as soon as
+    there is something to do and a worker's place to do it. A job that was stopped goes on all the same."""

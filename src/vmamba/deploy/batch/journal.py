@@ -47,24 +47,27 @@ class Journal:
 
     # --- what the job is
 
-    def begin(self, about: dict[str, Any], overwrite: bool = False) -> None:
-        """Make the folder ready for a job, a new one or the one it holds already.
+    def goes_on(self, about: dict[str, Any], overwrite: bool = False) -> bool:
+        """Whether the folder holds this very job, which goes on where it was; nothing of it is touched yet.
 
         Args:
             about: all that its results depend on, as JSON can hold it.
-            overwrite: delete another job's results.
+            overwrite: another job's results may go, and those of this one if it is finished.
 
         Raises:
             BatchError: the folder holds results of something else.
         """
-        about = json.loads(json.dumps({"format": FORMAT, **about}))
-        parts = self.parts()
-        for name in places.names_in(self.output):  # of a worker that was killed while it wrote
-            if name.startswith(".part-") and name.endswith(".partial"):
-                places.remove(places.join(self.output, name))
-        before = {} if overwrite else self._before()
+        about, parts = _plain(about), self.parts()
+        try:
+            before = self._before()
+        except BatchError:
+            if not overwrite:
+                raise
+            before = {}
         if before == about:
-            return
+            return not (overwrite and self.is_done)
+        if overwrite:
+            return False
         if before and (parts or self.is_planned):  # else nothing is lost
             changes = "; ".join(
                 f"{name}: {_brief(before.get(name))} -> {_brief(about.get(name))}"
@@ -72,14 +75,24 @@ class Journal:
                 if before.get(name) != about.get(name)
             )
             raise self._refusal(f"another job: {changes}")
-        if parts and not overwrite:
+        if parts:
             raise self._refusal("results of an unknown job")
+        return False
+
+    def begin(self, about: dict[str, Any]) -> None:
+        """Make the folder ready for a new job: what it holds of another is deleted."""
         for name in ("job.json", "plan.parquet", "attempts"):  # without the first, nothing of the rest counts
             places.remove(self.place(name))
-        for unit in parts:
+        for unit in self.parts():
             places.remove(self.part(unit))
         places.make_folder(places.join(self.output, "_job"))
-        places.write(self.place("job.json"), json.dumps(about, indent=2).encode())
+        places.write(self.place("job.json"), json.dumps(_plain(about), indent=2).encode())
+
+    def clear_partial(self) -> None:
+        """Delete what workers that were killed while they wrote have left."""
+        for name in places.names_in(self.output):
+            if name.startswith(".part-") and name.endswith(".partial"):
+                places.remove(places.join(self.output, name))
 
     def _before(self) -> dict[str, Any]:
         try:
@@ -111,6 +124,7 @@ class Journal:
                 rows = [{**row._asdict(), "path": row.path.encode(errors="surrogateescape")} for row in unit]
                 writer.write_table(pa.Table.from_pylist(rows, schema))
         places.write(self.place("plan.parquet"), content.getvalue())
+        self._lazy.clear()  # a plan of another job
 
     @property
     def _plan(self) -> pq.ParquetFile:
@@ -144,10 +158,26 @@ class Journal:
         """The address of a unit's results."""
         return places.join(self.output, f"part-{unit:08}.parquet")
 
+    @property
+    def done(self) -> list[int]:
+        """The units of the plan whose results are there."""
+        return [unit for unit in self.parts() if unit < self.units]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a plan, and all of its results."""
+        return self.is_planned and len(self.done) == self.units
+
     def parts(self) -> list[int]:
         """The units whose results are there."""
         names = map(re.compile(r"part-(\d{8,})\.parquet").fullmatch, places.names_in(self.output))
         return sorted(int(match[1]) for match in names if match)
+
+
+def _plain(about: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **about}))
+    return plain
 
 
 def _units(extents: Sequence[Extent], part_size: int) -> Iterator[list[Segment]]:

@@ -89,16 +89,23 @@ def run_batch(sources: Sequence[str | os.PathLike[str]], config: BatchConfig) ->
         places.make_folder(places.join(output, "_job"))
         if not places.is_remote(output):
             _lock(stack, journal)
-        journal.begin(about, config.overwrite)
-        if journal.is_planned and len(_done(journal)) == journal.units:
+        goes_on = journal.goes_on(about, config.overwrite)
+        journal.clear_partial()
+        if goes_on and journal.is_done:
             report(f"all {journal.images:,} images are done already")
             return Summary(journal.output, journal.images, journal.units, 0, 0, 0, 0.0)
         size = sum(value.nbytes for value in work.model.state_dict().values() if hasattr(value, "nbytes"))
         cores = (config.actors or 0) * (config.cpus or 1)
         ray = stack.enter_context(cluster(config.address, max(cores, usable_cores()), size))
         share = _share(ray, config)
-        if not journal.is_planned:
-            _plan(ray, journal, given, config, work, share.most)
+        if not (goes_on and journal.is_planned):
+            extents = _found(ray, given, config)
+            if not goes_on:
+                journal.begin(about)  # not before it is known that there is something to do, and somebody to do it
+            images = sum(map(len, extents))
+            journal.plan(
+                extents, config.part_size or part_size_for(images, work.part_size, share.most, work.batch_size)
+            )
         return _work(ray, journal, config, work, share, f"{os.path.basename(work.source)} {digest[:12]}")
 
 
@@ -183,13 +190,12 @@ def _first(ray: Any, asked: Sequence[Any], cpus: int, gpus: float, waiting: str,
 # The plan
 
 
-def _plan(ray: Any, journal: Journal, sources: Sequence[str], config: BatchConfig, work: Work, workers: int) -> None:
-    """Write down what there is to do."""
+def _found(ray: Any, sources: Sequence[str], config: BatchConfig) -> list[Extent]:
+    """The images of the sources."""
     extents = find(sources, config.column, partial(_each, ray))
-    images = sum(map(len, extents))
-    if not images:
+    if not sum(map(len, extents)):
         raise BatchError(f"{', '.join(map(shown, sources))}: no images")
-    journal.plan(extents, config.part_size or part_size_for(images, work.part_size, workers, work.batch_size))
+    return extents
 
 
 def _each(ray: Any, function: Callable[..., list[Extent]], *arguments: Sequence[Any]) -> list[list[Extent]]:
@@ -223,7 +229,7 @@ def _each(ray: Any, function: Callable[..., list[Extent]], *arguments: Sequence[
 
 def _work(ray: Any, journal: Journal, config: BatchConfig, work: Work, share: _Share, model: str) -> Summary:
     """Have all units done that are not, each by the next worker that is free."""
-    done = _done(journal)
+    done = journal.done
     left = deque(sorted({*range(journal.units)}.difference(done)))
     before = sum(map(journal.size, done))
     verb = f"{work.task} of {journal.images:,} images with {work.source}"
@@ -339,10 +345,6 @@ class _Crew:
         """What the next worker answers, be it at work or asked whether it is ready."""
         asked, patience = [*self.busy, *self.asked], None if self.busy else _PATIENCE
         return _first(self.ray, asked, self.share.cpus, self.share.gpus, "no worker has begun", patience)
-
-
-def _done(journal: Journal) -> list[int]:
-    return [unit for unit in journal.parts() if unit < journal.units]
 
 
 def _result(ray: Any, answer: Any, patience: float | None = None) -> Any:
