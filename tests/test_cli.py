@@ -117,6 +117,28 @@ def test_predict_reports_bad_files_and_goes_on(model, capsys):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("predict", "a.png", "--topk", "-1"), "topk is -1; expected 1 or more"),
+    (("predict", "a.png", "--batch_size", "0"), "batch_size is 0; expected 1 or more"),
+    (("predict", "a.png", "--workers", "-1"), "workers is -1; expected 0 or more"),
+    (("predict", "a.png", "--img_size", "4"), "img_size is 4×4; the model needs at least 8 a side"),
+    (("predict", "a.png", "--checkpoint", "model.safetensors", "--pretrained", "vmamba_nano"), "both a file, model"),
+    (("info", "vmamba_femto_s2", "--img_size", "1"), "img_size is 1: "),
+    (("info", "vmamba_femto_s2", "--img_size", "0"), "img_size is 0: "),
+    (("export", "model.safetensors", "--output", "model.safetensors"), "would be taken for another kind of file"),
+    (("export", "model.safetensors", "--output", "new.onnx", "--format", "torch"), "name it *.pt2, or choose a format"),
+])  # fmt: skip
+def test_settings_that_cannot_be_are_told_in_a_line(model, capsys, arguments, words):
+    if arguments[0] == "predict" and "--checkpoint" not in arguments:
+        arguments = (*arguments, "--checkpoint", "model.safetensors")
+    before = Path("model.safetensors").read_bytes()
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (1, "")
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert Path("model.safetensors").read_bytes() == before
+
+
 def test_models_lists_every_model_with_its_cost(capsys):
     rows = {row["name"]: row for row in json.loads(run(capsys, "models", "--format", "json")[1])}
     assert list(rows) == list(ENTRIES)

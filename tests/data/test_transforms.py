@@ -63,6 +63,20 @@ def test_eval_transform_is_timms_also_of_what_is_long(pre, short):
     assert transform(Image.new("L", (200, 2), 7)).tolist() == torch.full((1, *pre.img_size), 7).tolist()
 
 
+@pytest.mark.parametrize("mode", ["squash", "border"])
+def test_timms_other_crops(mode):
+    pre = Preprocessing.from_dict({"input_size": (3, 32, 24), "crop_pct": 0.9, "crop_mode": mode})
+    expected = transforms_imagenet_eval(
+        (32, 24), crop_pct=0.9, crop_mode=mode, interpolation="bicubic", normalize=False
+    )
+    for size in ((300, 100), (40, 90)):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+        assert torch.equal(pre.eval_transform()(image), expected(image))
+    assert Preprocessing.from_dict(pre.to_dict()) == pre
+    with pytest.raises(ValueError, match="crop_mode is 'middle'; expected one of center, squash, border"):
+        Preprocessing(crop_mode="middle")
+
+
 @pytest.mark.parametrize("size", [(2500, 1), (1, 65000)])
 def test_a_long_picture_takes_little_memory(size, monkeypatch):
     resize, pixels = Image.Image.resize, []

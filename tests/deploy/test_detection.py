@@ -8,9 +8,13 @@ import torch
 import vmamba
 from vmamba.cli import main
 from vmamba.deploy import detection, export_onnx
+from vmamba.deploy.export import preprocessing_for
+from vmamba.deploy.graphs import Images
 from vmamba.errors import ExportError
 from vmamba.models.checkpoints import save_checkpoint
+from vmamba.tasks.detector import Detector
 from vmamba.tasks.inference import detect
+from vmamba.tasks.prediction import Weights
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -73,6 +77,13 @@ def test_nothing_found(tmp_path, capsys):
     assert "the model finds nothing in the noise that it was checked on" in capsys.readouterr().err
     got = _run(tmp_path / "model.onnx", torch.randn(2, 3, 64, 64))
     assert [tuple(value.shape) for value in got] == [(0, 4), (0,), (0,), (0,), (0, 64, 64)]
+
+
+def test_what_pictures_are_fitted_into_is_what_predict_takes():
+    published = vmamba.create_model("maskrcnn", backbone="vmamba_femto", num_classes=3, channels=8, hidden=8)
+    for model in (published, _detector(img_size=(64, 100))):
+        told = preprocessing_for(model, Images.of(model, is_open=True), None)
+        assert told.img_size == Detector.from_weights(Weights(model, {}, "")).sides
 
 
 def _found_in(model, pictures):

@@ -11,10 +11,12 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import prune, weight_norm
 
 import vmamba
 from vmamba.cli import main
 from vmamba.deploy import export_onnx
+from vmamba.deploy.export import metadata_of
 from vmamba.errors import ExportError
 from vmamba.models.checkpoints import save_checkpoint
 from vmamba.models.vmamba import VMamba
@@ -97,6 +99,18 @@ def test_changed_models(tmp_path):
     model.head.fc = nn.Sequential(nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 2))
     model.stages[1].register_forward_hook(lambda module, args, y: 2 * y)
     export_onnx(model, tmp_path / "model.onnx")
+    _assert_as(model, tmp_path / "model.onnx", (2, 3, 20, 28))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_pruned_models(tmp_path):
+    """Whose weights each pass computes, and who cannot be copied as they are."""
+    model = _small()
+    prune.l1_unstructured(model.head.fc, "weight", 0.5)
+    weight_norm(model.stages[0].blocks[0].mlp.fc1)
+    pruned = model.head.fc.weight
+    export_onnx(model, tmp_path / "model.onnx")
+    assert model.head.fc.weight is pruned
     _assert_as(model, tmp_path / "model.onnx", (2, 3, 20, 28))
 
 
@@ -257,3 +271,20 @@ def test_refusals(tmp_path):
         export_onnx(model, tmp_path / "none" / "model.onnx")
     with pytest.raises(ExportError, match="takes no pictures"):
         export_onnx(_small(in_chans=5), path, embed=True)
+    with pytest.raises(ExportError, match="one output, among which there is nothing to decide"):
+        export_onnx(_small(num_classes=1), path, embed=True)
+    with pytest.raises(ExportError, match="2 names of classes were given; the model has 5 classes"):
+        export_onnx(model, path, class_names=["a", "b"])
+    for name in ("model.pt2", "model.safetensors", "model.PTH"):
+        with pytest.raises(ExportError, match=rf"{name} would be taken for another kind of file; name it \*\.onnx"):
+            export_onnx(model, tmp_path / name)
+    model.register_forward_hook(lambda module, given, y: {"logits": y})
+    with pytest.raises(ExportError, match=r"VMamba gives a dict; expected a tensor, or a list or tuple of tensors$"):
+        export_onnx(model, path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_classes_without_names_have_imagenets_or_numbers(tmp_path):
+    names = metadata_of(_small(num_classes=1000), None, None)["class_names"]
+    assert json.loads(names)[1].startswith("goldfish")
+    assert json.loads(metadata_of(_small(), None, None)["class_names"]) == [f"class {i}" for i in range(5)]

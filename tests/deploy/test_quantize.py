@@ -16,7 +16,7 @@ from vmamba.cli import main
 from vmamba.data.transforms import Preprocessing
 from vmamba.deploy import export_onnx, int8_onnx, load_quantized, quantize
 from vmamba.deploy.calibration import gather, open_pictures
-from vmamba.deploy.int8 import computes_in_int8
+from vmamba.deploy.int8 import computes_in_int8, is_excluded
 from vmamba.deploy.quantize import _damage
 from vmamba.errors import DataError, ExportError
 from vmamba.models.checkpoints import save_checkpoint
@@ -117,6 +117,16 @@ def test_metadata_stays(whole, eighth):
     assert after == _metadata(onnx.load(whole))
     assert json.loads(after["class_names"]) == NAMES
     assert note == {"weights": "int8", "activations": "uint8", "reduced_range": False, "calibrated_on": 18}
+
+
+def test_metadata_that_is_given_is_written(whole):
+    pre, names = Preprocessing((20, 20), mean=(0, 0, 0), std=(1, 1, 1)), list("vwxyz")
+    path = whole.parent / "told.onnx"
+    quantize(whole, path, _pictures(), preprocessing=pre, class_names=names, reduce_range=False, tolerance=1.0)
+    told = _metadata(onnx.load(path))
+    assert Preprocessing.from_dict(json.loads(told["preprocessing"])) == pre
+    assert json.loads(told["class_names"]) == names
+    assert told["model"] == _metadata(onnx.load(whole))["model"]
 
 
 def test_differences_are_those_of_the_pictures_held_back(whole, eighth):
@@ -361,6 +371,15 @@ def test_refusals(whole, eighth, tmp_path, monkeypatch):
         quantize(whole, path, pictures, tolerance=1e-3)
     with pytest.raises(ExportError, match=r"no matrix product or convolution to quantise beside"):
         quantize(whole, path, pictures, exclude=["*"])
+    program = path.with_suffix(".pt2")
+    for source, target in ((whole, path), (_small(), program)):
+        format = "torch" if target == program else "onnx"
+        with pytest.raises(ExportError, match=r"no layer .* fits exclude=\['haed\*'\]; they are called head"):
+            quantize(source, target, pictures, format=format, exclude=["haed*", "stem*"])
+    with pytest.raises(ExportError, match=r"whole.onnx has the inputs that it was exported with; give embed and sizes"):
+        quantize(whole, path, pictures, sizes="batch")
+    with pytest.raises(ExportError, match=r"whole.onnx is what the model is read from; give the new file another name"):
+        quantize(whole, whole, pictures)
     with pytest.raises(ExportError, match="quantised already"):
         quantize(eighth[1].path, path, pictures)
     with pytest.raises(ExportError, match="cannot be read as an ONNX file"):
@@ -368,16 +387,25 @@ def test_refusals(whole, eighth, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="no such file"):
         quantize(tmp_path / "none.onnx", path, pictures)
     with pytest.raises(ExportError, match="is an ONNX file"):
-        quantize(whole, path, pictures, format="torch")
+        quantize(whole, program, pictures, format="torch")
     with pytest.raises(ExportError, match="embed is for ONNX"):
-        quantize(whole, path, pictures, format="torch", embed=True)
+        quantize(whole, program, pictures, format="torch", embed=True)
     with pytest.raises(ExportError, match="has no published weights"):
         quantize("vmamba_femto", path, pictures)
     detector = vmamba.create_model("maskrcnn", backbone="vmamba_femto", num_classes=2, channels=8, hidden=8)
     with pytest.raises(ExportError, match="for which ONNX alone has a graph, in float32, float16 or int8"):
-        quantize(detector, path, pictures, format="torch")
+        quantize(detector, program, pictures, format="torch")
     with pytest.raises(ExportError, match="no matrix product"):
         quantize(nn.ReLU(), path, [torch.randn(3, 8, 8) for _ in range(8)])
+    strange = onnx.load(whole)
+    onnx.helper.set_model_props(strange, {"preprocessing": "{"})
+    onnx.save(strange, tmp_path / "torn.onnx")
+    with pytest.raises(ExportError, match=r'the "preprocessing" in .*torn.onnx cannot be read: .*Give preprocessing='):
+        quantize(tmp_path / "torn.onnx", path, pictures)
+    onnx.helper.set_model_props(strange, {})
+    onnx.save(strange, tmp_path / "torn.onnx")
+    with pytest.raises(DataError, match="nothing says how pictures become the network's inputs"):
+        quantize(tmp_path / "torn.onnx", path, pictures)
     half = onnx.load(whole)
     half.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.zeros(3, np.float16), "half"))
     onnx.save(half, tmp_path / "half.onnx")
@@ -392,7 +420,7 @@ def test_refusals(whole, eighth, tmp_path, monkeypatch):
             monkeypatch.delattr(f"vmamba.deploy.{module}", raising=False)
         monkeypatch.setitem(sys.modules, missing, None)
         with pytest.raises(ImportError, match=r"pip install \"vmamba\["):
-            quantize(_small(), path, pictures, format=format)
+            quantize(_small(), path if format == "onnx" else program, pictures, format=format)
     assert sorted(file.name for file in tmp_path.iterdir() if file.is_file()) == ["half.onnx", "int8.onnx", "torn.onnx"]
 
 
@@ -411,7 +439,7 @@ def test_refusals(whole, eighth, tmp_path, monkeypatch):
     ],
 )
 def test_which_layers(layer, kind, weight, chosen):
-    assert computes_in_int8(layer, kind, weight, ["head.*"]) == chosen
+    assert (computes_in_int8(layer, kind, weight) and not is_excluded(layer, ["head.*"])) == chosen
 
 
 def test_command(whole, tmp_path, monkeypatch, capsys):

@@ -44,6 +44,9 @@ def test_a_run_learns_and_leaves_a_model_that_stands_alone(images, tmp_path):
     assert [result.classes[0].name for result in found] == [name for name in CLASSES for _ in range(3)]
     assert all(len(result.classes) == 2 and result.classes[0].confidence > 0.34 for result in found)
 
+    from_training = Classifier.from_weights(load_weights(str(tmp_path / "run/checkpoints/last.ckpt")))
+    assert (from_training.pre, from_training.class_names) == (classifier.pre, classifier.class_names)
+
     results = validate(ValidateConfig(trainer=TrainerConfig(accelerator="cpu")))
     best = max(rows, key=lambda row: row["val_top1"])
     assert (results["images"], results["top1"]) == (9, 1.0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vmamba.cli.tables import Table, brief, contents, csv_text, flops, write
 from vmamba.deploy.batch.config import BatchConfig
 from vmamba.deploy.config import ExportConfig, QuantizeConfig, ShareConfig
-from vmamba.errors import CheckpointError, ExportError
+from vmamba.errors import CheckpointError, ExportError, RecipeError
 from vmamba.explain.config import ExplainConfig
 from vmamba.files import shown, why_unwritable
 from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, InfoConfig, ModelsConfig, PredictConfig
@@ -50,6 +50,9 @@ def predict(config: PredictConfig, paths: Sequence[str]) -> int:
     from vmamba.data.images import find_images
     from vmamba.tasks.prediction import load_predictor
 
+    for setting, least in (("topk", 1), ("batch_size", 1), ("workers", 0)):
+        if (value := getattr(config, setting)) < least:
+            raise RecipeError(f"{setting} is {value}; expected {least} or more")
     if config.output and (reason := why_unwritable(config.output)):
         raise OSError(reason)
     files, problems = find_images(paths)
@@ -130,7 +133,8 @@ def export(config: ExportConfig, name: str) -> int:
     from vmamba.deploy.graphs import check_target
     from vmamba.models.registry import ENTRIES, create_model, load_model
 
-    check_target(config.output)  # before anything is downloaded
+    # Before anything is downloaded.
+    check_target(config.output, ".onnx" if config.format == "onnx" else ".pt2", source=name)
     if (config.half and config.format != "onnx") or (config.embed and config.format == "torch"):
         raise ExportError("--half is for --format onnx, --embed for onnx and aoti; a torch program is as the model is")
     if name in ENTRIES:
@@ -240,7 +244,10 @@ def info(config: InfoConfig, name: str) -> int:
     from vmamba.models.complexity import profile
 
     model, about = _described(name)
-    cost = profile(model, config.img_size or about["img_size"])
+    try:
+        cost = profile(model, about["img_size"] if config.img_size is None else config.img_size)
+    except ValueError as error:  # too small for its strides
+        raise RecipeError(f"img_size is {config.img_size}: {error}") from error
     about |= {"img_size": list(cost.img_size), "params": cost.params, "flops": cost.flops}
     layers = [
         {

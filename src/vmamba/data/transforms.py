@@ -29,6 +29,7 @@ from vmamba.errors import RecipeError
 
 IGNORED = -1  # the label of pixels that neither loss nor metrics count
 
+_CROP_MODES = ("center", "squash", "border")  # timm's
 _LONG = 20  # times as long as wide, up to which a picture is resized whole
 
 ImageTransform = Callable[[Image.Image], Tensor]
@@ -44,6 +45,7 @@ class Preprocessing:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         check_channels(self.in_chans)
@@ -55,6 +57,8 @@ class Preprocessing:
                 )
         if min(self.img_size) < 1 or min(self.std) <= 0 or not 0 < self.crop_pct <= 1:
             raise ValueError(f"sides must be at least 1, std above 0 and crop_pct in (0, 1]; got {self}")
+        if self.crop_mode not in _CROP_MODES:
+            raise ValueError(f"crop_mode is {self.crop_mode!r}; expected one of {', '.join(_CROP_MODES)}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
@@ -72,11 +76,16 @@ class Preprocessing:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def eval_transform(self) -> ImageTransform:
-        """PIL image of any size to uint8 (C, H, W): the short side to ``img_size / crop_pct``, then a centre crop."""
+        """PIL image of any size to uint8 (C, H, W): the short side to ``img_size / crop_pct``, then a centre crop.
+
+        With timm's other crop modes the picture is first squashed to the sides, or fitted into them and bordered.
+        """
         steps = transforms_imagenet_eval(
-            self.img_size, crop_pct=self.crop_pct, interpolation=self.interpolation, normalize=False
-        )
-        steps.transforms.insert(0, CropLong(self))
+            self.img_size, crop_pct=self.crop_pct, crop_mode=self.crop_mode, interpolation=self.interpolation,
+            normalize=False,
+        )  # fmt: skip
+        if self.crop_mode == "center":
+            steps.transforms.insert(0, CropLong(self))
         return steps
 
     def normalise(self, images: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def export_aoti(
     """
     from torch._inductor import aoti_compile_and_package, aoti_load_package, config
 
-    start, target = time.perf_counter(), check_target(path)
+    start, target = time.perf_counter(), check_target(path, ".pt2")
     compiler = _compiler()
     images = Images.of(model, is_open=sizes == "open")
     told = preprocessing_for(model, images, preprocessing)

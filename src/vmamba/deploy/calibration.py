@@ -206,10 +206,10 @@ def _as_input(image: Image.Image | Tensor, chans: int, transform: Callable[[Any]
             raise DataError(f"a tensor is {str(image.dtype)[6:]} {tuple(image.shape)}; expected {wanted}")
         return image
     if transform is None:
-        raise DataError(
-            f"the network takes {chans} channels, and pictures have 1 or 3; give tensors, float32 ({chans}, H, W),"
-            " ready for the network"
-        )
+        why = f"the network takes {chans} channels, and pictures have 1 or 3"
+        if chans in (1, 3):
+            why = "nothing says how pictures become the network's inputs (preprocessing)"
+        raise DataError(f"{why}; give tensors, float32 ({chans}, H, W), ready for the network")
     return transform(image)
 
 

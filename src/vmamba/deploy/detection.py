@@ -149,7 +149,7 @@ class DetectionGraph(nn.Module):
 
 
 def filled_up(images: Tensor) -> Tensor:
-    """Normalised images (B, C, H, W) with zeros below and to the right, as `vmamba predict` shows them to a detector."""
+    """Normalised images (B, C, H, W) filled up below and to the right, as `vmamba predict` shows them."""
     # Of numbers above zero alone: ONNX rounds quotients towards it.
     below, right = ((side + MULTIPLE - 1) // MULTIPLE * MULTIPLE - side for side in images.shape[2:])
     return F.pad(images, (0, right, 0, below))

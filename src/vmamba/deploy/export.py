@@ -34,6 +34,8 @@ from vmamba.files import replacing, shown
 from vmamba.models.checkpoints import default_metadata, per_channel
 from vmamba.models.detection import MaskRCNN
 from vmamba.ops.exporting import operators_kept
+from vmamba.tasks.detector import sides_of
+from vmamba.tasks.prediction import class_names
 
 OPSET = 20
 TOLERANCE, _TOLERANCE_HALF = 1e-4, 2e-2  # of the largest output
@@ -73,7 +75,12 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         """(B, C, H, W) to the model's outputs."""
         y = self.model(images.to(self.dtype))
-        return y.float() if isinstance(y, Tensor) else [value.float() for value in y]
+        if isinstance(y, Tensor):
+            return y.float()
+        if not isinstance(y, (list, tuple)) or not all(isinstance(value, Tensor) for value in y):
+            name = type(self.model).__name__
+            raise ExportError(f"{name} gives a {type(y).__name__}; expected a tensor, or a list or tuple of tensors")
+        return [value.float() for value in y]
 
 
 class _Rows(nn.Module):
@@ -135,7 +142,7 @@ def export_onnx(
             (B, C, H, W) in RGB, of the size the network is to see, and gives "labels", int64 (B,) or (B, H, W), and
             "probabilities" (B, classes, ...). Without it, it takes normalised float32 and gives "logits".
         sizes: "open" for any batch, height and width, or "batch" for networks that take images of one size alone.
-        class_names: by default those that the model has, if any.
+        class_names: by default those that the model has, or else ImageNet's if they are 1000, or else numbers.
         preprocessing: by default the model's.
         tolerance: the largest difference that is accepted, as a share of the largest output; 1e-4, or 2e-2 with `half`.
             For detection, the share of detections that may have no counterpart: 2e-2, or 0.1 with `half`, where a
@@ -149,7 +156,7 @@ def export_onnx(
         ExportError: the model has no such graph, the path cannot be written to, or the file computes something else.
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
-    start, target = time.perf_counter(), check_target(path)
+    start, target = time.perf_counter(), check_target(path, ".onnx")
     try:
         import onnxruntime  # type: ignore[import-untyped]
         import onnxscript.optimizer
@@ -229,6 +236,8 @@ def surrounded(
             f"{type(model).__name__} gives no logits of classes, or takes no pictures, so nothing can be put around it;"
             " leave out embed"
         )
+    if getattr(model, "num_classes", None) == 1 and getattr(model, "task", None) != "detection":
+        raise ExportError("the model has one output, among which there is nothing to decide; leave out embed")
     around = _Decision(network, preprocessing, decides=getattr(model, "task", None) == "detection")
     return around, lambda batch: (batch * 50 + 128).clamp(0, 255).to(torch.uint8)
 
@@ -249,7 +258,7 @@ def export_torch(
     more, since torch takes one for a special case. Its extra file "metadata.json" has what an ONNX file's metadata has.
     Arguments, result and errors as of `export_onnx`.
     """
-    start, target = time.perf_counter(), check_target(path)
+    start, target = time.perf_counter(), check_target(path, ".pt2")
     images = Images.of(model, is_open=sizes == "open")
     network = Network(prepared(model), torch.float32)
     program, trials = traced_from_one(network, images)
@@ -317,20 +326,31 @@ def preprocessing_for(model: nn.Module, images: Images, given: Preprocessing | N
     if given is not None or images.chans not in (1, 3):
         return given
     told = {"mean": Preprocessing.mean, "std": Preprocessing.std} | default_metadata(model)
+    if isinstance(model, MaskRCNN):
+        told["img_size"] = sides_of(model)
     statistics = {name: per_channel(told[name], images.chans) for name in ("mean", "std")}
     return Preprocessing.from_dict(told | {"in_chans": images.chans} | statistics)
 
 
 def metadata_of(model: nn.Module, names: Sequence[str] | None, preprocessing: Preprocessing | None) -> dict[str, str]:
-    """What every format says of a model, as plain text or JSON; see `export_onnx`."""
+    """What every format says of a model, as plain text or JSON; see `export_onnx`.
+
+    Raises:
+        ExportError: more or fewer names than classes.
+    """
     told = default_metadata(model)
+    classes = told.get("num_classes")
+    if names and classes and len(names) != classes:
+        raise ExportError(f"{len(names)} names of classes were given; the model has {classes} classes")
     found = {
         "model": str(told.get("variant") or type(model).__name__),
         "task": task_of(model),
         "vmamba_version": __version__,
     }
-    if names := names or told.get("class_names"):
-        found["class_names"] = json.dumps(list(names), ensure_ascii=False)
+    if found["task"] != "features":
+        found["class_names"] = json.dumps(
+            class_names(names or told.get("class_names") or [], model), ensure_ascii=False
+        )
     if preprocessing is not None:
         found["preprocessing"] = json.dumps(preprocessing.to_dict())
     return found

@@ -7,6 +7,7 @@ import inspect
 import io
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from vmamba.errors import ExportError
-from vmamba.files import why_unwritable
+from vmamba.files import shown, why_unwritable
 from vmamba.models.checkpoints import default_metadata
 from vmamba.nn import SS2D
+
+_ENDINGS = (".onnx", ".pt2", ".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # that say what is in a file
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def prepared(model: nn.Module, dtype: torch.dtype = torch.float32, detection: bo
             " finds, for which ONNX alone has a graph, in float32, float16 or int8. Classification, segmentation and"
             " feature extractors have others too."
         )
-    with torch.no_grad():
+    with torch.no_grad(), _all_leaves(model):
         copied = copy.deepcopy(model).cpu().eval().requires_grad_(False).to(dtype)
     for module in list(copied.modules()):
         if isinstance(module, SS2D) and dtype == torch.float16:
@@ -122,6 +125,24 @@ def prepared(model: nn.Module, dtype: torch.dtype = torch.float32, detection: bo
             if type(child) is nn.AdaptiveAvgPool2d:
                 setattr(module, name, AdaptiveAveragePool(child.output_size))
     return copied
+
+
+@contextmanager
+def _all_leaves(model: nn.Module) -> Iterator[None]:
+    """Without the history of parameters that each pass computes, as of pruned layers: it cannot be copied."""
+    computed = [
+        (vars(module), name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    try:
+        for attributes, name, value in computed:
+            attributes[name] = value.detach()
+        yield
+    finally:
+        for attributes, name, value in computed:
+            attributes[name] = value
 
 
 def _scan_in_float32(mixer: SS2D) -> None:
@@ -137,8 +158,11 @@ def traced(model: nn.Module, example: Tensor, images: Images) -> torch.export.Ex
         ExportError: torch cannot trace it, or only for one size.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attribute")  # of pruned layers, which each pass computes
             return torch.export.export(model, (example,), dynamic_shapes=images.dynamic_shapes(), strict=False)
+    except ExportError:
+        raise
     except Exception as error:  # whatever the model's own code raises, or torch says of it
         advice = "; a network that takes images of one size alone needs sizes='batch'" if images.is_open else ""
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -236,12 +260,25 @@ def outputs_of(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def check_target(path: str | os.PathLike[str]) -> Path:
+def check_target(path: str | os.PathLike[str], ending: str, source: object = None) -> Path:
     """The path as one that a file can be written to, found out before the work is done.
 
+    Args:
+        path: of the file.
+        ending: of the names of such files; those of other kinds of files are refused, other names are not.
+        source: the file that it is made from, if it is.
+
     Raises:
-        ExportError: it cannot.
+        ExportError: it cannot, or would take the place of what it is made from.
     """
-    if reason := why_unwritable(path):
+    target = Path(path)
+    if reason := why_unwritable(target):
         raise ExportError(reason)
-    return Path(path)
+    if target.suffix.lower() in _ENDINGS and target.suffix.lower() != ending:
+        raise ExportError(
+            f"{shown(target)} would be taken for another kind of file; name it *{ending}, or choose a format"
+        )
+    is_path = isinstance(source, (str, os.PathLike)) and os.path.exists(source) and target.exists()
+    if is_path and os.path.samefile(source, target):  # type: ignore[arg-type]
+        raise ExportError(f"{shown(target)} is what the model is read from; give the new file another name")
+    return target

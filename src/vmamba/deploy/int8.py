@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
+
+from vmamba.errors import ExportError
 
 _CHANNELS = 8
 _DETECTORS = ("rpn_cls", "rpn_reg", "fc_cls", "fc_reg")  # the layers that give scores and boxes
 
 
-def computes_in_int8(layer: str, kind: str, weight: Sequence[int], exclude: Sequence[str] = ()) -> bool:
-    """Whether a product or convolution with constant weights is quantised.
+def computes_in_int8(layer: str, kind: str, weight: Sequence[int]) -> bool:
+    """Whether a product or convolution with constant weights is quantised, unless somebody excludes it.
 
     Four kinds are not, since int8 gains no time there and costs accuracy: depthwise convolutions and those that read
     the picture, which have little to multiply; what `SS2D` multiplies itself, the projection to Δ, B and C, whose
@@ -21,10 +23,24 @@ def computes_in_int8(layer: str, kind: str, weight: Sequence[int], exclude: Sequ
         layer: the path of the module whose product it is, as in `named_modules`.
         kind: that module's class, with or without its package.
         weight: the shape of the weights, (out, in), (in, out) or (out, in / groups, height, width).
-        exclude: patterns of paths, as of file names, that stay in float32 as well.
     """
     if len(weight) > 2 and weight[1] < _CHANNELS:
         return False
-    if kind.rpartition(".")[2] == "SS2D" or layer.rpartition(".")[2] in _DETECTORS:
-        return False
-    return not any(fnmatchcase(layer, pattern) for pattern in exclude)
+    return kind.rpartition(".")[2] != "SS2D" and layer.rpartition(".")[2] not in _DETECTORS
+
+
+def is_excluded(layer: str, exclude: Iterable[str]) -> bool:
+    """Whether a layer's path fits one of the patterns, which are like those of file names."""
+    return any(fnmatchcase(layer, pattern) for pattern in exclude)
+
+
+def check_patterns(exclude: Iterable[str], layers: Collection[str]) -> None:
+    """Refuse patterns that exclude nothing.
+
+    Raises:
+        ExportError: no layer that would compute in int8 fits one of them.
+    """
+    unknown = [pattern for pattern in exclude if not any(is_excluded(layer, [pattern]) for layer in layers)]
+    if unknown:
+        some = ", ".join(sorted(set(layers))[:8])
+        raise ExportError(f"no layer that int8 is for fits exclude={unknown}; they are called {some}, ...")

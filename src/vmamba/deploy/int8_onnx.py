@@ -14,7 +14,7 @@ import onnxruntime  # type: ignore[import-untyped]
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static  # type: ignore[import-untyped]
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata  # type: ignore[import-untyped]
 
-from vmamba.deploy.int8 import computes_in_int8
+from vmamba.deploy.int8 import check_patterns, computes_in_int8, is_excluded
 from vmamba.errors import ExportError
 from vmamba.files import shown
 
@@ -46,6 +46,11 @@ def read(path: Path) -> onnx.ModelProto:
 def metadata(model: onnx.ModelProto) -> dict[str, str]:
     """Of the file."""
     return {prop.key: prop.value for prop in model.metadata_props}
+
+
+def tell(model: onnx.ModelProto, told: dict[str, str]) -> None:
+    """Replace the metadata."""
+    onnx.helper.set_model_props(model, told)
 
 
 def input_of(model: onnx.ModelProto) -> tuple[str, int, tuple[int, int] | None, bool]:
@@ -84,7 +89,9 @@ def write(
     """
     for index, node in enumerate(model.graph.node):
         node.name = node.name or f"node_{index}"
-    chosen = [node.name for node in _products(model.graph, exclude)]
+    layers = {node.name: layer for node, layer in _products(model.graph)}
+    check_patterns(exclude, layers.values())
+    chosen = [name for name, layer in layers.items() if not is_excluded(layer, exclude)]
     if not chosen:
         raise ExportError(
             "the model has no matrix product or convolution to quantise"
@@ -101,7 +108,7 @@ def write(
     )  # fmt: skip
     written = onnx.load(path)
     _forget_origins(written.graph)
-    onnx.helper.set_model_props(written, told | dict([note]))
+    tell(written, told | dict([note]))
     onnx.save(written, path)
     return len(chosen)
 
@@ -135,15 +142,19 @@ class _Reader:
         return next(self.inputs, None)
 
 
-def _products(graph: onnx.GraphProto, exclude: Sequence[str]) -> Iterator[onnx.NodeProto]:
-    """Those with constant weights that may compute in int8. What lies inside of loops, the scans, is not looked at."""
+def _products(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, str]]:
+    """Those with constant weights that may compute in int8, with their layers.
+
+    What lies inside of loops, the scans, is not looked at.
+    """
     weights = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type not in _PRODUCTS or node.input[1] not in weights:
             continue
         layer, kind = _layer(node)
-        if computes_in_int8(layer or node.name, kind, weights[node.input[1]].dims, exclude):
-            yield node
+        layer = layer or node.name
+        if computes_in_int8(layer, kind, weights[node.input[1]].dims):
+            yield node, layer
 
 
 def _layer(node: onnx.NodeProto) -> tuple[str, str]:

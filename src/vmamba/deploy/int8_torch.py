@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from vmamba.deploy.int8 import computes_in_int8
+from vmamba.deploy.int8 import check_patterns, computes_in_int8, is_excluded
 from vmamba.errors import ExportError
 
 _noisy = logging.getLogger("torch.utils._pytree")
@@ -33,11 +33,13 @@ class ProductQuantizer(Quantizer):
 
     Attributes:
         marked: how many there are.
+        layers: those that would be quantised but for what is excluded.
     """
 
     def __init__(self, exclude: Sequence[str], reduce_range: bool) -> None:
         super().__init__()
         self.exclude, self.marked = exclude, 0
+        self.layers: list[str] = []
         self.config = get_default_x86_inductor_quantization_config(reduce_range=reduce_range)
 
     def annotate(self, model: GraphModule) -> GraphModule:
@@ -59,7 +61,10 @@ class ProductQuantizer(Quantizer):
             return False  # computed, as the joined projections of the routes are
         layer, kind = list(node.meta.get("nn_module_stack", {"": ("", "")}).values())[-1]
         kind = kind if isinstance(kind, str) else kind.__name__
-        return computes_in_int8(layer, kind, weight.meta["val"].shape, self.exclude)
+        if not computes_in_int8(layer, kind, weight.meta["val"].shape):
+            return False
+        self.layers.append(layer)
+        return not is_excluded(layer, self.exclude)
 
 
 def quantised(
@@ -77,6 +82,7 @@ def quantised(
     """
     quantizer = ProductQuantizer(exclude, reduce_range)
     observed = prepare_pt2e(program.module(), quantizer)
+    check_patterns(exclude, quantizer.layers)
     if not quantizer.marked:
         raise ExportError(
             "the model has no matrix product or convolution to quantise"

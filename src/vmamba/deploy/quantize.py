@@ -120,7 +120,7 @@ def quantize(
         CheckpointError: the file of weights cannot be read.
         ImportError: onnx, onnxscript, onnxruntime or, for "torch", torchao is missing.
     """
-    start, target = time.perf_counter(), check_target(path)
+    start, target = time.perf_counter(), check_target(path, ".onnx" if format == "onnx" else ".pt2", source=model)
     if format == "torch" and embed:
         raise ExportError("embed is for ONNX; a torch program is the model as it is")
     if reduce_range is None:
@@ -129,6 +129,10 @@ def quantize(
     if not isinstance(model, nn.Module):
         source, names = _opened(os.fspath(model))
         class_names = class_names or names
+    if isinstance(source, Path) and (embed or sizes != "open"):
+        raise ExportError(
+            f"{shown(source)} has the inputs that it was exported with; give embed and sizes to the export"
+        )
     if isinstance(source, nn.Module) and _is_quantised(source):
         raise ExportError(f"{type(source).__name__} is quantised already; give the float32 model")
     options: dict[str, Any] = {"sizes": sizes, "class_names": class_names, "preprocessing": preprocessing}
@@ -193,11 +197,16 @@ def _write_onnx(
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(source, Path):
             whole = int8_onnx.read(source)
-            task = int8_onnx.metadata(whole).get("task", "")
+            told = int8_onnx.metadata(whole)
+            task, pre = told.get("task", ""), options["preprocessing"]
             _, chans, only, raw = int8_onnx.input_of(whole)
-            pre = options["preprocessing"]
-            if pre is None and (stored_pre := int8_onnx.metadata(whole).get("preprocessing")):
-                pre = Preprocessing.from_dict(json.loads(stored_pre))
+            if pre is not None:
+                told["preprocessing"] = json.dumps(pre.to_dict())
+            elif "preprocessing" in told:
+                pre = _preprocessing_in(source, told["preprocessing"])
+            if options["class_names"]:
+                told["class_names"] = json.dumps(list(options["class_names"]), ensure_ascii=False)
+            int8_onnx.tell(whole, told)
             calibration = gathered(chans, only, pre, task, raw)
         else:
             images = Images.of(source, is_open=options["sizes"] == "open")
@@ -214,6 +223,20 @@ def _write_onnx(
         damage = _damage(lambda batch: found(batch.numpy()), lambda batch: expected(batch.numpy()), calibration, task)
         _accept(damage, tolerance, target, len(calibration.held_back))
     return damage, calibration, layers
+
+
+def _preprocessing_in(path: Path, text: str) -> Preprocessing:
+    """What an ONNX file says of how pictures become its inputs.
+
+    Raises:
+        ExportError: nothing that can be read.
+    """
+    try:
+        return Preprocessing.from_dict(json.loads(text))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ExportError(
+            f'the "preprocessing" in {shown(path)} cannot be read: {error}. Give preprocessing=, or export it anew'
+        ) from error
 
 
 def _write_torch(

@@ -23,9 +23,8 @@ from vmamba.errors import CheckpointError, RecipeError
 from vmamba.files import shown
 from vmamba.models.detection import MaskRCNN
 from vmamba.models.feature_maps import DenseModel
-from vmamba.models.registry import ENTRIES
 from vmamba.models.segmentation import UPerNet
-from vmamba.tasks.detector import PUBLISHED_SIDES, fitted_sides
+from vmamba.tasks.detector import fitted_sides, sides_of
 from vmamba.tasks.inference import MULTIPLE
 from vmamba.tasks.prediction import preprocessing_of
 from vmamba.tasks.segmenter import segmentation_preprocessing
@@ -268,10 +267,7 @@ def preprocessing_for(
         return segmentation_preprocessing(model, asked, stored)
     pre = preprocessing_of(model, asked, stored)
     if isinstance(model, MaskRCNN):
-        if size is None and not stored:
-            # By default a detector names the size that the published costs are for.
-            size = PUBLISHED_SIDES if model.img_size == ENTRIES["maskrcnn"].img_size else model.img_size
-        return replace(pre, img_size=fitted_sides(size or (stored or {}).get("sides")))
+        return replace(pre, img_size=fitted_sides(size or (stored or {}).get("sides") or sides_of(model)))
     return pre
 
 

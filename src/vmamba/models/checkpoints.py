@@ -44,7 +44,7 @@ __all__ = [
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
-INPUT_KEYS = ("mean", "std", "interpolation", "crop_pct")  # how images become inputs, beside their size
+INPUT_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # how images become inputs, beside their size
 METADATA_FORMAT = 1  # of the files that save_checkpoint writes; raised when an old reader would misread a new file
 _FIRST_CONV = ("stem.conv1.", "stem.conv.")
 _HEAD = ("head.fc.",)
@@ -162,11 +162,16 @@ def save_checkpoint(model: nn.Module, path: StrPath, metadata: Mapping[str, Any]
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**default_metadata(model), **(metadata or {})}, ensure_ascii=False, default=named_pattern)
+    text = metadata_text(model, metadata)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _network(model).items()}
     with replacing(path) as partial:
         # Not save_file(): that leaves a file which only its owner may read, whatever the umask.
         partial.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "vmamba": text}))
+
+
+def metadata_text(model: nn.Module, metadata: Mapping[str, Any] | None = None) -> str:
+    """The JSON that `save_checkpoint` stores; a torch file has it under "vmamba"."""
+    return json.dumps({**default_metadata(model), **(metadata or {})}, ensure_ascii=False, default=named_pattern)
 
 
 def default_metadata(model: nn.Module) -> dict[str, Any]:
@@ -226,6 +231,10 @@ class Checkpoint:
     Args:
         path: the file.
 
+    Attributes:
+        told: what this package stored in it about the network, if it did.
+        metadata: all that is stored beside the weights.
+
     Raises:
         CheckpointError: the file cannot be read or asks to run code.
     """
@@ -236,10 +245,10 @@ class Checkpoint:
         header = file.header
         self.tensors = {without_wrappers(name): tensor for name, tensor in file.tensors.items()}
         self.container = "torch" if header is None else "vmamba" if "vmamba" in header else "safetensors"
-        if header is None:
-            self.metadata = file.notes
-        else:
-            self.metadata = _parse_metadata(self.path, header["vmamba"]) if "vmamba" in header else dict(header)
+        beside = dict(file.notes if header is None else header)
+        text = beside.pop("vmamba", None)
+        self.told = _parse_metadata(self.path, text) if isinstance(text, str) else {}
+        self.metadata = self.told if self.container == "vmamba" else beside | self.told
 
     @functools.cached_property
     def networks(self) -> dict[str, tuple[str, State]]:
@@ -253,8 +262,8 @@ class Checkpoint:
         Raises:
             CheckpointError: it holds no VMamba, nor another model of timm's that says which one it is.
         """
-        name = self.metadata.get("variant") if self.container == "vmamba" else None
-        is_dense = self.metadata.get("task") in _DENSE_HEADS.values() and _vmamba_in(self.tensors) is None
+        name = self.told.get("variant") if self.container == "vmamba" else None
+        is_dense = self.told.get("task") in _DENSE_HEADS.values() and _vmamba_in(self.tensors) is None
         if isinstance(name, str) and name not in VARIANTS and (timm.is_model(name) or is_dense):
             classes, channels = (self.metadata.get(key) for key in ("num_classes", "in_chans"))
             return self._info({"model": ("", self.tensors)}, name, classes or None, channels)
@@ -269,8 +278,7 @@ class Checkpoint:
         prefix, _ = next(iter(networks.values()))
         kind = _format(self.metadata, prefix, self.tensors) if self.container == "torch" else self.container
         parts = {part for name in self.tensors for part in name.split(".")} & _DENSE_HEADS.keys()
-        stored = self.metadata if self.container == "vmamba" else {}
-        task = str(stored.get("task") or next((_DENSE_HEADS[part] for part in parts), "classification"))
+        task = str(self.told.get("task") or next((_DENSE_HEADS[part] for part in parts), "classification"))
         if task != "classification":
             rows = (
                 len(tensor) - others
@@ -278,7 +286,7 @@ class Checkpoint:
                 for classifier, others in _DENSE_CLASSIFIERS.items()
                 if name.endswith(classifier) and tensor.ndim > 1
             )
-            classes = next(rows, stored.get("num_classes"))
+            classes = next(rows, self.told.get("num_classes"))
         return CheckpointInfo(
             path=self.path,
             format=kind,
@@ -331,8 +339,8 @@ class Checkpoint:
 
     def _warn_of_another_pattern(self, model: nn.Module) -> None:
         """Say so where the weights have learned with another scan pattern, which no shape shows."""
-        backbone, arguments = _backbone(model), self.metadata.get("model_kwargs", {})
-        if self.container != "vmamba" or backbone is None or not isinstance(arguments, Mapping):
+        backbone, arguments = _backbone(model), self.told.get("model_kwargs", {})
+        if not self.told or backbone is None or not isinstance(arguments, Mapping):
             return
         learned = arguments.get("pattern", "cross")
         own = [_registered(module.pattern) for module in backbone.modules() if isinstance(module, SS2D)]

@@ -140,8 +140,8 @@ def load_model(path: str | PathLike[str], ema: bool = False) -> tuple[nn.Module,
     """Rebuild a model from a file alone.
 
     Args:
-        path: a file written by `save_checkpoint`, or any other with the layout of a known variant; or
-            a folder, "local-dir:FOLDER" or "hf-hub:OWNER/NAME", see `create_model`.
+        path: a file written by `save_checkpoint`, a training checkpoint of this package, or any other file with the
+            layout of a known variant; or a folder, "local-dir:FOLDER" or "hf-hub:OWNER/NAME", see `create_model`.
         ema: of a file that holds both, whether to take the averaged weights.
 
     Returns:
@@ -158,8 +158,7 @@ def load_model(path: str | PathLike[str], ema: bool = False) -> tuple[nn.Module,
             model = _from_folder(folder, True, {}).eval()
             return model, {**default_metadata(model), **folder.metadata()}
     checkpoint = Checkpoint(path)
-    info = checkpoint.info
-    stored = info.metadata if info.format == "vmamba" else {}
+    info, stored = checkpoint.info, checkpoint.told
     same = (e.name for e in ENTRIES.values() if (e.task, e.backbone) == (info.task, info.variant))
     name = stored.get("variant") or next(same, info.variant)
     if not isinstance(name, str) or not (name in ENTRIES or timm.is_model(name)):

@@ -35,7 +35,7 @@ StrPath = str | os.PathLike[str]
 # Each several times what the largest published files need.
 MAX_TENSORS = 1 << 14
 MAX_NAME = 256  # characters of a tensor's name
-MAX_NOTES = 1 << 18  # numbers, texts' characters and containers kept beside the weights
+MAX_NOTES = 1 << 22  # numbers, texts' characters, containers beside the weights; ImageNet-22k's names take 1 << 19
 MAX_NESTING = 16  # of containers kept beside the weights
 MAX_WRAPPING = 4  # dictionaries around the weights
 MAX_RECORDS = 1 << 17  # of an archive

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from vmamba.errors import RecipeError
 from vmamba.files import atomic_write
-from vmamba.models.checkpoints import save_checkpoint
+from vmamba.models.checkpoints import metadata_text, save_checkpoint
 from vmamba.tasks.pictures import learning_curve
 from vmamba.tasks.runs import RunFolder
 from vmamba.tasks.task import Score, Task
@@ -71,6 +71,11 @@ class Recorder(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.best = state_dict["history"], state_dict["best"]
         self.shares = state_dict.get("shares", {})
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """A training checkpoint says of its network what the model's file says, for commands that are given it."""
+        checkpoint["vmamba"] = metadata_text(pl_module.network, self._metadata(pl_module))
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:

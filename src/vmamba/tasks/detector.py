@@ -22,6 +22,7 @@ from vmamba.files import shown
 from vmamba.models import boxes as bx
 from vmamba.models.class_names import COCO, COCO_CATEGORY_IDS
 from vmamba.models.detection import Detections, MaskRCNN
+from vmamba.models.registry import ENTRIES
 from vmamba.tasks import overlays
 from vmamba.tasks.inference import detect
 from vmamba.tasks.prediction import Outcome, Predictor, Weights, class_names, each_file
@@ -213,7 +214,7 @@ class Detector(Predictor):
         names = class_names(known, model)
         of_coco = COCO_CATEGORY_IDS if tuple(names) == COCO else range(1, len(names) + 1)
         ids = metadata.get("category_ids") or of_coco
-        sides = fitted_sides(getattr(settings, "img_size", None) or metadata.get("sides"))
+        sides = fitted_sides(getattr(settings, "img_size", None) or metadata.get("sides") or sides_of(model))
         return cls(model, sides, names, list(ids), source, bool(known))
 
     @torch.inference_mode()
@@ -277,6 +278,12 @@ class Detector(Predictor):
                 continue
             overlays.save(found.overlay(), path)
             yield DetectedFile(file, found.objects, str(path))
+
+
+def sides_of(model: MaskRCNN) -> tuple[int, int]:
+    """The short and the long side that a detector's pictures are fitted into, as it says itself."""
+    # By default it names the size that the published costs are for.
+    return PUBLISHED_SIDES if model.img_size == ENTRIES["maskrcnn"].img_size else fitted_sides(model.img_size)
 
 
 def fitted_sides(img_size: int | Sequence[int] | None) -> tuple[int, int]:

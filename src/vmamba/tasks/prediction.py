@@ -48,15 +48,17 @@ def load_weights(checkpoint: str | None = None, name: str | None = None, ema: bo
 
     Args:
         checkpoint: any file that `vmamba.load_checkpoint` reads.
-        name: with no checkpoint: a model whose published weights are downloaded. With neither, the model of
+        name: instead: a model whose published weights are downloaded. With neither, the model of
             runs/latest is taken.
         ema: of a file that holds both, take the averaged weights.
 
     Raises:
         CheckpointError: there is no such file, or it cannot be read.
-        RecipeError: there is no such model.
+        RecipeError: there is no such model, or both are given.
     """
-    if checkpoint is None and name is not None:
+    if checkpoint is not None and name is not None:
+        raise RecipeError(f"both a file, {shown(checkpoint)}, and published weights, {name}, were asked for; give one")
+    if name is not None:
         return Weights(builder(name)(pretrained=True).eval(), {}, f"{name}, published weights")
     if checkpoint is None:
         checkpoint = str(RunFolder(LATEST).model)
@@ -273,9 +275,12 @@ def preprocessing_of(model: nn.Module, settings: Any = None, stored: dict[str, A
     known["in_chans"] = given["in_chans"] = channels
     known |= {name: per_channel(known[name], channels) for name in ("mean", "std") if name in known}
     try:
-        return Preprocessing.from_dict(known | given)
+        pre = Preprocessing.from_dict(known | given)
     except ValueError as error:
         raise RecipeError(f"the preprocessing that the model or the settings name is wrong: {error}") from error
+    if min(pre.img_size) < (least := getattr(model, "total_stride", 1)):
+        raise RecipeError(f"img_size is {'×'.join(map(str, pre.img_size))}; the model needs at least {least} a side")
+    return pre
 
 
 @dataclass
