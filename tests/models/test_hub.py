@@ -485,6 +485,8 @@ def test_the_card_of_another_of_timms_models_tells_its_size() -> None:
     card = model_card(model, {"class_names": NAMES, "crop_pct": 0.75}, CardFacts("x"))
     for line in ("multiply-accumulates at 96×96", "torch.zeros(1, 3, 96, 96)", "128 pixels", "The middle 96×96 is"):
         assert line in card, line
+    card = model_card(model, {"class_names": NAMES, "crop_pct": 0.75, "crop_mode": "squash"}, CardFacts("x"))
+    assert "The picture is squashed to 128×128" in card
 
 
 @pytest.mark.parametrize("name", DENSE)

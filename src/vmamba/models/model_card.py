@@ -307,10 +307,15 @@ class _Card:
         height, width = told.get("sides") or to_2tuple(told.get("img_size") or 224)
         if self.task == "classification":
             crop = float(told.get("crop_pct", 1.0))
-            size = (
-                f"the short side is resized to {int(height / crop)} pixels" if height == width
-                else f"the picture is resized by its height and width to fill {int(height / crop)}×{int(width / crop)}"
-            )  # fmt: skip
+            filled = f"{int(height / crop)}×{int(width / crop)}"
+            size = {
+                "squash": f"the picture is squashed to {filled}",
+                "border": f"the picture is resized in its own ratio to fit into {filled}, and bordered",
+            }.get(told.get("crop_mode", "center"))
+            if size is None and height == width:
+                size = f"the short side is resized to {int(height / crop)} pixels"
+            elif size is None:
+                size = f"the picture is resized by its height and width to fill {filled}"
             steps = [f"{size} ({told.get('interpolation', 'bicubic')})", f"the middle {height}×{width} is cut out"]
         else:
             sides = min(height, width), max(height, width)
