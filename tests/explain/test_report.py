@@ -15,6 +15,7 @@ from PIL import Image
 import vmamba
 from vmamba.cli import main
 from vmamba.models.checkpoints import save_checkpoint
+from vmamba.ops import PATTERNS
 from vmamba.tasks.detector import Detector
 
 KWARGS = {"depths": [1, 2], "dims": [8, 12]}
@@ -130,6 +131,26 @@ def test_a_network_without_scans(folder, capsys):
     assert "ResNet computed no selective scan" in err
     assert main(["explain", "--checkpoint", "model.safetensors"]) == 1
     assert "no photos were named" in capsys.readouterr().err
+
+
+def test_patterns_need_neither_photos_nor_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "--what", "patterns", "--output", "out")
+    assert code == 0, err
+    assert out == ["out/patterns.gif", "out/patterns.png"]
+    found = numbers()
+    assert {"model", "weights"}.isdisjoint(found)
+    assert found["patterns"]["model"] == []
+    assert [pattern["pattern"] for pattern in found["patterns"]["patterns"]] == list(PATTERNS)
+    for more in (["--checkpoint", "none.safetensors"], ["--what", "patterns,scaling"]):  # what asks for a model
+        code, _, err = run(capsys, "--what", "patterns", *more)
+        assert code == 1
+        assert "none.safetensors" in err or "no checkpoint was named" in err
+    with pytest.raises(SystemExit):
+        main(["explain", "--help"])
+    photos = capsys.readouterr().out.partition("photos ")[2].partition("options:")[0]
+    assert "patterns need none" in " ".join(photos.split())
+    assert "(required)" not in photos
 
 
 def test_a_mask_at_the_query(folder, capsys):

@@ -111,7 +111,14 @@ COMMANDS = {
         "explain.json. Examples: 'vmamba explain photo.jpg --query 120,80'; 'vmamba explain photo.jpg --pretrained "
         "vmamba_tiny_s1l8 --what activation,matrix --block 6'; 'vmamba explain --what depth --labelled flowers'.",
         "[PHOTO ...] [--SETTING VALUE ...]",
-        {"photos": {"nargs": "*", "help": "image files, folders (searched for images), or quoted patterns"}},
+        {
+            "photos": {
+                "nargs": "*",
+                "default": [],
+                "help": "image files, folders (searched for images), or quoted patterns; depth, scaling, accuracy and "
+                "patterns need none",
+            }
+        },
     ),
     "explore": Command(
         ExploreConfig,

@@ -20,7 +20,8 @@ from vmamba.explain.scans import Recording, record_scans
 from vmamba.files import atomic_write, shown
 from vmamba.models.feature_maps import DenseModel
 from vmamba.nn import SS2D
-from vmamba.tasks.prediction import load_weights, moved
+from vmamba.tasks.prediction import Weights, load_weights, moved
+from vmamba.tasks.runs import LATEST, RunFolder
 from vmamba.tasks.segmenter import output_names
 
 if TYPE_CHECKING:
@@ -104,7 +105,11 @@ def explain(config: ExplainConfig, photos: Sequence[str]) -> Iterator[Step]:
         raise RecipeError(f"what names {unknown[0]!r}; expected some of {', '.join(known)}, with commas between")
     if not photos and {*parts} <= {*PHOTO_PARTS}:
         raise RecipeError("no photos were named; expected one or more image files")
-    weights = load_weights(config.checkpoint, config.pretrained, config.ema)
+    asked = config.checkpoint, config.pretrained
+    if {*parts} == {"patterns"} and asked == (None, None) and not RunFolder(LATEST).model.exists():
+        weights = Weights(nn.Module(), {}, "")  # patterns that have a name need no model
+    else:
+        weights = load_weights(*asked, config.ema)
     run = Explanation(weights._replace(model=moved(weights.model, config.device)), config)
     parts = parts or _possible(run.model)
     found: list[dict[str, Any]] = []
@@ -143,7 +148,8 @@ def _save(run: Explanation, found: list[dict[str, Any]], whole: dict[str, Any]) 
     path = Path(run.config.output) / "explain.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     variant = str(getattr(run.model, "variant", None) or type(run.model).__name__)
-    result = {"model": variant, "weights": shown(run.weights.source), "photos": found, **whole}
+    about = {"model": variant, "weights": shown(run.weights.source)} if run.weights.source else {}
+    result = {**about, "photos": found, **whole}
     with atomic_write(path) as file:
         file.write(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace"))
 
