@@ -325,13 +325,19 @@ def test_pictures_in_folders(tmp_path):
             _folder(tmp_path / "data" / split / name, _pictures(count))
     (tmp_path / "data/train/a/torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     pre = Preprocessing((24, 24), 1, (0.5,), (0.5,))
-    split = open_pictures(str(tmp_path / "data"))
-    assert len(split) == 11  # of the training split alone
-    found = gather(split, 1, pre, 100, 100)
+    training = open_pictures(str(tmp_path / "data"))
+    assert training == [str(tmp_path / "data/train")]  # of the training split alone
+    found = gather(training, 1, pre, 100, 100)
     assert (len(found.seen), len(found.held_back), len(found.skipped)) == (8, 2, 1)
     assert "torn.png" in found.skipped[0]
     assert found.seen.shape[1:] == (1, 24, 24)
     assert torch.equal(gather(tmp_path / "data", 1, pre, 100, 100).seen, found.seen)
+    _folder(tmp_path / "plain/training/of-one-day", _pictures(6))  # and pictures without classes
+    _folder(tmp_path / "plain/validation", _pictures(9))
+    for index, picture in enumerate(_pictures(4)):
+        Image.fromarray(picture).save(tmp_path / f"plain/training/{index}.png")
+    plain = gather(tmp_path / "plain", 1, pre, 100, 100)
+    assert (len(plain.seen), len(plain.held_back), plain.skipped) == (8, 2, ())
     every = gather([tmp_path / "data/val", tmp_path / "data/train/b/*.png", _pictures(1)[0], tmp_path / "none"], 1, pre,
                    3, 6)  # fmt: skip
     assert (len(every.seen), len(every.held_back)) == (3, 6)
@@ -457,3 +463,10 @@ def test_command(whole, tmp_path, monkeypatch, capsys):
     assert json.loads(_metadata(onnx.load("int8.onnx"))["class_names"]) == ["cat", "dog"]
     assert main(["quantize", "int8.onnx", "--output", "again.onnx", "--data", "photos"]) == 1
     assert "quantised already" in capsys.readouterr().err
+    kwargs = {"backbone": "vmamba_femto", "channels": 8, "hidden": 8}
+    save_checkpoint(vmamba.create_model("maskrcnn", num_classes=2, **kwargs), "detector.safetensors",
+                    metadata={"model_kwargs": kwargs})  # fmt: skip
+    for data in ("photos", "none"):  # the model is complained of before the data
+        arguments = ["detector.safetensors", "--format", "torch", "--output", "int8.pt2", "--data", data]
+        assert main(["quantize", *arguments]) == 1
+        assert "for which ONNX alone has a graph" in capsys.readouterr().err

@@ -168,7 +168,8 @@ def quantize(config: QuantizeConfig, name: str, exclude: Sequence[str]) -> int:
 
     options = asdict(config)
     output, data, dataset = (options.pop(setting) for setting in ("output", "data", "dataset"))
-    pictures = open_pictures(data, dataset)
+    # Of what has no torch program the model is at fault, whatever the data: `quantize` opens them once it knows.
+    pictures = data if config.format == "torch" and not dataset else open_pictures(data, dataset)
     written = quantize(name, output, pictures, exclude=exclude, progress=True, **options)
     for problem in written.skipped:
         report(problem)

@@ -132,7 +132,8 @@ def open_pictures(where: str, dataset: str = "") -> Split | list[str]:
     """The training pictures of a data set, or all pictures of a folder that has no training split.
 
     Args:
-        where: a folder or .tar file.
+        where: a folder, in which pictures may lie at any depth, with classes or without; or a .tar file of class
+            folders.
         dataset: the name of a data set that timm's factory knows, as in a recipe: torch/fashion_mnist, hfds/NAME, ...
 
     Raises:
@@ -142,8 +143,10 @@ def open_pictures(where: str, dataset: str = "") -> Split | list[str]:
         return open_split(DataConfig(root=where, dataset=dataset), training=True)
     if where.lower().endswith(".tar"):
         return open_split(DataConfig(root=where, val_root=where), training=True)
-    names = (os.path.join(where, name) for name in split_names("train"))
-    if any(os.path.isdir(name) or os.path.isfile(f"{name}.tar") for name in names):
+    names = [os.path.join(where, name) for name in split_names("train")]
+    if folder := next(filter(os.path.isdir, names), None):
+        where = folder
+    elif any(os.path.isfile(f"{name}.tar") for name in names):
         return open_split(DataConfig(root=where), training=True)
     files, problems = find_images([where])
     if not files:

@@ -39,8 +39,9 @@ class QuantizeConfig:
     output: str
     """The file to write."""
     data: str
-    """Images like those that the model will meet: a folder, whose training split is taken if it has one, or a .tar
-    file, or what the data set below expects. Their classes are not needed."""
+    """Images like those that the model will meet: a folder, whose training split is taken if it has one, searched for
+    images at any depth, with classes or without; or a .tar file of class folders, or what the data set below
+    expects."""
     dataset: str = ""
     """Empty for folders and .tar files; else a name for timm's factory: torch/fashion_mnist, hfds/NAME, ... For torch/
     the data are the folder around the data set's own, which holds FashionMNIST."""

@@ -96,9 +96,9 @@ def quantize(
             the name of a model with published weights.
         path: the file to write.
         pictures: like those that the model will meet; their answers are not needed. A folder, whose training split is
-            taken if it has one, or a .tar file; or a list of files, folders, patterns, PIL images, and arrays, uint8
-            (H, W, 3) or (H, W); or a `vmamba.data.sources.Split`; or tensors that are ready for the network, float32
-            (C, H, W), of one size.
+            taken if it has one, or a .tar file of class folders; or a list of files, folders, patterns, PIL
+            images, and arrays, uint8 (H, W, 3) or (H, W); or a `vmamba.data.sources.Split`; or tensors that are ready
+            for the network, float32 (C, H, W), of one size.
         format: "onnx", QDQ in standard operators of opset 20, or "torch", read back by `load_quantized`, which is not
             for detection.
         samples, held_back: how many pictures to calibrate and to check with, at most. They are drawn from all that
