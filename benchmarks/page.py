@@ -61,7 +61,8 @@ def sentence(environment: Mapping[str, Any]) -> str:
 def page(title: str, program: str, results: Mapping[str, Any], layout: Layout) -> str:
     """Everything that was found, as Markdown whose columns are aligned."""
     lines = [f"# {title}", "", f"{sentence(results['environment'])}. Written by `python benchmarks/{program}`."]
-    lines += ["", " ".join(f"{note}." for note in results["notes"])] * bool(results["notes"])
+    notes = [*results["notes"], *other_days(results, layout)]
+    lines += ["", " ".join(f"{note}." for note in notes)] * bool(notes)
     if results["figures"]:
         lines += ["", *table(("figure", "measured", "wanted", "note"), map(figure_cells, results["figures"]))]
     for section, reason in results["skipped"].items():
@@ -70,6 +71,16 @@ def page(title: str, program: str, results: Mapping[str, Any], layout: Layout) -
         if rows := results["tables"].get(name):
             lines += ["", f"## {heading}", "", *columns(rows, headers.split(";"))]
     return "\n".join(lines) + "\n"
+
+
+def other_days(results: Mapping[str, Any], layout: Layout) -> list[str]:
+    """What is not of the day that the page begins with, in a sentence for each day."""
+    dates, today = results.get("dates", {}), results["environment"]["date"]
+    found: dict[str, list[str]] = {}
+    for name, (heading, _) in layout.items():
+        if results["tables"].get(name) and (day := dates.get(name, today)) != today:
+            found.setdefault(day, []).append(f"“{heading}”")
+    return [f"Of {day}: {', '.join(headings)}" for day, headings in sorted(found.items())]
 
 
 def figure_cells(record: Mapping[str, Any]) -> tuple[str, str, str, str]:

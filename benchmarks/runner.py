@@ -337,6 +337,7 @@ class Results:
             "figures": [],
             "skipped": {},
             "tables": {},
+            "dates": {},  # of the tables
         }
         if folder and (former := folder / f"{benchmark.name}.json").exists():
             self._take_over(json.loads(former.read_text()))
@@ -349,7 +350,9 @@ class Results:
             return environment, {key: value for key, value in data["settings"].items() if key != "modes"}
 
         if circumstances(former) == circumstances(self.data):
-            self.data |= {"tables": former["tables"], "skipped": former["skipped"]}
+            day = former["environment"]["date"]
+            dates = former.get("dates") or dict.fromkeys(former["tables"], f"{day} or before")
+            self.data |= {"tables": former["tables"], "skipped": former["skipped"], "dates": dates}
 
     def run(self, bench: Bench, sections: Iterable[str]) -> None:
         """Measure section by section, and write after each part."""
@@ -360,6 +363,7 @@ class Results:
                 bench.has_time_for(section.seconds)
                 self.data["skipped"].pop(name, None)
                 self.data["tables"] |= {table: [] for table in section.tables}
+                self.data["dates"] |= dict.fromkeys(section.tables, self.data["environment"]["date"])
                 for table, rows in section.run(bench):
                     self.data["tables"][table].extend(rows)
                     self.write()

@@ -281,6 +281,10 @@ def test_cpu_benchmark_from_end_to_end(load, monkeypatch, tmp_path, capsys):
     assert all(value > 0 for value in figures.values())
     kernels = {row["kernel"] for row in results["tables"]["kernels"]}
     assert kernels & {"_call_scan", "_call_block"}  # which torch's profiler does not see by itself
+    assert results["dates"] == dict.fromkeys(results["tables"], results["environment"]["date"])
+    bench = cpu.Bench(cpu.SMOKE)
+    bench.interleave = lambda calls: dict(zip(calls, (0.5, 0.25), strict=True))
+    assert cpu.product_rate(bench) == 2 * 1024**3 / 0.25  # of the faster
     assert "not met" in capsys.readouterr().out
 
 
@@ -404,8 +408,17 @@ def test_pages_of_the_cpu_keep_sections_that_were_not_run(load, monkeypatch, tmp
 
     monkeypatch.setattr(best, "race", raced)
     monkeypatch.setattr(best, "peak_mb", lambda shelf, subject, threads: float(subject.size))
+    path = tmp_path / "cpu_best.json"
     for names in (["best-64", "int8-64"], ["large", "steps"], ["small"]):
         cpu.main(["--tiny", "--threads", "1", "--output", str(tmp_path), "--sections", *names])
+        former = json.loads(path.read_text())
+        former["environment"]["date"] = "2026-01-02"
+        if names == ["large", "steps"]:  # as pages were once written
+            del former["dates"]
+        path.write_text(json.dumps(former))
+    text = (tmp_path / "cpu_best.md").read_text()
+    assert "Of 2026-01-02 or before: “One image of 64², float32”, “One image of 64², int8”, “Training step" in text
+    assert "“Small models, one image”" not in text  # which is of the page's day
     results = json.loads((tmp_path / "cpu_best.json").read_text())
     assert results["skipped"] == {}
     assert {"best-64", "int8-64", "large", "grids", "steps", "small"} < set(results["tables"])
