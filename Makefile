@@ -48,7 +48,7 @@ docs: $(STAMP) ## the documentation as a site, build/docs/index.html; a broken l
 	$(BIN)/sphinx-build -W --keep-going -n --quiet -d build/doctrees docs build/docs
 
 bench: $(STAMP) ## the benchmarks of this machine; tables and plots under benchmarks/results/
-	$(BIN)/python benchmarks/learning.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/learning.py --seeds 0 1 2 --clock processor
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/dense_speed.py
 

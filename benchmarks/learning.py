@@ -1,4 +1,4 @@
-"""How fast different kinds of network learn: one data set, one recipe, the same wall-clock budget for each.
+"""How fast different kinds of network learn: one data set, one recipe, the same budget of time for each.
 
 Our small VMamba against a Swin-, a ConvNeXt- and a ViT-type of timm's and a ResNet, all of the same number of
 parameters: within 15 % on Fashion-MNIST, 16 % on CIFAR-10 (32×32 in colour, enlarged to 64×64, so that the four stages
@@ -6,10 +6,11 @@ of networks made for photographs have something to see). The networks take turns
 which slows down slows all of them; the learning rate follows the share of the budget that a network has used, so each
 gets the whole schedule. With several seeds the pages give means and the spread, from the first seed that is done.
 
-    python benchmarks/learning.py                # the committed table and plot: about ten minutes on two cores
+    OMP_NUM_THREADS=1 python benchmarks/learning.py --seeds 0 1 2 --clock processor    # the committed table and plot:
+                                                 # half an hour; the clock suits a machine that has other work
+    python benchmarks/learning.py                # one seed by the wall clock: about ten minutes
     python benchmarks/learning.py --split held-out   # to choose between designs, without a look at the test set
     python benchmarks/learning.py --cifar10 PATH --budget 300 --keep runs/cifar10    # PATH: train.tar and val.tar
-    python benchmarks/learning.py --seeds 0 1 2 --clock processor    # on a machine that has other work
 """
 
 from __future__ import annotations
