@@ -113,6 +113,7 @@ def create_model(
 
     Raises:
         ValueError: no model has that name, or both weights and checkpoint are asked for.
+        RuntimeError: published weights are asked for, and the model has none.
         CheckpointError: the file does not fit, see `load_checkpoint`; or the folder holds no model that is known here.
     """
     if pretrained and checkpoint is not None:
