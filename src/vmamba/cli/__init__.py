@@ -61,6 +61,12 @@ class Command:
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+_OTHER_TASKS = (
+    " What follows is for one task; '--task segmentation --help', '--task detection --help' and '--task classification "
+    "--help' show the settings of each."
+)
+_MODEL = "a checkpoint file, a folder of `vmamba share`, local-dir:FOLDER or hf-hub:OWNER/NAME"
+
 COMMANDS = {
     "train": Command(
         TrainConfig,
@@ -69,13 +75,13 @@ COMMANDS = {
         "folder gets config.yaml, metrics.csv, learning_curve.png, checkpoints/last.ckpt and model.safetensors. "
         "Examples: 'vmamba train --config configs/imagenet/vmamba_tiny_s1l8.yaml --data.root /data/imagenet'; the same "
         "command under torchrun or srun uses many devices; with '--resume true' it goes on with a run that was "
-        "interrupted.",
+        "interrupted." + _OTHER_TASKS,
     ),
     "validate": Command(
         ValidateConfig,
         "measure a model on images with known answers",
         "Measure a model on images with known answers; pictures show where it is right and wrong. Without arguments: "
-        "the model of the newest run, on the images it was validated on during training.",
+        "the model of the newest run, on the images it was validated on during training." + _OTHER_TASKS,
     ),
     "predict": Command(
         PredictConfig,
@@ -146,21 +152,21 @@ COMMANDS = {
         "runs/demo/model.safetensors --output model.onnx'; 'vmamba export vmamba_tiny_s1l8 --output tiny.onnx --half "
         "true'.",
         "MODEL --output FILE [--SETTING VALUE ...]",
-        {"model": {"help": "a name that `vmamba models` lists, for its published weights, or a checkpoint file"}},
+        {"model": {"help": f"a name that `vmamba models` lists, for its published weights; or {_MODEL}"}},
     ),
     "quantize": Command(
         QuantizeConfig,
         "write a model in int8, calibrated on images",
         "Write a model of any task whose matrix products and convolutions compute in 8 bits, as an ONNX file or, not "
-        "for detection, a program for torch: a quarter of the size, and faster on the CPU. Nothing is trained; ranges "
-        "are measured on some images, and the file is compared with the float32 model on others. Examples: 'vmamba "
-        "quantize model.safetensors --output int8.onnx --data flowers'; 'vmamba quantize model.onnx --output int8.onnx "
-        '--data photos/ --exclude "head*" "stages.0.*"\'.',
+        "for detection, a program for torch: smaller (VMamba-T a quarter of the size in ONNX, a third in torch), and "
+        "faster on the CPU. Nothing is trained; ranges are measured on some images, and the file is compared with the "
+        "float32 model on others. Examples: 'vmamba quantize model.safetensors --output int8.onnx --data flowers'; "
+        '\'vmamba quantize model.onnx --output int8.onnx --data photos/ --exclude "head*" "stages.0.*"\'.',
         "MODEL --output FILE --data IMAGES [--SETTING VALUE ...]",
         {
             "model": {
-                "help": "a checkpoint file, a float32 ONNX file of `vmamba export`, or a name that `vmamba models` "
-                "lists, for its published weights"
+                "help": f"{_MODEL}; a float32 ONNX file of `vmamba export`; or a name that `vmamba models` lists, for "
+                "its published weights"
             },
             "--exclude": {
                 "nargs": "+",
@@ -192,7 +198,7 @@ COMMANDS = {
         "Show a model's parts, their output shapes, parameters and FLOPs (multiply-accumulates), and what a checkpoint "
         "file holds.",
         "MODEL [--SETTING VALUE ...]",
-        {"model": {"help": "a name that `vmamba models` lists, or a checkpoint file"}},
+        {"model": {"help": f"a name that `vmamba models` lists; or {_MODEL}"}},
     ),
 }
 
