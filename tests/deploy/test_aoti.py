@@ -25,6 +25,7 @@ from vmamba.errors import ExportError
 from vmamba.models.checkpoints import save_checkpoint
 from vmamba.models.vmamba import VMamba
 from vmamba.ops.backends.native.products import multiplies_fast
+from vmamba.tasks.prediction import preprocessing_of
 
 EXAMPLE = Path(__file__).parents[2] / "examples/cpp"
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
@@ -289,7 +290,21 @@ def test_the_example_in_cpp(made, tmp_path):
     (tmp_path / "short.ppm").write_bytes((tmp_path / "0.ppm").read_bytes()[:-1])
     done = subprocess.run([*command[:2], tmp_path / "short.ppm"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "short.ppm is no binary PPM" in done.stderr
+    assert "short.ppm: this is no binary PPM or PGM" in done.stderr
+    Image.fromarray(pictures[0][..., 0]).save(tmp_path / "grey.pgm")
+    for wrong in ([path, tmp_path / "grey.pgm"], [tmp_path / "none.pt2"]):  # an error of torch's is one of ours
+        done = subprocess.run([command[0], *wrong], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert f"{wrong[-1]}: " in done.stderr
+    grey = vmamba.create_model("vmamba_femto", depths=(1,), dims=(8,), num_classes=2, in_chans=1, img_size=16).eval()
+    written = export_aoti(grey, tmp_path / "grey.pt2", embed=True)
+    done = subprocess.run([command[0], written.path, tmp_path / "grey.pgm"], capture_output=True, text=True, check=True)
+    label, probability = done.stdout.splitlines()[1].split(": ")[1].split()
+    with torch.no_grad():
+        seen = preprocessing_of(grey).normalise(torch.from_numpy(pictures[0][..., 0])[None, None])
+        (expected,) = grey(seen).softmax(1)
+    assert int(label) == expected.argmax()
+    assert float(probability) == pytest.approx(float(expected.max()), abs=1e-4)
 
 
 def test_refusals(tmp_path, monkeypatch, capsys):
