@@ -59,9 +59,10 @@ def authors_shapes(
         layer("patch_embed.0", dims[0], in_chans, patch_size, patch_size)
         layer("patch_embed.2", dims[0])
     else:
-        layer("patch_embed.0", dims[0] // 2, in_chans, 3, 3)
+        side = patch_size // 2 + 1  # of a kernel of that stride
+        layer("patch_embed.0", dims[0] // 2, in_chans, side, side)
         layer("patch_embed.2", dims[0] // 2)
-        layer("patch_embed.5", dims[0], dims[0] // 2, 3, 3)
+        layer("patch_embed.5", dims[0], dims[0] // 2, side, side)
         layer("patch_embed.7", dims[0])
     for stage, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
         inner, rank = int(ssm_ratio * dim), math.ceil(dim / 16)
