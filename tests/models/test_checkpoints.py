@@ -268,6 +268,7 @@ def test_reset_head_draws_a_new_head_of_the_same_size_too(tmp_path: Path) -> Non
 def test_another_number_of_channels_needs_adapting(tmp_path: Path) -> None:
     bare(path := tmp_path / "weights.pth", state := small().state_dict())
     assert_refused_unchanged(small(in_chans=1), path, "for images of 3 channels", "in_chans=3", "adapt_input=True")
+    assert "for images of" not in assert_refused_unchanged(small(dims=(16, 24, 32)), path, "of another shape")
     load_checkpoint(grey := small(in_chans=1), path, adapt_input=True)
     torch.testing.assert_close(grey.stem.conv1.weight, state["stem.conv1.weight"].sum(dim=1, keepdim=True))
     load_checkpoint(six := small(in_chans=6), path, adapt_input=True)

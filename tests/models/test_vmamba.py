@@ -13,10 +13,13 @@ from timm.models import create_feature_extractor, get_model_args, get_model_inpu
 from timm.models._features import FeatureInfo
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import freeze, unfreeze
+from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 import vmamba
 from vmamba.models.variants import VARIANTS
+from vmamba.nn import LayerNorm
+from vmamba.nn.local import BatchNorm
 
 # One model for each way of building: conv stem and MLP; gates, patch stem and patch merging; a stem of stride 2.
 SMALL = {
@@ -203,6 +206,23 @@ def test_gradient_checkpointing_changes_nothing_but_memory(name):
     model.set_grad_checkpointing()
     for a, b in zip(plain, grads(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_stages_inside_of_something_else_recompute_too():
+    model = create("vmamba_femto_s2")
+    model.stages[1] = nn.Sequential(model.stages[1], nn.Identity())
+    model.set_grad_checkpointing()
+    assert [model.stages[0].grad_checkpointing, model.stages[1][0].grad_checkpointing] == [True, True]
+
+
+def test_local_models_begin_anew_after_their_norms_were_replaced():
+    model = timm.create_model("vmamba_femto_local")
+    for module in [*model.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, BatchNorm):
+                setattr(module, name, LayerNorm(child.bn.num_features))
+    model.init_weights()
+    assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
 
 
 @small

@@ -571,7 +571,8 @@ def _check_fit(info: CheckpointInfo, model: nn.Module, given: State, targets: St
             " classifier out."
         )
     first = {f"{conv}weight" for conv in _layers(model, "first_conv", _FIRST_CONV)}
-    if misshapen.keys() & first and (info.variant == own or inside is None):
+    are_channels = [_but_channels(given[name]) == _but_channels(targets[name]) for name in misshapen.keys() & first]
+    if any(are_channels) and (info.variant == own or inside is None):
         lines.append(
             f"The file is for images of {info.in_chans} channels: create the model with in_chans={info.in_chans}, or"
             " pass adapt_input=True to adapt the first convolution's weights."
@@ -580,6 +581,11 @@ def _check_fit(info: CheckpointInfo, model: nn.Module, given: State, targets: St
         if names:
             lines.append(f"  {title}: {listed(names)}")
     raise CheckpointError("\n".join(lines))
+
+
+def _but_channels(weight: Tensor) -> tuple[int, ...]:
+    """The shape of a convolution's weight without the channels that it reads."""
+    return (*weight.shape[:1], *weight.shape[2:])
 
 
 def listed(names: Iterable[str], shown: int = 5) -> str:

@@ -279,9 +279,9 @@ class VMamba(nn.Module):
         Hooks, modes and backends must then be the same in both passes: whether layers are computed one by one or fused,
         which depends on them, decides what is saved.
         """
-        for stage in self.stages:
-            assert isinstance(stage, Stage)
-            stage.grad_checkpointing = enable
+        for stage in self.stages.modules():  # which may lie in something of the user's
+            if isinstance(stage, Stage):
+                stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -92,8 +92,9 @@ class LocalMlp(nn.Module):
         self.close()
 
     def close(self) -> None:
-        """Let the branch be nothing, as at the beginning."""
-        nn.init.zeros_(self.norm2.bn.weight)
+        """Let the branch be nothing, as at the beginning, if it ends in a BatchNorm."""
+        if isinstance(self.norm2, BatchNorm):
+            nn.init.zeros_(self.norm2.bn.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) to (B, ⌈H/stride⌉, ⌈W/stride⌉, out_dim)."""
