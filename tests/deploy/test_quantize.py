@@ -196,7 +196,7 @@ def test_detection(tmp_path):
     layers = {int8_onnx._layer(node)[0] for node in whole.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")}
     kept = {"rpn_head.rpn_cls", "rpn_head.rpn_reg", "roi_head.bbox_head.fc_cls", "roi_head.bbox_head.fc_reg"}
     assert kept < layers
-    chosen = {int8_onnx._layer(node)[0] for node in int8_onnx._products(whole.graph, ())}
+    chosen = {layer for _, layer in int8_onnx._products(whole.graph)}
     assert {"rpn_head.rpn_conv", "neck.fpn_convs.0.conv", "roi_head.mask_head.conv_logits"} <= chosen <= layers - kept
     images = np.random.default_rng(1).standard_normal((2, 3, 70, 50), np.float32)
     boxes, scores, _, picture, masks = _run(written.path, images)
@@ -292,7 +292,7 @@ def test_torch_programs(tmp_path):
     with pytest.raises(ExportError, match="quantised already"):
         quantize(module, tmp_path / "again.pt2", [torch.randn(3, 24, 24) for _ in range(9)], format="torch")
     with pytest.raises(ExportError, match="give the file of weights"):
-        quantize(path, tmp_path / "again.pt2", _pictures())
+        quantize(path, tmp_path / "again.onnx", _pictures())
     (tmp_path / "text.pt2").write_text("text")
     with pytest.raises(ExportError, match="cannot be read as a torch program"):
         load_quantized(tmp_path / "text.pt2")
