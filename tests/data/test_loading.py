@@ -9,7 +9,15 @@ from data.folders import make_folder
 from PIL import Image
 
 from vmamba.data.config import DataConfig
-from vmamba.data.loading import EpochLoader, LabelledImages, MemorySamples, Samples, Stream, TicketSampler
+from vmamba.data.loading import (
+    EpochLoader,
+    LabelledImages,
+    MemorySamples,
+    Samples,
+    Stream,
+    TicketSampler,
+    stream_workers,
+)
 from vmamba.data.sources import number_of_classes, open_split
 from vmamba.data.transforms import AugmentConfig, Preprocessing, train_transform
 from vmamba.errors import DataError
@@ -140,3 +148,25 @@ def test_shards_are_streamed_and_an_epoch_can_be_replayed(tmp_path):
     ]
     with pytest.raises(DataError, match=r"has label 1; there are 1 classes"):
         list(EpochLoader(Stream(open_split(config, False), PRE.eval_transform(), 3, 1, 1), 4, False))
+
+
+def test_a_stream_that_ends_too_early_is_an_error(tmp_path):
+    """Each worker needs a shard, and the promised number of images."""
+    pytest.importorskip("webdataset")
+    config = make_shards(tmp_path / "shards", shards=2, each=6)
+
+    def stream(workers, training=True):
+        return Stream(open_split(config, training), PRE.eval_transform(), 3, 2, workers)
+
+    split = open_split(config, True)
+    assert split.shards == 2
+    assert [stream_workers(split, *of) for of in ((0, 1), (1, 1), (2, 1), (4, 1), (4, 2))] == [1, 1, 2, 2, 1]
+    with pytest.raises(DataError, match=r"is 2 shard\(s\), fewer than the 3 devices"):
+        stream_workers(split, 1, 3)
+    assert len(list(EpochLoader(stream(2), 4, True, 2))) == 4  # a worker fills its last batch up from the start
+    with pytest.raises(DataError, match=r"gave 2 of the 3 batches of an epoch: .*lower data.workers"):
+        list(EpochLoader(stream(3), 4, True, 3))
+    val = EpochLoader(stream(2, False), 4, False, 2)
+    batches = [len(labels) for _, labels in val]
+    assert sorted(batches) == [2, 2, 4, 4]
+    assert len(val) == len(batches)  # and not the 3 that would be enough for one worker: the last would go unseen

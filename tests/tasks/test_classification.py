@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from data.test_loading import make_shards
 from tasks.small import CLASSES, PLAIN, history, recipe
 
 import vmamba
@@ -196,3 +197,18 @@ def test_a_file_whose_preprocessing_contradicts_its_network_is_refused(tmp_path)
     save_checkpoint(vmamba.create_model("vmamba_femto_s2", num_classes=3), path, {"mean": [0.5]})
     with pytest.raises(RecipeError, match=r"mean has 1 value"):
         Classifier.load(str(path))
+
+
+def test_shards_fewer_than_workers_are_trained_on_and_measured_to_the_last_image(images, tmp_path, capsys):
+    pytest.importorskip("webdataset")
+    config = recipe(images, tmp_path / "run", epochs=2)
+    config.data = replace(
+        make_shards(tmp_path / "shards", shards=2, each=6), num_classes=2, img_size=16, crop_pct=1.0, workers=4
+    )
+    train(config)
+    assert "2 shard(s), so 2 worker(s) a device read them" in capsys.readouterr().err
+    assert [set(row) >= {"val_top1"} for row in history(tmp_path / "run")] == [True, True]
+    found = validate(
+        ValidateConfig(checkpoint=str(tmp_path / "run/model.safetensors"), trainer=TrainerConfig(accelerator="cpu"))
+    )
+    assert found["images"] == 12

@@ -52,7 +52,8 @@ class DataConfig:
     val_batch_size: int | None = None
     """The same for validation; null for batch_size."""
     workers: int = 4
-    """Processes on each device that read and augment images; 0 to do it in the training process."""
+    """Processes on each device that read and augment images; 0 to do it in the training process. Of wds/ no more than
+    there are shards for."""
     in_memory: bool = False
     """Decode every image once, at img_size, and keep it as bytes: for small images, where reading would cost more
     than training. Augmentation is then augment.crop_padding and flips, on whole batches."""

@@ -163,6 +163,33 @@ class EpochLoader(DataLoader[Any]):
         tickets: Any = self.dataset if isinstance(self.dataset, IterableDataset) else self.sampler
         tickets.set_epoch(epoch)
 
+    def __len__(self) -> int:
+        """Batches of an epoch; of a stream in validation at most: each worker's last may not be full."""
+        number = super().__len__()
+        return number if self.drop_last or not isinstance(self.dataset, Stream) else number + self.num_workers - 1
+
+    def __iter__(self) -> Any:
+        """The batches of the epoch.
+
+        Raises:
+            DataError: in training, a stream has ended before as many as there were to be.
+        """
+        batches = super().__iter__()
+        return self._all(batches) if isinstance(self.dataset, Stream) and self.drop_last else batches
+
+    def _all(self, batches: Iterator[Any]) -> Iterator[Any]:
+        assert isinstance(self.dataset, Stream)
+        number = 0
+        for batch in batches:
+            number += 1
+            yield batch
+        if number < len(self):
+            raise DataError(
+                f"{self.dataset.split.where} gave {number} of the {len(self)} batches of an epoch: some "
+                f"of the {self.num_workers} workers found no part of it left for them, or no image there that can be "
+                f"read: lower data.workers"
+            )
+
 
 def _as_is(batch: Any) -> Any:
     return batch
@@ -217,6 +244,22 @@ class MemorySamples(Dataset[tuple[Tensor, Tensor]]):
         labels = self.labels[index]
         labels[index < 0] = PADDING
         return self.images[index], labels
+
+
+def stream_workers(split: Split, workers: int, world_size: int = 1) -> int:
+    """How many of the workers on each of ``world_size`` devices read a stream: each needs a shard of its own.
+
+    Raises:
+        DataError: there are fewer shards than devices.
+    """
+    if split.shards is None:
+        return max(workers, 1)
+    if split.shards < world_size:
+        raise DataError(
+            f"{split.where} is {split.shards} shard(s), fewer than the {world_size} devices, each of which needs one "
+            f"of its own: cut it into more .tar files, or use fewer devices"
+        )
+    return max(min(workers, split.shards // world_size), 1)
 
 
 class Stream(IterableDataset[tuple[Tensor, int]]):

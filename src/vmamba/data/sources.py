@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock
 from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data.readers.reader_wds import ReaderWds
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset
 
@@ -83,6 +84,12 @@ class Split:
     def is_stream(self) -> bool:
         """Whether samples come in a row (shards, streaming) rather than by index."""
         return isinstance(self.source, IterableImageDataset)
+
+    @property
+    def shards(self) -> int | None:
+        """Of a stream whose workers share whole .tar files among them, how many there are."""
+        reader = getattr(self.source, "reader", None)
+        return len(reader.split_info.filenames) if isinstance(reader, ReaderWds) else None
 
     def __len__(self) -> int:
         return len(self.source)

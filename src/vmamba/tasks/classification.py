@@ -15,13 +15,14 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from vmamba.data.config import DataConfig
-from vmamba.data.loading import EpochLoader, LabelledImages, MemorySamples, Samples, Stream
+from vmamba.data.loading import EpochLoader, LabelledImages, MemorySamples, Samples, Stream, stream_workers
 from vmamba.data.sources import PADDING, Split, check_files, check_same_classes, number_of_classes, open_split
 from vmamba.data.transforms import BatchAugment, Preprocessing, train_transform
 from vmamba.errors import DataError
 from vmamba.tasks import pictures
 from vmamba.tasks.prediction import Classifier, Weights, class_names, preprocessing_of
 from vmamba.tasks.recipe import TrainConfig, ValidateConfig
+from vmamba.tasks.runs import report
 from vmamba.tasks.task import Means, Score, Task, build_model
 from vmamba.tasks.training import is_first_process
 
@@ -111,15 +112,19 @@ class ClassificationTask(Task):
         assert split is not None
         transform = self.transform if training else self.pre.eval_transform()
         samples: Dataset[Any]
+        workers = self.data.workers
         if split.is_stream:  # opened anew by each process, for streams divide the work when they are opened
             split = open_split(self.data, training, seed=seed)
-            samples = Stream(split, transform, self.pre.in_chans, self.num_classes, max(self.data.workers, 1))
+            workers = stream_workers(split, workers, self.trainer.world_size)
+            if workers < self.data.workers and is_first_process():
+                report(f"{split.where}: {split.shards} shard(s), so {workers} worker(s) a device read them")
+            samples = Stream(split, transform, self.pre.in_chans, self.num_classes, workers)
         elif self.data.in_memory:
             samples = MemorySamples(split, self.pre, self.num_classes)
         else:
             samples = Samples(LabelledImages(split, transform, self.pre.in_chans, self.num_classes), seed)
         batch = self.data.batch_size if training else self.data.val_batch_size or self.data.batch_size
-        return EpochLoader(samples, batch, training, self.data.workers, seed, **self.place)
+        return EpochLoader(samples, batch, training, workers, seed, **self.place)
 
     @override
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
