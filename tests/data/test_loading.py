@@ -126,6 +126,15 @@ def test_shards_are_streamed_and_an_epoch_can_be_replayed(tmp_path):
     with pytest.raises(DataError, match=r"is a stream"):
         MemorySamples(split, PRE, 2)
 
+    config.train_split = config.val_split = "part-{0..3}.tar"
+    with pytest.raises(DataError, match=r"the number of its images is not known: set data.num_samples$"):
+        open_split(config, True)
+    with pytest.raises(DataError, match=r"how many images there are in wds/ \(part.* is not known: .*tar\|5000"):
+        open_split(config, False)
+    config.val_split += "|16"
+    assert len(open_split(config, False)) == 16
+    config.train_split = config.val_split = "train"
+
     (tmp_path / "names.txt").write_text("even\nodd\n")
     config.class_names = str(tmp_path / "names.txt")
     assert open_split(config, True).class_names == ["even", "odd"]

@@ -22,7 +22,8 @@ class DataConfig:
     train_split: str = "train"
     """Name of the training split, or sub-folder, or for wds/ the shards."""
     val_split: str = "val"
-    """Name of the validation split, or sub-folder, or for wds/ the shards."""
+    """Name of the validation split, or sub-folder, or for wds/ the shards and how many images they hold:
+    val-{000..004}.tar|5000."""
     download: bool = False
     """Let torch/ and tfds/ data sets download what is missing."""
     num_classes: int | None = None

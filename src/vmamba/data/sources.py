@@ -169,8 +169,13 @@ def open_split(config: DataConfig, training: bool, class_names: Sequence[str] | 
     else:
         where = " ".join(filter(None, (config.dataset, f"({split})", f"in {shown(root)}" if root else "")))
         source = _open_named(config, root, split, training, seed, where)
-        if not isinstance(source, IterableImageDataset) and not len(source):
-            raise DataError(f"{where} is empty")
+        if not len(source):
+            raise DataError(
+                f"how many images there are in {where} is not known: give the number after the shards, as in "
+                f"'val-{{000..004}}.tar|5000', or describe the shards in an _info.json beside them"
+                if isinstance(source, IterableImageDataset)
+                else f"{where} is empty"
+            )
     names = _class_names(source) or (names_in(Path(config.class_names)) if config.class_names else None)
     if training and (config.num_classes or len(names or ())) == 1:
         raise DataError(
@@ -326,6 +331,8 @@ def _reason(config: DataConfig, root: str | None, error: Exception) -> str:
     said = str(error).rstrip(".") or type(error).__name__
     if config.download:
         return said
+    if "num_samples not specified" in said:
+        return "the number of its images is not known: set data.num_samples"
     if isinstance(error, AssertionError) and config.dataset.startswith("torch/"):
         return f"{said}; there are {', '.join(_TORCH_FOLDERS)} and some larger ones"
     hint = "If it has to be downloaded first, train with data.download set to true"
