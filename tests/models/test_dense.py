@@ -9,6 +9,7 @@ import torch
 from models.dense import layouts, write_openmmlab
 from models.loading import assert_equal, assert_refused_unchanged
 from models.released import as_later, older, prefixed, theirs
+from timm.optim import create_optimizer_v2
 
 import vmamba
 from vmamba.models import registry
@@ -159,3 +160,29 @@ def test_decay_and_checkpointing_reach_the_backbone() -> None:
     assert without <= {name for name, _ in model.named_parameters()}
     model.set_grad_checkpointing()
     assert all(stage.grad_checkpointing for stage in model.backbone.extractor.model.stages)
+
+
+@pytest.mark.parametrize("family", ["upernet", "maskrcnn"])
+def test_rates_by_layer_are_those_of_the_classifier_and_whole_for_the_heads(family: str) -> None:
+    def scales(model: Any) -> dict[str, float]:
+        names = {id(p): name for name, p in model.named_parameters()}
+        groups = create_optimizer_v2(model, "sgd", lr=1.0, layer_decay=0.75).param_groups
+        return {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+
+    inside = "backbone.extractor.model."
+    dense, classifier = scales(on_meta(f"{family}_vmamba_tiny_s1l8")), scales(on_meta("vmamba_tiny_s1l8"))
+    backbone = {key.removeprefix(inside): scale for key, scale in dense.items() if key.startswith(inside)}
+    assert backbone == {key: classifier[key] for key in backbone}
+    assert {scale for key, scale in dense.items() if not key.startswith(inside)} == {1.0}
+
+
+def test_backbones_of_timm_have_rates_by_layer_where_they_are_kept_whole() -> None:
+    with torch.device("meta"):
+        vit, resnet = (vmamba.create_model("upernet", backbone=name) for name in ("test_vit", "test_resnet"))
+    group = vit.group_matcher()
+    inside = "backbone.extractor.model."
+    layers = ("patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.5.norm1.weight")
+    assert [group(inside + name) for name in layers] == [0, 1, 6]
+    assert group("decode_head.conv_seg.weight") == group("backbone.outnorm0.weight") == 7
+    with pytest.raises(ValueError, match=r"the layers of FeatureListNet are in no known order"):
+        resnet.group_matcher()

@@ -1,6 +1,7 @@
 """Semantic segmentation: what is special to it. That a killed run is resumed to the bit is in test_resume."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -345,6 +346,8 @@ def test_another_backbone_of_timm_is_trained_and_read_back(whole, tmp_path):
     config = landscape_recipe(whole / "pictures", tmp_path / "run", epochs=2, ema_decay=0.0)
     kwargs = {"backbone": "test_resnet", "channels": 8, "auxiliary_channels": 0, "out_norm": False}
     config.model = ModelConfig("upernet", kwargs=kwargs)
+    with pytest.raises(RecipeError, match=r"made as configured: the layers of FeatureListNet are in no known order"):
+        train(replace(config, optim=replace(config.optim, layer_decay=0.5)))
     train(config)
     rows = history(tmp_path / "run")
     assert rows[1]["train_loss"] < rows[0]["train_loss"]

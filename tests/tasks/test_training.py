@@ -226,6 +226,10 @@ def test_a_run_of_so_many_steps_takes_the_nearest_number_of_epochs(tmp_path, mon
     assert len(history(Path("runs/even"))) == 4
     with pytest.raises(RecipeError, match=r"warm-up of 9 updates leaves nothing of the 9 of the whole run"):
         train(toy_recipe("runs/warm", steps=10, warmup_steps=9))
+    with pytest.raises(RecipeError, match=r"optim.layer_decay: Sequential does not tell the order of its layers"):
+        train(toy_recipe("runs/none", layer_decay=0.5))
+    with pytest.raises(RecipeError, match=r"optim.optimizer nosuch cannot be made as configured: .*not found"):
+        train(toy_recipe("runs/none", optimizer="nosuch"))
     with pytest.raises(RecipeError, match=r"optim.steps is 0; it must be above 0"):
         train(toy_recipe("runs/none", steps=0))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from timm.models import FeatureInfo
+from timm.models import FeatureInfo, group_parameters
 from torch import Tensor, nn
 
 from vmamba.nn import Conv2d, LayerNorm, cpu
@@ -155,6 +155,22 @@ class DenseModel(nn.Module):
         if backbone is None:
             raise ValueError(f"{type(self.backbone.extractor).__name__} cannot recompute its blocks")
         backbone.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """timm's grouping of parameters by depth, for layer-wise learning rates: the backbone's, then all that is new.
+
+        Raises:
+            ValueError: the backbone has none.
+        """
+        places = self.backbone.extractor.named_modules(prefix="backbone.extractor")
+        prefix, source = next(((place, m) for place, m in places if hasattr(m, "group_matcher")), ("", None))
+        if source is None:
+            name = type(self.backbone.extractor).__name__
+            raise ValueError(f"the layers of {name} are in no known order: layer_decay cannot be used")
+        groups = group_parameters(source, source.group_matcher(coarse), reverse=True)
+        last = max(groups.values()) + 1
+        return lambda name: groups.get(name.removeprefix(f"{prefix}."), last)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

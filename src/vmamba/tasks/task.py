@@ -310,9 +310,15 @@ class Task(L.LightningModule):
         batch = (self.train_loader.batch_size or 0) * self.trainer.world_size * accumulate
         scale = batch / o.lr_batch if o.lr_batch else 1.0
         betas: dict[str, Any] = {"betas": tuple(o.betas)} if o.betas else {}
-        optimizer = create_optimizer_v2(
-            self.model, o.optimizer, lr=o.lr * scale, weight_decay=o.weight_decay, layer_decay=o.layer_decay, **betas
-        )
+        if o.layer_decay is not None and not hasattr(self.model, "group_matcher"):  # timm would cut it up anywhere
+            raise RecipeError(f"optim.layer_decay: {type(self.model).__name__} does not tell the order of its layers")
+        try:
+            optimizer = create_optimizer_v2(
+                self.model, o.optimizer, lr=o.lr * scale, weight_decay=o.weight_decay, layer_decay=o.layer_decay,
+                **betas,
+            )  # fmt: skip
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"optim.optimizer {o.optimizer} cannot be made as configured: {error}") from error
         updates, total = self.updates, self.updates * int(self.trainer.max_epochs or 1)
         warmup = round(o.warmup_epochs * updates) if o.warmup_steps is None else o.warmup_steps
         if warmup >= total:
