@@ -27,6 +27,7 @@ from vmamba.tasks import classification, settings_of
 from vmamba.tasks.classification import ClassificationTask
 from vmamba.tasks.prediction import Classifier
 from vmamba.tasks.recipe import TrainConfig, TrainerConfig, ValidateConfig, differences, load_recipe
+from vmamba.tasks.task import build_model
 from vmamba.tasks.training import train, validate
 
 
@@ -254,6 +255,21 @@ def test_no_decay_for_biases_norms_and_state_parameters_and_slower_lower_layers(
         assert settings[name][0] == (0.0 if exempt else 0.05), name
     assert settings["head.fc.weight"][1] == 1.0
     assert settings["stem.conv1.weight"][1] < settings["stages.1.blocks.0.mlp.fc1.weight"][1] < 1.0
+
+
+@pytest.mark.parametrize(("warmup", "lengthens"), [(None, True), (False, False), (True, True)])
+def test_the_average_of_a_short_run_is_of_its_own_weights(tmp_path, monkeypatch, capsys, warmup, lengthens):
+    monkeypatch.chdir(tmp_path)
+    train(toy_recipe("runs/toy", ema_decay=0.999, ema_warmup=warmup))
+    said = "after 9 updates an average with optim.ema_decay 0.999 would still hold 99% of the initial weights"
+    assert (said in capsys.readouterr().err) == (warmup is None)
+    state = checkpoint(Path("runs/toy"))["state_dict"]
+    initial = build_model(toy_recipe("").model).state_dict()
+    moved = {
+        part: sum(float((state[f"{part}.{name}"] - tensor).abs().sum()) for name, tensor in initial.items())
+        for part in ("model", "ema.module")
+    }
+    assert (moved["ema.module"] > 0.3 * moved["model"]) == lengthens
 
 
 def test_keep_best_or_last(images, tmp_path):

@@ -80,8 +80,9 @@ class OptimConfig:
     """For fine-tuning: each layer learns at this factor of the rate of the layer above it."""
     ema_decay: float = 0.9999
     """Decay of the moving average of the weights, which is what is validated and saved; 0 for none."""
-    ema_warmup: bool = False
-    """Start with a short average that lengthens up to ema_decay; for short runs."""
+    ema_warmup: bool | None = None
+    """Start with a short average that lengthens up to ema_decay; null to do so in a run that is too short for its
+    average to forget the initial weights."""
 
 
 @dataclass

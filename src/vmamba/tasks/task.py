@@ -27,6 +27,7 @@ from vmamba.models.checkpoints import identify_checkpoint, load_checkpoint
 from vmamba.models.feature_maps import DenseModel
 from vmamba.tasks.prediction import Weights, builder
 from vmamba.tasks.recipe import BaseTrainConfig, ModelConfig
+from vmamba.tasks.runs import report
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Score:
         """The higher the better; what is no number is worst of all."""
         return -math.inf if math.isnan(value) else value if self.higher_is_better else -value
 
+
+_REMEMBERED = 0.1  # share of the initial weights in the final average, above which it is of no use
 
 LOSS = Score("loss", "loss", higher_is_better=False, percent=False)
 
@@ -106,7 +109,7 @@ class Task(L.LightningModule):
         self.recipe = recipe
         self.ema = None
         if recipe is not None and recipe.optim.ema_decay:
-            self.ema = ModelEmaV3(model, decay=recipe.optim.ema_decay, use_warmup=recipe.optim.ema_warmup)
+            self.ema = ModelEmaV3(model, decay=recipe.optim.ema_decay, use_warmup=bool(recipe.optim.ema_warmup))
             self.ema.requires_grad_(False).train()  # a formality: the average is only ever evaluated
         self.detailed = False
         self.found: dict[str, float] = {}
@@ -323,6 +326,13 @@ class Task(L.LightningModule):
         warmup = round(o.warmup_epochs * updates) if o.warmup_steps is None else o.warmup_steps
         if warmup >= total:
             raise RecipeError(f"the warm-up of {warmup} updates leaves nothing of the {total} of the whole run")
+        if self.ema is not None and o.ema_warmup is None and (share := o.ema_decay**total) > _REMEMBERED:
+            self.ema.use_warmup = True
+            if self.trainer.is_global_zero:
+                report(
+                    f"after {total} updates an average with optim.ema_decay {o.ema_decay} would still hold {share:.0%} "
+                    f"of the initial weights: it starts short and lengthens, as optim.ema_warmup asks for"
+                )
         self.scheduler, _ = create_scheduler_v2(
             optimizer, o.schedule, num_epochs=total - warmup, min_lr=o.min_lr * scale,
             warmup_epochs=warmup, warmup_lr=o.warmup_lr * scale, warmup_prefix=True,
