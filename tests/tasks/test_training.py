@@ -334,8 +334,12 @@ def test_a_folder_that_holds_a_run_is_resumed_replaced_or_refused(images, tmp_pa
         train(config)
     assert checkpoint(tmp_path / "run")["global_step"] == before["global_step"]  # not given up for a run that cannot be
     config.data.batch_size = 4
+    validate(ValidateConfig(checkpoint=str(tmp_path / "run/model.safetensors"), trainer=TrainerConfig("cpu")))
+    results = {"metrics.json", "predictions.png", "confusion_matrix.png"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= results
     train(config)
     assert len(history(tmp_path / "run")) == 2
+    assert not {path.name for path in (tmp_path / "run").iterdir()} & results
 
 
 def test_the_settings_in_a_runs_folder_replace_no_run_and_resume_any(images, tmp_path, capsys):

@@ -16,6 +16,8 @@ from vmamba.files import atomic_write, shown
 from vmamba.tasks.recipe import differences, load_recipe
 
 LATEST = Path("runs/latest")
+_RESULTS = ("metrics.json", "predictions.png", "samples.png", "confusion_matrix.png",
+            "per_class.png", "per_class_box.png", "per_class_mask.png")  # fmt: skip
 
 
 def report(message: str) -> None:
@@ -32,6 +34,7 @@ class RunFolder:
         model: the trained weights, with all that `vmamba predict` needs beside them.
         metrics: the numbers of each epoch.
         curve: the same as a picture.
+        results: what `vmamba validate` and the tasks write of the model, of which a new run has none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,6 +44,7 @@ class RunFolder:
         self.model = path / "model.safetensors"
         self.metrics = path / "metrics.csv"
         self.curve = path / "learning_curve.png"
+        self.results = [path / name for name in _RESULTS]
 
     def decide(self, settings: dict[str, Any], resume: bool, overwrite: bool) -> Path | None:
         """The checkpoint to go on from, or None to start afresh. Changes nothing, so every process can ask.
@@ -77,7 +81,7 @@ class RunFolder:
             for leftover in folder.glob(".*.partial"):  # of a process that was killed while writing
                 leftover.unlink()
         if fresh:
-            for path in (self.checkpoint, self.model, self.metrics, self.curve):
+            for path in (self.checkpoint, self.model, self.metrics, self.curve, *self.results):
                 path.unlink(missing_ok=True)
         with atomic_write(self.config) as file:
             once = {"resume": False, "overwrite": False}  # asked of this call, not of others with the same settings
