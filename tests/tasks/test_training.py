@@ -25,8 +25,10 @@ from vmamba.errors import CheckpointError, DataError, NonFiniteError, RecipeErro
 from vmamba.models.checkpoints import read_metadata
 from vmamba.tasks import classification, settings_of
 from vmamba.tasks.classification import ClassificationTask
+from vmamba.tasks.detection_recipe import DetectionTrainConfig
 from vmamba.tasks.prediction import Classifier
 from vmamba.tasks.recipe import TrainConfig, TrainerConfig, ValidateConfig, differences, load_recipe
+from vmamba.tasks.segmentation_recipe import SegmentationTrainConfig
 from vmamba.tasks.task import build_model
 from vmamba.tasks.training import train, validate
 
@@ -442,6 +444,71 @@ def test_settings_that_do_not_go_together_are_refused(images, tmp_path):
     refused(r"augment.rand_augment to None", data__in_memory=True)
     refused(r"trainer: ", trainer__accelerator="abacus")
     assert not (tmp_path / "run").exists()
+
+
+ORDER = r"expected the smaller number first, above 0"
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value", "message"),
+    [
+        (TrainConfig, "data.workers", -1, "expected 0 or more"),
+        (TrainConfig, "data.batch_size", 0, "expected 1 or more"),
+        (TrainConfig, "data.val_batch_size", 0, "expected 1 or more"),
+        (TrainConfig, "optim.clip_grad", -1, "expected 0 or more"),
+        (TrainConfig, "optim.weight_decay", -0.1, "expected 0 or more"),
+        (TrainConfig, "optim.min_lr", math.nan, "expected 0 or more"),
+        (TrainConfig, "optim.warmup_epochs", -1, "expected 0 or more"),
+        (TrainConfig, "optim.layer_decay", 0, "must be above 0"),
+        (TrainConfig, "optim.layer_decay", 2, "expected 0 to 1"),
+        (TrainConfig, "model.drop_path_rate", 2, "expected 0 to 1"),
+        (TrainConfig, "seed", 2**63, "no more than 64 bits"),
+        (TrainConfig, "augment.label_smoothing", 1.5, "expected 0 to 1"),
+        (TrainConfig, "augment.mixup", -1, "expected 0 or more"),
+        (TrainConfig, "augment.cutmix", -1, "expected 0 or more"),
+        (TrainConfig, "augment.mixup_prob", 2, "expected 0 to 1"),
+        (TrainConfig, "augment.switch_prob", -0.5, "expected 0 to 1"),
+        (TrainConfig, "augment.random_erasing", 2, "expected 0 to 1"),
+        (TrainConfig, "augment.hflip", 3, "expected 0 to 1"),
+        (TrainConfig, "augment.vflip", -1, "expected 0 to 1"),
+        (TrainConfig, "augment.color_jitter", -1, "expected 0 or more"),
+        (TrainConfig, "augment.interpolation", "foo", "expected one of nearest, bilinear"),
+        (TrainConfig, "augment.scale", (1.0, 0.5), ORDER),
+        (TrainConfig, "augment.scale", (0.5, 1.5), "expected 0 to 1"),
+        (TrainConfig, "augment.ratio", (2, 0.5), ORDER),
+        (SegmentationTrainConfig, "augment.ratio", (2, 0.5), ORDER),
+        (SegmentationTrainConfig, "augment.crop", (0, 16), "expected 1 or more"),
+        (SegmentationTrainConfig, "augment.scale", (0, 1), "expected 1 or more"),
+        (SegmentationTrainConfig, "augment.hflip", 3, "expected 0 to 1"),
+        (DetectionTrainConfig, "augment.short_sides", (), "expected one side or more"),
+        (DetectionTrainConfig, "augment.jitter", (2.0, 0.1), ORDER),
+        (DetectionTrainConfig, "augment.crop", (600, 384), ORDER),
+        (ValidateConfig, "data.batch_size", 0, "expected 1 or more"),
+        (ValidateConfig, "data.val_batch_size", 0, "expected 1 or more"),
+    ],
+)
+def test_impossible_settings_are_refused_before_any_work(config, name, value, message):
+    settings = config()
+    settings.check()
+    *group, setting = name.split(".")
+    setattr(getattr(settings, *group) if group else settings, setting, value)
+    with pytest.raises(RecipeError, match=rf"^{re.escape(name)} is .*{message}"):
+        (train if "Train" in config.__name__ else validate)(settings)
+
+
+def test_names_that_timm_does_not_know_are_refused_before_an_old_run_is_given_up(images, tmp_path):
+    config = recipe(images, tmp_path / "run", epochs=1, warmup_epochs=0)
+    train(config)
+    config.overwrite = True
+    for group, setting, value, message in (
+        ("augment", "rand_augment", "foo", r"augment.rand_augment is 'foo'; expected a policy of timm's"),
+        ("data", "interpolation", "foo", r"interpolation is 'foo'; expected one of nearest"),
+        ("optim", "optimizer", "foo", r"optim.optimizer foo cannot be made as configured"),
+    ):
+        part = getattr(config, group)
+        with pytest.raises(RecipeError, match=message):
+            train(replace(config, **{group: replace(part, **{setting: value})}))
+    assert len(history(tmp_path / "run")) == 1
 
 
 def test_mixed_precision_keeps_float32_weights_and_checkpointed_gradients_train(images, tmp_path):

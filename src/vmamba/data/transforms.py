@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from vmamba.data.config import AugmentConfig, DetectionAugmentConfig, SegmentationAugmentConfig
+from vmamba.data.config import INTERPOLATIONS, AugmentConfig, DetectionAugmentConfig, SegmentationAugmentConfig
 from vmamba.data.images import check_channels
 from vmamba.errors import RecipeError
 
@@ -55,6 +55,8 @@ class Preprocessing:
                     f"{name} has {len(values)} value(s) {list(values)} but images have {self.in_chans} channel(s); "
                     f"give one value a channel"
                 )
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation is {self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}")
         if min(self.img_size) < 1 or min(self.std) <= 0 or not 0 < self.crop_pct <= 1:
             raise ValueError(f"sides must be at least 1, std above 0 and crop_pct in (0, 1]; got {self}")
         if self.crop_mode not in _CROP_MODES:
@@ -118,19 +120,29 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def train_transform(config: AugmentConfig, pre: Preprocessing) -> ImageTransform:
-    """PIL image of any size to an augmented uint8 (C, H, W): random resized crop, flips, RandAugment or jitter."""
-    transform = transforms_imagenet_train(
-        pre.img_size,
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        vflip=config.vflip,
-        auto_augment=config.rand_augment,
-        color_jitter=config.color_jitter,
-        interpolation=config.interpolation,
-        mean=pre.mean,
-        normalize=False,
-    )
+    """PIL image of any size to an augmented uint8 (C, H, W): random resized crop, flips, RandAugment or jitter.
+
+    Raises:
+        RecipeError: timm knows no such policy.
+    """
+    try:
+        transform = transforms_imagenet_train(
+            pre.img_size,
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            vflip=config.vflip,
+            auto_augment=config.rand_augment,
+            color_jitter=config.color_jitter,
+            interpolation=config.interpolation,
+            mean=pre.mean,
+            normalize=False,
+        )
+    except (AssertionError, ValueError) as error:
+        raise RecipeError(
+            f"augment.rand_augment is {config.rand_augment!r}; expected a policy of timm's, such as "
+            f"rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original-mstd0.5, or null ({error})"
+        ) from error
     for step in transform.transforms:
         policy = getattr(step, "policy", [])  # AutoAugment holds lists of operations, RandAugment and AugMix one list
         for operation in [*getattr(step, "ops", []), *(op for pair in policy for op in pair)]:
@@ -392,8 +404,6 @@ def detection_transform(config: DetectionAugmentConfig, pre: Preprocessing) -> v
         resize = v2.Compose([FitSides([square], config.jitter), Crop(square)])
     elif config.crop_sides:
         least, most = config.crop
-        if not 0 < least <= most:
-            raise RecipeError(f"augment.crop is {least} to {most}; expected the least side first, above 0")
         first = FitSides([(config.longest, side) for side in config.crop_sides])
         resize = v2.RandomChoice([several, v2.Compose([first, Crop((least, least), (most, most)), several])])
     else:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from typing_extensions import override
+
 from vmamba.data.config import DetectionAugmentConfig
-from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, ModelConfig
+from vmamba.errors import RecipeError
+from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, ModelConfig, check_order, check_ranges
 
 
 @dataclass
@@ -49,6 +52,16 @@ class DetectionTrainConfig(BaseTrainConfig):
     """Pictures and objects"""
     augment: DetectionAugmentConfig = field(default_factory=DetectionAugmentConfig)
     """Augmentation"""
+
+    @override
+    def check(self) -> None:
+        super().check()
+        a = self.augment
+        if not a.short_sides and a.jitter is None:
+            raise RecipeError("augment.short_sides is empty; expected one side or more, such as [800]")
+        check_ranges("augment", a, 1, None, "short_sides", "longest", "crop_sides", "jitter_size")
+        check_ranges("augment", a, 0, 1, "hflip")
+        check_order("augment", a, "crop", *(["jitter"] if a.jitter is not None else []))
 
 
 @dataclass

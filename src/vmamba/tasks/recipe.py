@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from typing_extensions import override
 
-from vmamba.data.config import STREAMS, AugmentConfig, DataConfig
+from vmamba.data.config import INTERPOLATIONS, STREAMS, AugmentConfig, DataConfig
 from vmamba.errors import RecipeError
 from vmamba.files import shown
 
@@ -155,15 +155,22 @@ class BaseTrainConfig:
         m, o, t = self.model, self.optim, self.trainer
         positive = {
             "optim.epochs": o.epochs,
-            "optim.steps": 1 if o.steps is None else o.steps,
+            "optim.steps": o.steps,
             "optim.lr": o.lr,
-            "data.batch_size": self.data.batch_size,
+            "optim.layer_decay": o.layer_decay,
             "trainer.accumulate": t.accumulate,
             "trainer.validate_every": t.validate_every,
         }
         for name, value in positive.items():
-            if not value > 0:
+            if value is not None and not value > 0:
                 raise RecipeError(f"{name} is {value}; it must be above 0")
+        check_data(self.data)
+        check_ranges("optim", o, 0, None, "lr_batch", "min_lr", "warmup_epochs", "warmup_steps", "warmup_lr")
+        check_ranges("optim", o, 0, None, "weight_decay", "clip_grad")
+        check_ranges("optim", o, 0, 1, "layer_decay")
+        check_ranges("model", m, 0, 1, "drop_path_rate")
+        if not -(2**63) <= self.seed < 2**63:
+            raise RecipeError(f"seed is {self.seed}; expected a number of no more than 64 bits")
         if self.resume and self.overwrite:
             raise RecipeError("resume continues the run in the folder and overwrite deletes it: ask for one of them")
         if o.warmup_epochs >= o.epochs and o.steps is None and o.warmup_steps is None:
@@ -206,6 +213,14 @@ class TrainConfig(BaseTrainConfig):
     def check(self) -> None:
         super().check()
         d, a = self.data, self.augment
+        check_ranges("augment", a, 0, 1, "hflip", "vflip", "random_erasing", "mixup_prob", "switch_prob")
+        check_ranges("augment", a, 0, 1, "label_smoothing", "scale")
+        check_ranges("augment", a, 0, None, "ratio", "color_jitter", "crop_padding", "mixup", "cutmix")
+        check_order("augment", a, "scale", "ratio")
+        if a.interpolation not in INTERPOLATIONS:
+            raise RecipeError(
+                f"augment.interpolation is {a.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}"
+            )
         if d.in_chans not in (None, 1, 3):
             raise RecipeError(f"data.in_chans is {d.in_chans}; image files are read with 1 (grey) or 3 (RGB) channels")
         if (a.mixup or a.cutmix) and d.batch_size % 2:
@@ -241,6 +256,14 @@ class BaseValidateConfig:
     """Hardware and precision"""
     output: str | None = None
     """Folder for metrics.json and pictures; null for the checkpoint's folder."""
+
+    def check(self) -> None:
+        """Refuse impossible settings, before any work.
+
+        Raises:
+            RecipeError: naming the setting.
+        """
+        check_data(self.data)
 
 
 @dataclass
@@ -304,6 +327,42 @@ class ModelsConfig:
 
     format: Literal["table", "json"] = "table"
     """How results are printed."""
+
+
+def check_ranges(group: str, settings: Any, least: float, most: float | None, *names: str) -> None:
+    """Refuse settings that are outside of a range, or of which a part is. None is never.
+
+    Raises:
+        RecipeError: naming the setting.
+    """
+    for name in names:
+        value = getattr(settings, name, None)
+        for part in value if isinstance(value, (list, tuple)) else (value,):
+            if part is not None and not (least <= part and (most is None or part <= most)):
+                expected = f"{least} or more" if most is None else f"{least} to {most}"
+                raise RecipeError(f"{group}.{name} is {plain(value)}; expected {expected}")
+
+
+def check_order(group: str, settings: Any, *names: str) -> None:
+    """Refuse pairs, from and to, that are not in this order or not above 0.
+
+    Raises:
+        RecipeError: naming the setting.
+    """
+    for name in names:
+        low, high = getattr(settings, name)
+        if not 0 < low <= high:
+            raise RecipeError(f"{group}.{name} is {low} to {high}; expected the smaller number first, above 0")
+
+
+def check_data(data: Any) -> None:
+    """Refuse impossible numbers of samples and processes.
+
+    Raises:
+        RecipeError: naming the setting.
+    """
+    check_ranges("data", data, 1, None, "batch_size", "val_batch_size")
+    check_ranges("data", data, 0, None, "workers")
 
 
 def plain(value: Any) -> Any:

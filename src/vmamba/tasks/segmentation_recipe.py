@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from typing_extensions import override
+
 from vmamba.data.config import SegmentationAugmentConfig
-from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, ModelConfig
+from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, ModelConfig, check_order, check_ranges
 
 
 @dataclass
@@ -43,6 +45,13 @@ class SegmentationTrainConfig(BaseTrainConfig):
     """Pictures and masks"""
     augment: SegmentationAugmentConfig = field(default_factory=SegmentationAugmentConfig)
     """Augmentation"""
+
+    @override
+    def check(self) -> None:
+        super().check()
+        check_ranges("augment", self.augment, 1, None, "scale", "crop")
+        check_ranges("augment", self.augment, 0, 1, "most_of_one_class", "hflip")
+        check_order("augment", self.augment, "ratio")
 
 
 @dataclass

@@ -103,8 +103,9 @@ def validate(config: BaseValidateConfig) -> dict[str, Any]:
         CheckpointError: the weights cannot be read.
         DataError: images are missing, or their classes are not the model's.
         ImageError: a file cannot be used; the message names it.
-        RecipeError: the settings are for another task than the model.
+        RecipeError: the settings are wrong, or for another task than the model.
     """
+    config.check()
     weights = load_weights(config.checkpoint, config.pretrained, config.ema)
     if weights.task != config.task:
         raise RecipeError(f"{weights.source} is a model for {weights.task}: set task to {weights.task}")
