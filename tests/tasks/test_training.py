@@ -211,6 +211,14 @@ def test_rates_follow_schedule_and_global_batch_and_gradients_are_clipped(images
     assert norms == pytest.approx([0.01] * 12, rel=1e-3)
 
 
+def test_a_small_rate_does_not_rise_to_the_default_of_the_last(tmp_path, monkeypatch, updates, capsys):
+    monkeypatch.chdir(tmp_path)
+    train(toy_recipe("runs/toy", epochs=2, warmup_epochs=1, lr=5e-7))
+    assert [rate for rate, _ in updates] == pytest.approx([5e-7] * 6)
+    said = "optim.min_lr 1e-05 and optim.warmup_lr 1e-06: above optim.lr 5e-07, which is taken instead"
+    assert said in capsys.readouterr().err
+
+
 def test_rates_fall_at_milestones(tmp_path, monkeypatch, updates):
     monkeypatch.chdir(tmp_path)
     train(toy_recipe("runs/toy", epochs=4, warmup_epochs=1, warmup_lr=0.0, schedule="multistep", milestones=(2, 3)))

@@ -58,13 +58,13 @@ class OptimConfig:
     """Every learning rate is scaled by global batch / lr_batch, where the global batch counts all devices and
     accumulated steps; 0 to use the rates as they are."""
     min_lr: float = 1e-5
-    """Learning rate at the end of the schedule."""
+    """Learning rate at the end of the schedule; no more than lr."""
     warmup_epochs: float = 20
     """Epochs over which the learning rate climbs from warmup_lr to lr."""
     warmup_steps: int | None = None
     """Instead: updates over which it does."""
     warmup_lr: float = 1e-6
-    """Learning rate at the first step."""
+    """Learning rate at the first step; no more than lr."""
     schedule: Literal["cosine", "poly", "tanh", "constant", "multistep"] = "cosine"
     """How the learning rate falls after the warm-up; poly: in a straight line; multistep: to a tenth at each of the
     milestones."""

@@ -333,9 +333,12 @@ class Task(L.LightningModule):
                     f"after {total} updates an average with optim.ema_decay {o.ema_decay} would still hold {share:.0%} "
                     f"of the initial weights: it starts short and lengthens, as optim.ema_warmup asks for"
                 )
+        above = [f"optim.{name} {getattr(o, name)}" for name in ("min_lr", "warmup_lr") if getattr(o, name) > o.lr]
+        if above and self.trainer.is_global_zero:
+            report(f"{' and '.join(above)}: above optim.lr {o.lr}, which is taken instead")
         self.scheduler, _ = create_scheduler_v2(
-            optimizer, o.schedule, num_epochs=total - warmup, min_lr=o.min_lr * scale,
-            warmup_epochs=warmup, warmup_lr=o.warmup_lr * scale, warmup_prefix=True,
+            optimizer, o.schedule, num_epochs=total - warmup, min_lr=min(o.min_lr, o.lr) * scale,
+            warmup_epochs=warmup, warmup_lr=min(o.warmup_lr, o.lr) * scale, warmup_prefix=True,
             step_on_epochs=False, updates_per_epoch=1,
             decay_rate=1 if o.schedule == "poly" else 0.1,  # which is its power
             # timm counts them from the end of the warm-up, and is early by one.
