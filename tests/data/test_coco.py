@@ -105,7 +105,8 @@ def test_what_is_wrong_is_listed_by_file_and_annotation(folder):
     run = {"size": [6, 8], "counts": [40, 2, 6]}
     for change, message in (
         ({"id": 2}, "annotation 2 occurs twice"),
-        ({"id": None}, "annotation number 0 has no id"),
+        ({"id": None}, "annotation number 0: its id None is no whole number"),
+        ({"id": "1"}, "annotation number 0: its id '1' is no whole number"),
         ({"image_id": 4}, "annotation 1: there is no picture 4"),
         ({"category_id": 6}, "a.png, annotation 1: there is no category 6"),
         ({"bbox": [1, 2, 3]}, r"a.png, annotation 1: the box \[1, 2, 3\] is not four numbers"),
@@ -120,7 +121,8 @@ def test_what_is_wrong_is_listed_by_file_and_annotation(folder):
         ({"segmentation": run | {"counts": [1 << 40]}}, "damaged run lengths"),
         ({"segmentation": run | {"counts": [-5, 53]}}, "damaged run lengths"),
     ):
-        with pytest.raises(DataError, match=rf"1 of \d+ annotations and pictures in .*data.json.*\n.*{message}"):
+        known = "1 of 9 pictures, annotations and categories in .*data.json"
+        with pytest.raises(DataError, match=rf"{known}.*\n.*{message}"):
             opened(folder, changed(**change))
     data = copy.deepcopy(DATA)
     data["images"][0]["file_name"] = "gone.png"
@@ -129,6 +131,13 @@ def test_what_is_wrong_is_listed_by_file_and_annotation(folder):
     with pytest.raises(
         DataError, match=r"(?s)category 5 occurs twice.*gone.png: no such file.*picture 9 .*no possible"
     ):
+        opened(folder, data)
+    with pytest.raises(DataError, match="no id"):
+        opened(folder, DATA | {"annotations": [{"image_id": 3, "category_id": 5, "bbox": [1, 1, 2, 2]}]})
+    data = copy.deepcopy(DATA)
+    for entry in (data["images"][1], *data["annotations"][:3]):
+        entry["id" if "file_name" in entry else "image_id"] = "three"
+    with pytest.raises(DataError, match=r"1 of 9 .*\n  picture number 1: its id 'three' is no whole number$"):
         opened(folder, data)
     for content, message in (
         ("{", "cannot be read as JSON"), ("[]", "is not a COCO file"), ('{"images": []}', "is not a COCO file"),

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,16 +161,20 @@ def open_objects(
     problems: list[str] = []
     categories = _by_id(data["categories"], "category", {"name": str}, problems)
     pictures = _by_id(data["images"], "picture", {"file_name": str, "height": int, "width": int}, problems)
-    known = _by_id(data["annotations"], "annotation", {"image_id": int, "category_id": int, "bbox": list}, problems)
     ids = sorted(categories)
     names = [shown(categories[i]["name"]) for i in ids]
     if class_names is not None and names != list(class_names):
         problems.append(f"its classes are {', '.join(names)}; expected {', '.join(class_names)}")
-    for entry in pictures.values():
+    for entry in [*pictures.values()]:
         if not (min(entry["height"], entry["width"]) > 0 and entry["height"] * entry["width"] <= _MOST_PIXELS):
             problems.append(f"picture {entry['id']} ({shown(entry['file_name'])}): no possible height and width")
+            del pictures[entry["id"]]
         elif not os.path.isfile(os.path.join(root, entry["file_name"])):
             problems.append(f"picture {entry['id']}: {shown(os.path.join(root, entry['file_name']))}: no such file")
+    # Nothing is said about what such pictures show. An id may be of any type that JSON has.
+    refused = {repr(entry.get("id")) for entry in data["images"] if isinstance(entry, dict)} - {*map(repr, pictures)}
+    fields = {"image_id": int, "category_id": int, "bbox": list}
+    known = _by_id(data["annotations"], "annotation", fields, problems, refused)
     dropped: Counter[str] = Counter()
     kept: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for annotation in known.values():
@@ -190,7 +194,7 @@ def open_objects(
                 "bbox": box, "area": area if _numbers([area]) else box[2] * box[3],
                 "iscrowd": int(bool(annotation.get("iscrowd"))), "segmentation": annotation.get("segmentation") or None,
             })  # fmt: skip
-    refuse(problems, len(known), "annotations and pictures", where)
+    refuse(problems, sum(len(data[part]) for part in parts), "pictures, annotations and categories", where)
     if not pictures or not ids:
         raise DataError(f"{where} has {len(pictures)} pictures and {len(ids)} classes: nothing to learn from")
     order = sorted(pictures)
@@ -203,12 +207,18 @@ def open_objects(
     )  # fmt: skip
 
 
-def _by_id(entries: list[Any], kind: str, fields: dict[str, type], problems: list[str]) -> dict[int, dict[str, Any]]:
-    """The entries of one of COCO's lists that have all they need, by their ids."""
+def _by_id(
+    entries: list[Any], kind: str, fields: dict[str, type], problems: list[str], refused: Collection[str] = ()
+) -> dict[int, dict[str, Any]]:
+    """The entries of one of COCO's lists that have all they need, by their ids; those of refused pictures apart."""
     known: dict[int, dict[str, Any]] = {}
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or type(entry.get("id")) is not int:
+        if isinstance(entry, dict) and repr(entry.get("image_id")) in refused:
+            continue
+        if not isinstance(entry, dict) or "id" not in entry:
             problems.append(f"{kind} number {number} has no id")
+        elif type(entry["id"]) is not int:
+            problems.append(f"{kind} number {number}: its id {entry['id']!r} is no whole number")
         elif entry["id"] in known:
             problems.append(f"{kind} {entry['id']} occurs twice")
         elif lacking := [name for name, kind_ in fields.items() if not isinstance(entry.get(name), kind_)]:
