@@ -127,11 +127,13 @@ def test_what_is_wrong_is_listed_by_file_and_annotation(folder):
     data = copy.deepcopy(DATA)
     data["images"][0]["file_name"] = "gone.png"
     data["images"].append({"id": 9, "file_name": "a.png", "height": 1 << 40, "width": 1 << 40})
-    data["categories"].append({"id": 5, "name": "cow"})
-    with pytest.raises(
-        DataError, match=r"(?s)category 5 occurs twice.*gone.png: no such file.*picture 9 .*no possible"
-    ):
-        opened(folder, data)
+    data["categories"] += [{"id": 5, "name": "cow"}, {"id": 41, "name": "cat"}]
+    for message in (
+        "category 5 occurs twice", "several classes are called cat: give each a name", "gone.png: no such file",
+        "picture 9 .*no possible",
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=rf"(?s)\n.*{message}"):
+            opened(folder, data)
     with pytest.raises(DataError, match="no id"):
         opened(folder, DATA | {"annotations": [{"image_id": 3, "category_id": 5, "bbox": [1, 1, 2, 2]}]})
     data = copy.deepcopy(DATA)

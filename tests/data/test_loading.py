@@ -135,8 +135,11 @@ def test_shards_are_streamed_and_an_epoch_can_be_replayed(tmp_path):
     assert len(open_split(config, False)) == 16
     config.train_split = config.val_split = "train"
 
-    (tmp_path / "names.txt").write_text("even\nodd\n")
     config.class_names = str(tmp_path / "names.txt")
+    (tmp_path / "names.txt").write_text("even\neven\n")
+    with pytest.raises(DataError, match=r"several classes are called even"):
+        open_split(config, True)
+    (tmp_path / "names.txt").write_text("even\nodd\n")
     assert open_split(config, True).class_names == ["even", "odd"]
     assert number_of_classes(config, open_split(config, True)) == 2
 

@@ -81,6 +81,9 @@ def test_what_is_wrong_is_listed_by_file(tmp_path):
         open_masks(tmp_path, "train")
     with pytest.raises(DataError, match=r"no folders images/test and annotations/test"):
         open_masks(tmp_path / "images", "test")
+    (tmp_path / "classes.txt").write_text("road\nsky\nroad\n")
+    with pytest.raises(DataError, match=r"images/validation: several classes are called road: give each a name of its"):
+        open_masks(tmp_path, "val")
     os.remove(tmp_path / "classes.txt")
     with pytest.raises(DataError, match=r"classes.txt should name a class on each line"):
         open_masks(tmp_path, "val")

@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, Mask
 
 from vmamba.data.images import read_image
-from vmamba.data.sources import refuse
+from vmamba.data.sources import refuse, repeated
 from vmamba.errors import DataError, ImageError
 from vmamba.files import shown
 
@@ -163,6 +163,8 @@ def open_objects(
     pictures = _by_id(data["images"], "picture", {"file_name": str, "height": int, "width": int}, problems)
     ids = sorted(categories)
     names = [shown(categories[i]["name"]) for i in ids]
+    if reason := repeated(names):
+        problems.append(reason)
     if class_names is not None and names != list(class_names):
         problems.append(f"its classes are {', '.join(names)}; expected {', '.join(class_names)}")
     for entry in [*pictures.values()]:

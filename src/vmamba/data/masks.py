@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.tv_tensors import Image, Mask
 
 from vmamba.data.images import image_files, read_image, read_index_mask
-from vmamba.data.sources import names_in, refuse, split_names
+from vmamba.data.sources import names_in, refuse, repeated, split_names
 from vmamba.data.transforms import IGNORED
 from vmamba.errors import DataError, ImageError
 from vmamba.files import shown
@@ -116,7 +116,8 @@ def pair(
     """Pair the files of two folders by their paths inside them, endings aside.
 
     Raises:
-        DataError: there are no pictures, a picture has no mask, or several files could be meant.
+        DataError: there are no pictures, a picture has no mask, several files could be meant, or several classes have
+            one name.
     """
     problems: list[str] = []
 
@@ -140,6 +141,8 @@ def pair(
         raise DataError(f"{where} holds no images")
     if not class_names:
         raise DataError(f"{where}: there are no classes")
+    if reason := repeated(class_names):
+        raise DataError(f"{where}: {reason}")
     keys = list(of_pictures)
     return MaskedPictures(
         where, class_names, [of_pictures[k] for k in keys], [of_masks[k] for k in keys], reduce_zero, ignored

@@ -10,6 +10,7 @@ import os
 import posixpath
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,8 @@ def open_split(config: DataConfig, training: bool, class_names: Sequence[str] | 
                 else f"{where} is empty"
             )
     names = _class_names(source) or (names_in(Path(config.class_names)) if config.class_names else None)
+    if reason := repeated(names or ()):
+        raise DataError(f"{where}: {reason}")
     if training and (config.num_classes or len(names or ())) == 1:
         raise DataError(
             f"{where} has one class{f' ({names[0]})' if names else ''}: there is nothing to tell apart. Put the images "
@@ -357,6 +360,12 @@ def names_in(file: Path) -> list[str]:
         return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"{shown(file)} should name a class on each line: {error}") from error
+
+
+def repeated(names: Sequence[str]) -> str | None:
+    """Which names stand for several classes, whose results could not be told apart; None where each stands for one."""
+    several = [name for name, count in Counter(names).items() if count > 1]
+    return f"several classes are called {_some(several)}: give each a name of its own" if several else None
 
 
 def _unpack(folder: Path) -> None:
