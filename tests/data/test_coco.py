@@ -98,6 +98,10 @@ def test_annotations_may_be_numbered_from_0(folder):
 def test_boxes_alone(folder):
     data = opened(folder, changed(segmentation=[]))
     assert not data.has_masks
+    assert (data.some_masks, data.maskless) == (
+        True, "1 of 3 objects have no mask, the first in a.png, annotation 1",
+    )  # fmt: skip
+    assert not opened(folder, DATA).some_masks
     assert set(data.read(0)[1]) == {"boxes", "labels"}
 
 

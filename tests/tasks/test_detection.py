@@ -283,8 +283,31 @@ def test_boxes_without_masks(tmp_path, monkeypatch):
     assert found.masks is None
     assert all("segmentation" not in thing.to_coco(1) for thing in found.objects)
     config.data.masks, config.overwrite = True, True
-    with pytest.raises(DataError, match=r"data.masks asks for masks, but not every object of .*train.json has one"):
+    with pytest.raises(DataError, match=r"data.masks asks for masks, but in .*train.json 7 of 7 objects have no mask"):
         train(config)
+
+
+def test_one_object_without_a_mask_is_said_to_cost_the_masks(shapes, tmp_path, capsys):
+    def without(split, number):
+        content = json.loads((shapes / f"{split}.json").read_text())
+        content["annotations"][number]["segmentation"] = []
+        (shapes / f"{split}.json").write_text(json.dumps(content))
+
+    config = shape_recipe(shapes, tmp_path / "run")
+    assert DetectionTask.from_recipe(config).kinds == ["box", "mask"]
+    assert "mask" not in capsys.readouterr().err
+    without("val", 1)
+    assert DetectionTask.from_recipe(config).kinds == ["box"]
+    said = "val.json: 1 of 7 objects have no mask, the first in val1.png, annotation 2: the model's masks are not"
+    assert said in capsys.readouterr().err
+    without("train", 2)
+    task = DetectionTask.from_recipe(config)
+    assert not task.has_masks
+    said = "train.json: 1 of 15 objects have no mask, the first in train1.png, annotation 3: boxes alone are learned"
+    assert said in capsys.readouterr().err
+    config.data.masks = False
+    DetectionTask.from_recipe(config)
+    assert "mask" not in capsys.readouterr().err
 
 
 def test_batches_of_pictures_of_any_sizes():

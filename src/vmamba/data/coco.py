@@ -38,6 +38,8 @@ class Objects:
         pictures: COCO's entries: "id", "file_name", "height", "width".
         annotations: of each picture, its annotations as JSON text: a process that was forked shares it.
         has_masks: whether every annotation has a mask.
+        some_masks: whether some have one, and some have none.
+        maskless: how many have none and which is the first, in words.
         dropped: how many annotations were left out, for which reason.
     """
 
@@ -48,6 +50,8 @@ class Objects:
     pictures: list[dict[str, Any]]
     annotations: list[bytes]
     has_masks: bool
+    some_masks: bool
+    maskless: str
     dropped: dict[str, int]
 
     def __len__(self) -> int:
@@ -200,11 +204,17 @@ def open_objects(
     if not pictures or not ids:
         raise DataError(f"{where} has {len(pictures)} pictures and {len(ids)} classes: nothing to learn from")
     order = sorted(pictures)
+    objects = [a for i in order for a in kept[i]]
+    maskless = [a for a in objects if not a["segmentation"]]
+    words = f"{len(maskless)} of {len(objects)} objects have no mask"
+    if maskless:
+        file = shown(pictures[maskless[0]["image_id"]]["file_name"])
+        words += f", the first in {file}, annotation {maskless[0]['id']}"
     return Objects(
         root, where, names, ids,
         [{key: pictures[i][key] for key in ("id", "file_name", "height", "width")} for i in order],
         [json.dumps(kept[i]).encode() for i in order],
-        has_masks=all(a["segmentation"] for annotations in kept.values() for a in annotations) and bool(kept),
+        has_masks=bool(objects) and not maskless, some_masks=0 < len(maskless) < len(objects), maskless=words,
         dropped=dict(dropped),
     )  # fmt: skip
 

@@ -76,6 +76,8 @@ class DetectionTask(Task):
         self.pre = Preprocessing.from_dict(dict(model.pretrained_cfg))
         self.has_masks = model.roi_head.mask_head is not None
         self.kinds = ["box", "mask"] if self.has_masks and val.has_masks else ["box"]
+        if self.has_masks and not val.has_masks and is_first_process():
+            report(f"{val.where}: {val.maskless}: the model's masks are not measured")
         if recipe is not None:
             self.transform = detection_transform(recipe.augment, self.pre)
 
@@ -87,7 +89,9 @@ class DetectionTask(Task):
         val = _opened(data, training=False, class_names=train.class_names)
         masks = train.has_masks if data.masks is None else data.masks
         if masks and not train.has_masks:
-            raise DataError(f"data.masks asks for masks, but not every object of {train.where} has one")
+            raise DataError(f"data.masks asks for masks, but in {train.where} {train.maskless}")
+        if data.masks is None and train.some_masks and is_first_process():
+            report(f"{train.where}: {train.maskless}: boxes alone are learned")
         model = build_model(recipe.model, recipe.seed, num_classes=len(train.class_names), masks=masks)
         if not isinstance(model, MaskRCNN):
             raise RecipeError(f"{recipe.model.name} is no detector: choose maskrcnn, or maskrcnn_ and a variant's name")
