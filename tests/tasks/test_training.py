@@ -116,6 +116,19 @@ def test_the_model_file_says_which_task(tmp_path, monkeypatch, capsys):
     assert row.startswith("a.png,0.")
 
 
+def test_what_the_command_line_says_counts_even_where_it_is_the_default(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = toy_recipe("runs/toy", epochs=2)
+    config.data.images, config.data.batch_size = 12, 2
+    train(config)
+    Path("more.yaml").write_text("data:\n  images: 24\n")  # the toy's default
+    for arguments, images in (
+        ([], 12), (["--data.images", "24"], 24), (["--data.images=5"], 5), (["--config", "more.yaml"], 24),
+    ):  # fmt: skip
+        assert main(["validate", "--trainer.accelerator", "cpu", *arguments]) == 0
+        assert json.loads(Path("runs/toy/metrics.json").read_text())["images"] == images
+
+
 def test_a_run_copes_with_names_that_are_not_utf8(images, tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/run\xe9")
     for split in ("train", "val"):

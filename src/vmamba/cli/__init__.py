@@ -242,7 +242,10 @@ def _run(argv: Sequence[str], name: str) -> int:
     command = COMMANDS[name]
     settings = settings or command.config
     config = settings(**{field.name: given[field.name] for field in fields(settings)})
-    return getattr(commands, name)(config, *(given[argument.lstrip("-")] for argument in command.arguments))
+    more = [given[argument.lstrip("-")] for argument in command.arguments]
+    if name == "validate":  # where a run's settings take the place of the defaults, but of nothing that is said here
+        more.append(vars(parser.parse_args(argv, defaults=False)[name].get("data", Namespace())).keys())
+    return getattr(commands, name)(config, *more)
 
 
 def _flush(name: str) -> None:

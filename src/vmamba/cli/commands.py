@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +31,11 @@ def train(config: BaseTrainConfig) -> int:
     return 0
 
 
-def validate(config: BaseValidateConfig) -> int:
+def validate(config: BaseValidateConfig, given: Collection[str] = ()) -> int:
     """Measure, and print the figures."""
     from vmamba.tasks import training
 
-    results = training.validate(config)
+    results = training.validate(config, given)
     if training.is_first_process():
         report(f"{results['weights']} on {results['data']}; pictures in {results['output']}")
         print(results["summary"])

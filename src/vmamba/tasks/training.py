@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -90,10 +90,14 @@ def train(config: BaseTrainConfig) -> Path:
     return run.path
 
 
-def validate(config: BaseValidateConfig) -> dict[str, Any]:
+def validate(config: BaseValidateConfig, given: Collection[str] = ()) -> dict[str, Any]:
     """Measure a model on the validation split.
 
     Writes ``metrics.json`` and the task's pictures to the output folder.
+
+    Args:
+        config: where its data name no place, the data settings of the model's run take the place of the defaults.
+        given: names of data settings that count even if they are the defaults.
 
     Returns:
         What metrics.json holds: the task's results and details, and where "weights" and "data" came from; "output",
@@ -110,7 +114,7 @@ def validate(config: BaseValidateConfig) -> dict[str, Any]:
     if weights.task != config.task:
         raise RecipeError(f"{weights.source} is a model for {weights.task}: set task to {weights.task}")
     task_type: type[Task] = _part(config, "validate_config", "task")
-    task = task_type.from_weights(replace(config, data=_data_of_run(config)), weights)
+    task = task_type.from_weights(replace(config, data=_data_of_run(config, given)), weights)
     task.detailed = True
     trainer = make_trainer(config.trainer, callbacks=[ValidationProgress()] if config.trainer.progress else [])
     trainer.validate(task, verbose=False)
@@ -133,7 +137,7 @@ def _part(config: BaseTrainConfig | BaseValidateConfig, settings: str, part: str
     return parts.load(part)
 
 
-def _data_of_run(config: BaseValidateConfig) -> Any:
+def _data_of_run(config: BaseValidateConfig, given: Collection[str]) -> Any:
     """The configured data; where no place is given, that of the run whose folder the checkpoint lies in."""
     if config.data.root is not None or getattr(config.data, "dataset", None) or config.pretrained:
         return config.data
@@ -143,7 +147,8 @@ def _data_of_run(config: BaseValidateConfig) -> Any:
         return config.data
     stored = load_recipe(RunFolder(settings).config)["data"]
     default = asdict(type(config.data)())
-    return type(config.data)(**stored | {k: v for k, v in asdict(config.data).items() if v != default[k]})
+    own = {k: v for k, v in asdict(config.data).items() if k in given or v != default[k]}
+    return type(config.data)(**stored | own)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
