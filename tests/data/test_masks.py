@@ -64,6 +64,17 @@ def test_masks_of_every_kind_of_file(tmp_path):
         read_index_mask(tmp_path / "rgb.png")
 
 
+def test_masks_without_a_single_labelled_pixel_are_refused(tmp_path):
+    make(tmp_path)
+    data = open_masks(tmp_path, "train")
+    data.check_labels()
+    for mask in data.masks:
+        data.check_labels()  # one labelled mask is enough
+        Image.fromarray(np.full((2, 3), 255, np.uint8)).save(mask)
+    with pytest.raises(DataError, match=r"no pixel of the 2 masks has a class: all have the ignored value 255; "):
+        data.check_labels()
+
+
 def test_what_is_wrong_is_listed_by_file(tmp_path):
     make(tmp_path)
     data = open_masks(tmp_path, "train")

@@ -295,6 +295,21 @@ def test_files_are_checked_before_the_first_epoch(tmp_path, monkeypatch):
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_labels_is_neither_trained_on_nor_measured(tmp_path, monkeypatch, split):
+    monkeypatch.chdir(tmp_path)
+    config = landscape_recipe(make_landscapes(tmp_path / "pictures", 4, 2), "run")
+    for mask in (tmp_path / "pictures/annotations" / split).iterdir():
+        Image.new("L", (60, 44), 255).save(mask)
+    with pytest.raises(DataError, match=rf"images/{split}: no pixel of the \d masks has a class"):
+        train(config)
+    assert not Path("run").exists()
+    weights = Weights(vmamba.create_model("upernet_vmamba_femto", num_classes=3, channels=8), {}, "here")
+    measured = SegmentationValidateConfig(data=SegmentationDataConfig(root=str(tmp_path / "pictures"), val_split=split))
+    with pytest.raises(DataError, match=r"no pixel of the \d masks has a class"):
+        SegmentationTask.from_weights(measured, weights)
+
+
 def test_what_does_not_fit_is_refused(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = landscape_recipe(whole / "pictures", "run")

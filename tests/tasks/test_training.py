@@ -17,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 from tasks.small import CLASSES, PLAIN, checkpoint, distributed, history, recipe, spawn, train_and_die
-from tasks.toy import ToyTrainConfig, ToyValidateConfig, toy_recipe
+from tasks.toy import Toy, ToyTrainConfig, ToyValidateConfig, toy_recipe
 
 from vmamba.cli import main
 from vmamba.data.transforms import BatchAugment
@@ -114,6 +114,15 @@ def test_the_model_file_says_which_task(tmp_path, monkeypatch, capsys):
     header, row = capsys.readouterr().out.splitlines()
     assert header == "file,red,green,blue"
     assert row.startswith("a.png,0.")
+
+
+def test_what_is_no_number_is_null_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(toy_recipe("runs/toy", epochs=2))
+    monkeypatch.setattr(Toy, "results", lambda self: {"error": math.nan, "other": -math.inf, "more": 0.5})
+    assert math.isnan(validate(ToyValidateConfig(trainer=TrainerConfig(accelerator="cpu")))["error"])
+    stored = json.loads(Path("runs/toy/metrics.json").read_text(), parse_constant=pytest.fail)
+    assert (stored["error"], stored["other"], stored["more"]) == (None, None, 0.5)
 
 
 def test_what_the_command_line_says_counts_even_where_it_is_the_default(tmp_path, monkeypatch, capsys):

@@ -61,6 +61,20 @@ class MaskedPictures:
             )
         return Image(pil_to_tensor(picture)), Mask(self._labels(numbers, name))
 
+    def check_labels(self) -> None:
+        """Look for a pixel that has a class: most often the first mask has some.
+
+        Raises:
+            DataError: all pixels are ignored.
+            ImageError: see `read`.
+        """
+        if not any((self.read(index)[1] != IGNORED).any() for index in range(len(self))):
+            zero = " or 0" if self.reduce_zero else ""
+            raise DataError(
+                f"{self.where}: no pixel of the {len(self)} masks has a class: all have the ignored value "
+                f"{self.ignored}{zero}; data.ignored is to be the number of pixels that stand for no class"
+            )
+
     def _labels(self, numbers: np.ndarray, name: str) -> Tensor:
         first, classes = int(self.reduce_zero), len(self.class_names)
         found = np.unique(numbers)

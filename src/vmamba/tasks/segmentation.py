@@ -76,9 +76,10 @@ class SegmentationTask(Task):
     def from_recipe(cls, recipe: SegmentationTrainConfig) -> Self:
         data = recipe.data
         train, val = _open(data, data.train_split), _open(data, data.val_split)
-        if data.check_files and is_first_process():
-            for split in (train, val):
+        for split in (train, val):
+            if data.check_files and is_first_process():
                 check_all(len(split), split.read, split.where, data.workers)
+            split.check_labels()
         model = build_model(recipe.model, recipe.seed, num_classes=len(train.class_names))
         if not isinstance(model, UPerNet):
             raise RecipeError(f"{recipe.model.name} is no model for segmentation, as upernet_vmamba_tiny_s1l8 is")
@@ -103,6 +104,7 @@ class SegmentationTask(Task):
             )
         if data.check_files and is_first_process():
             check_all(len(split), split.read, split.where, data.workers)
+        split.check_labels()
         return cls(segmenter.model, split.class_names, segmenter.pre, data, split, multi_scale=config.multi_scale)
 
     @override

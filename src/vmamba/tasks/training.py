@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -123,10 +124,15 @@ def validate(config: BaseValidateConfig, given: Collection[str] = ()) -> dict[st
     if trainer.is_global_zero:
         output.mkdir(parents=True, exist_ok=True)
         with atomic_write(output / "metrics.json") as file:
-            # What is left of names that are not UTF-8 becomes an escape, which JSON reads back.
-            file.write(json.dumps(results, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
+            # What is left of names that are not UTF-8 becomes an escape, which JSON reads back; it has no NaN.
+            known = {name: None if _is_no_number(value) else value for name, value in results.items()}
+            file.write(json.dumps(known, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
         task.show(output)
     return {**results, "output": str(output), "summary": task.summary(results)}
+
+
+def _is_no_number(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _part(config: BaseTrainConfig | BaseValidateConfig, settings: str, part: str) -> Any:
