@@ -88,6 +88,27 @@ def test_a_click_lights_up_the_routes(visit):
     page.wait_for_selector('[data-at-row="0"][data-at-column="0"]', state="attached")
 
 
+def test_patches_that_are_cut_off_are_framed_and_clicked_where_they_are(visit):
+    """Of 28×28 pixels the last of 4 patches of 8 are half outside of the picture."""
+    page = visit()
+    page.get_by_label("Model").click()
+    page.get_by_role("option", name="vmamba_femto · untrained, random weights").click()
+    page.wait_for_selector('.canvas[data-rows="7"]')
+    page.get_by_role("button", name="Stage 2, block 1").click()
+    page.wait_for_selector('.canvas[data-rows="4"]')
+    canvas = page.locator(".canvas")
+    box = canvas.bounding_box()
+    canvas.click(position={"x": box["width"] * 23.5 / 28, "y": box["height"] * 24.5 / 28})
+    page.wait_for_selector('[data-at-row="3"][data-at-column="2"]', state="attached")
+    page.wait_for_timeout(200)  # the frame glides
+    frame = page.locator(".canvas .query").bounding_box()
+    assert (frame["x"] - box["x"]) / box["width"] == pytest.approx(16 / 28, abs=0.01)
+    assert frame["width"] / box["width"] == pytest.approx(8 / 28, abs=0.01)
+    heat = canvas.locator(".heat").evaluate("heat => getComputedStyle(heat).backgroundSize")
+    assert "calc" not in heat
+    assert [float(side.rstrip("%")) for side in heat.split()] == pytest.approx([100 * 32 / 28] * 2, rel=1e-3)
+
+
 def test_stage_and_model_can_be_changed(visit):
     page = visit()
     page.get_by_role("button", name="Stage 1, block 1").click()

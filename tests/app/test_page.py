@@ -17,7 +17,7 @@ from PIL import Image
 
 import vmamba
 from vmamba.app import drawing, guard, texts
-from vmamba.app.models import Catalogue
+from vmamba.app.models import Catalogue, Loaded
 from vmamba.app.session import RefusedError, Session
 from vmamba.app.tabs import TABS, routes
 from vmamba.cli import main
@@ -44,6 +44,17 @@ def png(width: int, height: int, colour: str = "red") -> bytes:
 @pytest.fixture
 def session(page) -> Session:
     return page.start(None)[0]
+
+
+@pytest.fixture
+def odd(desk) -> Loaded:
+    """A model that sees grey pictures of sides that are no multiples of its patches'."""
+    kwargs = {"depths": [1, 1], "dims": [8, 16], "d_state": 2}
+    model = vmamba.create_model("vmamba_femto", num_classes=2, in_chans=1, **kwargs)
+    metadata = {"img_size": [27, 35], "model_kwargs": kwargs, "crop_pct": 1.0}
+    (desk / "odd").mkdir(exist_ok=True)
+    save_checkpoint(model, desk / "odd/model.safetensors", metadata)
+    return Catalogue(runs=desk).load(f"trained {desk}/odd")
 
 
 def pixels(address: str) -> np.ndarray:
@@ -114,6 +125,24 @@ def test_the_patch_stays_in_its_place_when_the_block_changes(page, session):
     assert session.grid == (8, 8)
     finer = page.choose_block(session, event(stage=0, block=0))[0]
     assert (finer.grid, finer.row, finer.column) == ((16, 16), 15, 5)
+
+
+def test_patches_that_are_cut_off_are_shown_so(page, odd):
+    session, canvas, _ = page.choose_block(page.start(None)[0].with_model(odd), event(stage=1, block=0))
+    assert (session.seen.size, session.grid, session.cell) == ((35, 27), (4, 5), (8, 8))
+    assert f"--rows:4;--columns:5;--down:{8 / 27:.6g};--across:{8 / 35:.6g};aspect-ratio:35/27" in canvas
+    assert (session.row, session.column) == (1, 2)  # where (17.5, 13.5) is
+    assert canvas.count("--down:") == 1
+    for name, count in (("routes", 4), ("memory", 8)):
+        assert TABS[name].draw(session).count(f"--down:{8 / 27:.6g};--across:{8 / 35:.6g}") == count
+    for name in ("stages", "classes"):
+        panel = TABS[name].draw(session)
+        assert [float(share) * 27 for share in re.findall("--down:([0-9.]+)", panel)[:2]] == pytest.approx(
+            [4, 8], rel=1e-4
+        )
+    corner = session.with_patch(3, 4)
+    finer = page.choose_block(corner, event(stage=0, block=0))[0]
+    assert (finer.row, finer.column) == (6, 8)
 
 
 @pytest.mark.parametrize(
@@ -228,14 +257,9 @@ def test_a_session_holds_one_picture_and_one_pass(session):
 
 
 @pytest.mark.parametrize("name", list(TABS))
-def test_every_tab_of_a_grey_picture_of_odd_sides_is_finite_and_in_both_languages(page, name, tmp_path, monkeypatch):
+def test_every_tab_of_a_grey_picture_of_odd_sides_is_finite_and_in_both_languages(page, name, odd, monkeypatch):
     monkeypatch.setattr("vmamba.app.tabs._SIDES", (32, 64))
-    (tmp_path / "runs/grey").mkdir(parents=True)
-    kwargs = {"depths": [1, 1], "dims": [8, 16], "d_state": 2}
-    model = vmamba.create_model("vmamba_femto", num_classes=2, in_chans=1, **kwargs)
-    metadata = {"img_size": [27, 35], "model_kwargs": kwargs, "crop_pct": 1.0}
-    save_checkpoint(model, tmp_path / "runs/grey/model.safetensors", metadata)
-    session = page.start(None)[0].with_model(Catalogue(runs=tmp_path / "runs").load(f"trained {tmp_path}/runs/grey"))
+    session = page.start(None)[0].with_model(odd).with_block(0, 0)
     assert session.grid == (7, 9)
     session = session.with_patch(6, 8)
     panel = TABS[name].draw(session) + routes(session)[1]

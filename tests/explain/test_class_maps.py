@@ -141,6 +141,11 @@ def test_masks_and_regions():
     weight = torch.nn.functional.adaptive_avg_pool2d(chosen[None].float(), (8, 10))[0]
     share = float((given.grad_cam[0][0] * weight).sum() / given.grad_cam[0].sum())
     assert given.inside() == pytest.approx([share])
+    corner = torch.zeros(32, 40, dtype=torch.bool)
+    corner[:, 36:] = True  # of 38 columns of pixels the last two: all that there is of the last patches
+    cut = explain.class_maps(model, image[..., :38], target=target, region=corner[:, :38], stages=[2])
+    assert cut.cells == ((4, 4),)
+    assert cut.inside() == pytest.approx([float(cut.grad_cam[0][0, :, 9].sum() / cut.grad_cam[0].sum())])
     with pytest.raises(RecipeError, match="one at a time"):
         explain.class_maps(model, IMAGES)
     with pytest.raises(RecipeError, match=r"region is \(3, 3\); expected \(32, 40\)"):

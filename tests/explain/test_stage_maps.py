@@ -128,6 +128,27 @@ def test_depth_profiles_of_several_models(tmp_path):
         linear_probe(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
 
 
+def test_patches_are_where_the_scans_have_them():
+    """Where the last row and column reach beyond the picture, too."""
+    torch.manual_seed(0)
+    model = vmamba.create_model("vmamba_femto_s2", num_classes=2)
+    seen = explain.see(model, torch.randn(1, 3, 33, 41))
+    found, classes, recording = (
+        look(model, seen) for look in (explain.stage_maps, explain.class_maps, explain.record_scans)
+    )
+    assert [tuple(x.shape[2:]) for x in found.maps] == [(17, 21), (9, 11), (5, 6)]
+    assert found.cells == classes.cells == ((2, 2), (4, 4), (8, 8))
+    assert [recording.cell(f"stages.{i}.blocks.0") for i in range(3)] == list(found.cells)
+    assert [entry["stride"] for entry in found.numbers()] == [2, 4, 8]
+    last = found.figure().axes[7].images[0].get_array()  # the energy of stage 3
+    assert last.shape == (33, 41)
+    assert (last[:8, :8] == found.energy()[2][0, 0, 0].numpy()).all()
+    assert (last[32, 40], last[31, 39]) == tuple(found.energy()[2][0, [4, 3], [5, 4]].numpy())
+    over = classes.figure().axes[3].images[1]
+    assert over.get_extent() == [0, 48, 40, 0]
+    assert over.axes.get_xlim() == (0, 41)
+
+
 def test_figure_and_numbers(tmp_path):
     torch.manual_seed(0)
     found = explain.stage_maps(vmamba.create_model("vmamba_femto_s2"), torch.randn(2, 3, 36, 44))

@@ -31,7 +31,8 @@ element.addEventListener("click", (event) => {
   else if (stack) {
     const box = stack.getBoundingClientRect();
     const across = (event.clientX - box.left) / box.width, down = (event.clientY - box.top) / box.height;
-    choosePatch(stack, Math.floor(down * stack.dataset.rows), Math.floor(across * stack.dataset.columns));
+    const part = (name) => Number(stack.style.getPropertyValue(name));
+    choosePatch(stack, Math.floor(down / part("--down")), Math.floor(across / part("--across")));
   }
 });
 

@@ -172,7 +172,7 @@ def _shown(session: Session) -> tuple[Any, ...]:
     beware = views.beware() if session.loaded.choice.origin == "untrained" else ""
     depths = list(map(len, session.stages))
     network = views.network(session.stage_numbers, depths, session.grids, session.stage, session.block)
-    return session, views.canvas(session.seen, session.grid), beware + network
+    return session, views.canvas(session.seen, session.grid, session.cell), beware + network
 
 
 def _begun(session: Session | None) -> Session:

@@ -134,6 +134,11 @@ class Session:
         return self.recording.scan(self.name).grid
 
     @property
+    def cell(self) -> tuple[float, float]:
+        """Height and width of its patches, in pixels of the picture as the network sees it."""
+        return self.recording.cell(self.name)
+
+    @property
     def seen(self) -> Image.Image:
         """The picture as the network sees it."""
         return Image.fromarray(self.recording.seen.pictures[0])
@@ -155,9 +160,7 @@ class Session:
         """
         stage = _index(stage, len(self.stages))
         moved = replace(self, stage=stage, block=_index(block, len(self.stages[stage])))
-        (rows, columns), (new_rows, new_columns) = self.grid, moved.grid
-        row, column = (self.row + 0.5) * new_rows / rows, (self.column + 0.5) * new_columns / columns
-        return replace(moved, row=int(row), column=int(column))
+        return moved._at((self.column + 0.5) * self.cell[1], (self.row + 0.5) * self.cell[0])
 
     def with_patch(self, row: Any, column: Any) -> Session:
         """Another patch.
@@ -170,7 +173,14 @@ class Session:
 
     def _centred(self) -> Session:
         """The same with the patch in the middle."""
-        return replace(self, row=self.grid[0] // 2, column=self.grid[1] // 2)
+        width, height = self.seen.size
+        return self._at(width / 2, height / 2)
+
+    def _at(self, x: float, y: float) -> Session:
+        """The same with the patch at a place, in pixels; beyond the picture, where a patch is cut off, its last one."""
+        width, height = self.seen.size
+        row, column = self.recording.patch((min(x, width - 1), min(y, height - 1)), self.name)
+        return replace(self, row=row, column=column)
 
 
 def _recorded(loaded: Loaded, picture: Image.Image) -> Recording:

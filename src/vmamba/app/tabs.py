@@ -65,7 +65,7 @@ def routes(session: Session) -> tuple[str, str]:
         )
         share = float(sizes[k].sum() / sizes.sum().clamp(min=1e-30))
         text = both("route", share=share, reach=float(reach[k]), half=int(np.searchsorted(shares, 0.5)))
-        image = views.stack(scan.grid, session.seen.size, heat=views.heat(veiled[k], float(sizes.max())))
+        image = views.stack(scan.grid, maps.cell, session.seen.size, heat=views.heat(veiled[k], float(sizes.max())))
         items.append((_titled(scan, k), image, text))
     strength = float(maps.contributions.sum((1, 2, 3)).norm() / maps.skip.sum(1).norm().clamp(min=1e-30))
     say = views.say("routes", stage=session.stage_number + 1, block=session.block + 1, strength=strength)
@@ -77,15 +77,16 @@ def routes(session: Session) -> tuple[str, str]:
 def memory(session: Session) -> str:
     """How long each patch is remembered in the block that is looked into, and how large a step it chooses."""
     found = session.recording.selectivity(session.name)
-    size, steps, delta = session.seen.size, found.steps[0], found.delta[0]
+    place = found.scan.grid, found.cell, session.seen.size
+    steps, delta = found.steps[0], found.delta[0]
     longest, (least, most) = float(steps[steps.isfinite()].max()) if steps.isfinite().any() else 1.0, delta.aminmax()
     remembered, chosen = [], []
     for k in range(len(steps)):
         title, middle = _titled(found.scan, k), float(steps[k].median())
-        image = views.stack(found.scan.grid, size, heat=views.heat(steps[k].clamp(max=longest).numpy(), longest))
+        image = views.stack(*place, heat=views.heat(steps[k].clamp(max=longest).numpy(), longest))
         key = "remembered_by" if math.isfinite(middle) else "remembered_by_all"
         remembered.append((title, image, both(key, middle=middle, kept=float(found.kept[0, k].mean()))))
-        image = views.stack(found.scan.grid, size, heat=views.heat((delta[k] - least).numpy(), float(most - least)))
+        image = views.stack(*place, heat=views.heat((delta[k] - least).numpy(), float(most - least)))
         chosen.append((title, image, both("chosen_by", middle=float(delta[k].median()))))
     say = views.say("memory", stage=session.stage_number + 1, block=session.block + 1)
     step = views.say("chosen", least=float(least), most=float(most)) + views.cards(chosen)
@@ -133,16 +134,15 @@ def stages(session: Session) -> str:
         found = stage_maps(session.loaded.model, session.recording.seen)
     components, energy, numbers = found.components(), found.energy(), found.numbers()
     colours, strong = [], []
-    for number, colour, length in zip(numbers, components, energy, strict=True):
+    for number, colour, length, cell in zip(numbers, components, energy, found.cells, strict=True):
         title = both("stage", stage=number["stage"])
         low, high = (colour[0].flatten(1).quantile(q, dim=1).view(-1, 1, 1) for q in (0.02, 0.98))
         rgb = ((colour[0] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).movedim(0, 2)
-        image = views.picture(drawing.png((rgb * 255).round().byte().numpy()), session.seen.size)
         channels, rows, columns = number["shape"]
+        place = (rows, columns), cell, session.seen.size
+        image = views.picture(drawing.png((rgb * 255).round().byte().numpy()), *place)
         colours.append((title, image, both("stage_of", rows=rows, columns=columns, channels=channels)))
-        image = views.stack(
-            (rows, columns), session.seen.size, "still", views.heat((length[0] - length[0].min()).numpy())
-        )
+        image = views.stack(*place, "still", views.heat((length[0] - length[0].min()).numpy()))
         strong.append((title, image, both("edges", edges=number["edges"])))
     parts = views.say("components"), views.cards(colours), views.say("energy"), views.cards(strong)
     return views.panel(views.say("stages"), *parts)
@@ -165,9 +165,9 @@ def classes(session: Session) -> str:
     parts = []
     for one in found:
         items = []
-        for stage, cam in zip(one.stages, one.grad_cam, strict=True):
+        for stage, cam, cell in zip(one.stages, one.grad_cam, one.cells, strict=True):
             rows, columns = cam.shape[1:]
-            image = views.stack((rows, columns), session.seen.size, "still", views.heat(cam[0].numpy()))
+            image = views.stack((rows, columns), cell, session.seen.size, "still", views.heat(cam[0].numpy()))
             items.append((both("stage", stage=stage), image, f"{rows}×{columns}"))
         parts += [views.say("class", name=one.targets[0], score=float(one.scores[0])), views.cards(items)]
     return views.panel(views.say("classes"), *parts)
@@ -184,7 +184,7 @@ def field(session: Session) -> str:
     for (key, one), colour in zip(found.items(), drawing.ROUTE_COLOURS[1::-1][-len(found) :], strict=True):
         shares = one.contributions / one.contributions.max()
         heat = drawing.heat_rgba(np.log10(np.maximum(shares, 1e-4)) / 4 + 1, power=1)
-        image = views.picture(drawing.png(heat[..., :3]), session.seen.size)
+        image = views.picture(drawing.png(heat[..., :3]), shares.shape, (1, 1), session.seen.size)
         half, most = one.side(0.5), one.side(0.9)
         items.append((both(key), image, both("field_of", half=half, most=most, area=one.area(0.9))))
         lines.append(drawing.Line(both(key), colour, *(values.tolist() for values in one.within())))

@@ -46,14 +46,14 @@ def picker(examples: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def canvas(picture: Image.Image, grid: tuple[int, int]) -> str:
+def canvas(picture: Image.Image, grid: tuple[int, int], cell: tuple[float, float]) -> str:
     """The picture as the network sees it, on the grid of one stage; what lies over it follows by other ways.
 
     The picture is kept in a variable of the style sheet, so that every map of the page lies over it at no cost.
     """
     style = f"<style>:root{{--photo:url({drawing.photograph(picture)})}}</style>"
     return (
-        f'{style}<div class="vm">{stack(grid, picture.size, "canvas", focus=True)}'
+        f'{style}<div class="vm">{stack(grid, cell, picture.size, "canvas", focus=True)}'
         f'<div class="under"><label for="vm-strength">{both("strength")}</label><input id="vm-strength" type="range" '
         'min="0" max="1" step="0.05" value="0.8" data-variable="--strength">'
         f'<span>{both("less")}</span><div class="scale"></div><span>{both("more")}</span></div>'
@@ -62,12 +62,18 @@ def canvas(picture: Image.Image, grid: tuple[int, int]) -> str:
 
 
 def stack(
-    grid: tuple[int, int], size: tuple[int, int], kind: str = "", heat: str | None = None, focus: bool = False
+    grid: tuple[int, int],
+    cell: tuple[float, float],
+    size: tuple[int, int],
+    kind: str = "",
+    heat: str | None = None,
+    focus: bool = False,
 ) -> str:
     """The picture, a map over it, and the frame around the chosen patch.
 
     Args:
         grid: rows and columns of patches.
+        cell: height and width of a patch in pixels; what is beyond the picture is cut off.
         size: width and height of the picture.
         kind: "canvas" for the large one, "still" for one that is not clicked on.
         heat: address of the map; without one the style sheet says which.
@@ -81,7 +87,7 @@ def stack(
     reach = f' tabindex="0" role="application" aria-label="{plain("canvas", "en")}"' if focus else ""
     return (
         f'<div class="stack {kind}{small}"{places}{reach} '
-        f'style="--rows:{grid[0]};--columns:{grid[1]};aspect-ratio:{size[0]}/{size[1]}">'
+        f'style="--rows:{grid[0]};--columns:{grid[1]};{_covering(cell, size)};aspect-ratio:{size[0]}/{size[1]}">'
         f'<div class="photo"></div><div class="heat"{image}></div>{lines}'
         f"{frame}</div>"
     )
@@ -124,10 +130,15 @@ def wide(picture: Image.Image, name: str) -> str:
     return f'<div class="wide"><img src="{drawing.photograph(picture, 1200)}" alt="{escape(name)}"></div>'
 
 
-def picture(address: str, size: tuple[int, int]) -> str:
-    """A map of few pixels in the shape of a picture of this width and height."""
-    style = f"background-image:url({address});aspect-ratio:{size[0]}/{size[1]}"
-    return f'<div class="map" style="{style}"></div>'
+def picture(address: str, grid: tuple[int, int], cell: tuple[float, float], size: tuple[int, int]) -> str:
+    """A map alone, in the shape of a picture of this width and height; see `stack`."""
+    style = f"--rows:{grid[0]};--columns:{grid[1]};{_covering(cell, size)};aspect-ratio:{size[0]}/{size[1]}"
+    return f'<div class="map" style="background-image:url({address});{style}"></div>'
+
+
+def _covering(cell: tuple[float, float], size: tuple[int, int]) -> str:
+    """What part of the picture's height and width a patch takes, for the style sheet."""
+    return f"--down:{cell[0] / size[1]:.6g};--across:{cell[1] / size[0]:.6g}"
 
 
 def walk(places: Sequence[tuple[int, int]], side: int, colour: str) -> str:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vmamba.explain.images import AnyPictures, Seen
-from vmamba.explain.scans import Recording, Scan, in_pixels, record_scans
+from vmamba.explain.images import AnyPictures, Seen, in_pixels
+from vmamba.explain.scans import Recording, Scan, record_scans
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

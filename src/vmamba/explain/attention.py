@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.errors import RecipeError
-from vmamba.explain.images import AnyPictures, Seen, evaluating, see
-from vmamba.explain.scans import Recording, in_pixels
+from vmamba.explain.images import AnyPictures, Seen, evaluating, in_pixels, see
+from vmamba.explain.scans import Recording
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.errors import RecipeError
-from vmamba.explain.images import AnyPictures, Seen, evaluating, see
+from vmamba.explain.images import AnyPictures, Seen, evaluating, in_patches, see
 from vmamba.models.detection import MaskRCNN
 from vmamba.models.feature_maps import DenseModel
 from vmamba.models.segmentation import UPerNet
@@ -55,14 +55,19 @@ class ClassMaps:
     grad_cam: tuple[Tensor, ...]
     gradient_activation: tuple[Tensor, ...]
 
+    @property
+    def cells(self) -> tuple[tuple[float, float], ...]:
+        """Of each stage the height and width of a patch in pixels of the pictures seen."""
+        return tuple(self.seen.cell((cam.shape[1], cam.shape[2])) for cam in self.grad_cam)
+
     def inside(self, image: int = 0) -> list[float] | None:
         """Of each stage the share of Grad-CAM's map that lies in the region; None without a region."""
         if self.regions is None:
             return None
-        region = self.regions[image].float()[None, None]
+        region = self.regions[image].float()
         shares = []
-        for cam in self.grad_cam:
-            weight = nn.functional.adaptive_avg_pool2d(region, (cam.shape[1], cam.shape[2]))[0, 0]
+        for cam, cell in zip(self.grad_cam, self.cells, strict=True):
+            weight = in_patches(region, cell, (cam.shape[1], cam.shape[2]))
             shares.append(float((cam[image] * weight).sum() / cam[image].sum().clamp(min=1e-30)))
         return shares
 
@@ -93,12 +98,12 @@ class ClassMaps:
         f.show(panels[0, 0], picture, f"logit {float(self.scores[image]):.2f};  Grad-CAM →")
         panels[1, 0].axis("off")
         panels[1, 0].text(1, 0.5, "gradient × activation →", ha="right", va="center", fontsize=10, color=f.INK)
-        for i, stage in enumerate(self.stages):
+        for i, (stage, cell) in enumerate(zip(self.stages, self.cells, strict=True)):
             cam, signed = f.array(self.grad_cam[i][image]), f.array(self.gradient_activation[i][image])
             title = f"stage {stage}: {cam.shape[0]}×{cam.shape[1]}"
             title += f", {f.percent(inside[i])} inside" if inside else ""
-            f.overlay(panels[0, i + 1], picture, cam, f.scale(cam, power=1), title, smooth=True)
-            f.overlay(panels[1, i + 1], picture, signed, f.scale(signed, signed=True), "", f.SIGNED, smooth=True)
+            f.overlay(panels[0, i + 1], picture, cam, f.scale(cam, power=1), title, cell=cell)
+            f.overlay(panels[1, i + 1], picture, signed, f.scale(signed, signed=True), "", f.SIGNED, cell)
         if region is not None:
             for axes in [panels[0, 0], *panels[:, 1:].flat]:
                 f.outline(axes, region)

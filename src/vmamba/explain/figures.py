@@ -63,19 +63,17 @@ def bare(axes: Axes, title: str = "", x: str = "", y: str = "", grid: bool = Tru
         axes.set_axisbelow(True)
 
 
-def show(axes: Axes, picture: NDArray[Any], title: str = "", size: tuple[int, int] | None = None, **style: Any) -> Any:
-    """A picture or map on axes in pixels; of a map of another size each cell becomes a rectangle.
+def show(axes: Axes, picture: NDArray[Any], title: str = "", **style: Any) -> Any:
+    """A picture or map on axes in pixels.
 
     Args:
         axes: where.
-        picture: (h, w, 3 or 4), or (h, w) with a colour map.
+        picture: (H, W, 3 or 4), or (H, W) with a colour map.
         title: above it.
-        size: height and width in pixels that it stands for; by default its own.
         **style: of matplotlib's `imshow`.
     """
-    height, width = size or picture.shape[:2]
-    shown_as = axes.imshow(picture, extent=(0, width, height, 0), interpolation=style.pop("interpolation", "nearest"),
-                           **style)  # fmt: skip
+    height, width = picture.shape[:2]
+    shown_as = axes.imshow(picture, extent=(0, width, height, 0), interpolation="nearest", **style)
     axes.set_title(text_of(title), fontsize=10, color=INK, loc="left")
     axes.xaxis.set_major_locator(FixedLocator([0, width]))
     axes.yaxis.set_major_locator(FixedLocator([0, height]))
@@ -104,27 +102,30 @@ def overlay(
     norm: Normalize,
     title: str = "",
     colours: str = HEAT,
-    smooth: bool = False,
+    cell: tuple[float, float] | None = None,
 ) -> None:
     """A map over its picture, which is grey and dark where the map says nothing.
 
     Args:
         axes: where.
         picture: uint8 (H, W, 3).
-        values: (h, w), of any size; NaN where there is nothing to show.
+        values: (h, w); NaN where there is nothing to show.
         norm: see `scale`.
         title: above it.
         colours: name of a colour map.
-        smooth: whether to blend between cells.
+        cell: of a map in patches, height and width of each in pixels, to blend between them; else it is in pixels.
     """
-    size = picture.shape[:2]
+    height, width = picture.shape[:2]
     grey = picture @ np.array([0.299, 0.587, 0.114]) / 255
     share = np.clip(np.asarray(norm(np.nan_to_num(values)), dtype=np.float64), 0, 1)
     rgba = colormaps[colours](share)
     strength = np.abs(2 * share - 1) if colours == SIGNED else share
     rgba[..., 3] = np.where(np.isnan(values), 0, 0.25 + 0.65 * strength)
     show(axes, np.repeat((0.15 + 0.6 * grey)[..., None], 3, 2), title, vmin=0, vmax=1)
-    axes.imshow(rgba, extent=(0, size[1], size[0], 0), interpolation="bilinear" if smooth else "nearest")
+    down, across = cell or (1, 1)
+    extent = (0, across * values.shape[1], down * values.shape[0], 0)
+    axes.imshow(rgba, extent=extent, interpolation="bilinear" if cell else "nearest")
+    axes.set(xlim=(0, width), ylim=(height, 0))
 
 
 def picture_grid(

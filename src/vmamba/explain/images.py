@@ -74,6 +74,11 @@ class Seen:
         rows, columns = round(height / part.height * self.size[0]), round(width / part.width * self.size[1])
         return min(rows, self.size[0]), min(columns, self.size[1])
 
+    def cell(self, grid: tuple[int, int]) -> tuple[float, float]:
+        """Height and width, in pixels, of what a patch of a grid of so many rows and columns stands for."""
+        height, width = (_stride(*pair) for pair in zip(self.size, grid, strict=True))
+        return height, width
+
     def one(self, image: int) -> Seen:
         """One of the pictures alone."""
         this = slice(image, image + 1)
@@ -288,6 +293,34 @@ def _cropped(image: Image.Image, pre: Preprocessing) -> tuple[Tensor, Part]:
                 across, down = across * before.width / view.width, down * before.height / view.height
     pixels = torch.as_tensor(view)
     return pixels, Part(left, top, pixels.shape[2] * across, pixels.shape[1] * down)
+
+
+def in_pixels(values: Tensor, cell: tuple[float, float], size: tuple[int, int]) -> Tensor:
+    """Maps (..., H, W) of patches in pixels, (..., *size), each patch as the rectangle of `cell` that it stands for."""
+    for dim, (pixels, side) in enumerate(zip(size, cell, strict=True), start=-2):
+        values = values.index_select(dim, _patches(pixels, side, values.shape[dim]).to(values.device))
+    return values
+
+
+def in_patches(values: Tensor, cell: tuple[float, float], grid: tuple[int, int]) -> Tensor:
+    """The other way: maps (..., H, W) of pixels as (..., *grid), of each patch the mean over its pixels."""
+    for dim, (patches, side) in enumerate(zip(grid, cell, strict=True), start=-2):
+        belongs = F.one_hot(_patches(values.shape[dim], side, patches), patches).to(values)
+        values = ((belongs / belongs.sum(0).clamp(min=1)).T @ values.movedim(dim, -2)).movedim(-2, dim)
+    return values
+
+
+def _patches(pixels: int, side: float, patches: int) -> Tensor:
+    """Of each pixel of a row the patch that it belongs to."""
+    return ((torch.arange(pixels) + 0.5) / side).long().clamp(max=patches - 1)
+
+
+def _stride(pixels: int, patches: int) -> float:
+    """Pixels a patch: a power of two where that explains the grid, whose last patch may then be cut off or left out."""
+    powers = [2**n for n in range(16)]
+    whole = [side for side in powers if -(-pixels // side) == patches]
+    whole += [side for side in powers if pixels // side == patches]
+    return float(whole[0]) if whole else pixels / patches
 
 
 def _rgb(pixels: Tensor) -> NDArray[np.uint8]:

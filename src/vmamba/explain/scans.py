@@ -166,8 +166,7 @@ class Recording:
 
     def cell(self, block: int | str = -1) -> tuple[float, float]:
         """Height and width of a block's patches in pixels of the pictures seen."""
-        height, width = (_stride(*pair) for pair in zip(self.seen.size, self.scan(block).grid, strict=True))
-        return height, width
+        return self.seen.cell(self.scan(block).grid)
 
     def patch(self, query: tuple[float, float] | None, block: int | str = -1) -> tuple[int, int]:
         """Row and column of the patch at a place (x, y), in pixels of the pictures seen; None for the middle.
@@ -278,19 +277,3 @@ def _named(model: nn.Module, inside: list[str]) -> Iterator[None]:
             hooks.callback(module.register_forward_pre_hook(enter(name)).remove)
             hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield
-
-
-def in_pixels(values: Tensor, cell: tuple[float, float], size: tuple[int, int]) -> Tensor:
-    """Maps (..., H, W) of patches in pixels, (..., *size), each patch as the rectangle of `cell` that it stands for."""
-    for dim, (pixels, side) in enumerate(zip(size, cell, strict=True), start=-2):
-        places = ((torch.arange(pixels, device=values.device) + 0.5) / side).long().clamp(max=values.shape[dim] - 1)
-        values = values.index_select(dim, places)
-    return values
-
-
-def _stride(pixels: int, patches: int) -> float:
-    """Pixels a patch: a power of two where that explains the grid, whose last patch may then be cut off or left out."""
-    powers = [2**n for n in range(16)]
-    whole = [side for side in powers if -(-pixels // side) == patches]
-    whole += [side for side in powers if pixels // side == patches]
-    return float(whole[0]) if whole else pixels / patches

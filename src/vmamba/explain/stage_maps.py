@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from vmamba.errors import RecipeError
-from vmamba.explain.images import AnyPictures, Seen, evaluating, name_of, see
+from vmamba.explain.images import AnyPictures, Seen, evaluating, in_patches, in_pixels, name_of, see
 from vmamba.models.feature_maps import DenseModel
 
 if TYPE_CHECKING:
@@ -35,6 +36,11 @@ class StageMaps:
     name: str
     seen: Seen
     maps: tuple[Tensor, ...]
+
+    @property
+    def cells(self) -> tuple[tuple[float, float], ...]:
+        """Of each stage the height and width of a patch in pixels of the pictures seen."""
+        return tuple(self.seen.cell((x.shape[2], x.shape[3])) for x in self.maps)
 
     def components(self, number: int = 3) -> list[Tensor]:
         """The first principal components of each stage's map, (B, number, H, W), over the patches of all pictures.
@@ -66,16 +72,16 @@ class StageMaps:
         grey = (pictures * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
         steep = _slope(grey).square()
         rows = []
-        for x in self.maps:
-            at_stage = F.adaptive_avg_pool2d(steep, (x.shape[2], x.shape[3])).sqrt()
+        for x, cell in zip(self.maps, self.cells, strict=True):
+            at_stage = in_patches(steep, cell, (x.shape[2], x.shape[3])).sqrt()
             rows.append(_correlation(_slope(x).flatten(1), at_stage.flatten(1)))
         return torch.stack(rows, 1)
 
     def numbers(self, image: int = 0) -> list[dict[str, Any]]:
         """The figures of one picture in plain values, for JSON, one dictionary a stage."""
-        edges, strongest = self.edges()[image].tolist(), self.strongest()
+        edges, strongest, cells = self.edges()[image].tolist(), self.strongest(), self.cells
         return [
-            {"stage": i, "shape": list(x.shape[1:]), "stride": round(self.seen.size[0] / x.shape[2]),
+            {"stage": i, "shape": list(x.shape[1:]), "stride": round(cells[i - 1][0]),
              "edges": edges[i - 1], "strongest_channels": strongest[i - 1].tolist()}
             for i, x in enumerate(self.maps, start=1)
         ]  # fmt: skip
@@ -104,20 +110,21 @@ class StageMaps:
             axes.text(1, 0.5, label, ha="right", va="center", transform=axes.transAxes, fontsize=10, color=f.INK)
         panels[0, 0].axis("on")
         f.show(panels[0, 0], self.seen.pictures[image], "picture; beside it: components")
-        for i, x in enumerate(self.maps):
+        for i, (x, cell) in enumerate(zip(self.maps, self.cells, strict=True)):
+            spread = functools.partial(in_pixels, cell=cell, size=size)
             column = panels[:, i + 1]
             colours = components[i].movedim(1, 3)
-            low, high = (colours.flatten(0, 2).quantile(q, dim=0) for q in (0.02, 0.98))
-            rgb = ((colours[image] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+            low, high = (colours.flatten(0, 2).quantile(q, dim=0).view(3, 1, 1) for q in (0.02, 0.98))
+            rgb = ((components[i][image] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
             shape = "×".join(map(str, x.shape[2:]))
-            f.show(column[0], f.array(rgb), f"stage {i + 1}: {shape}, {x.shape[1]} channels", size)
-            f.show(column[1], f.array(energy[i][image]), f"follows edges: {edges[image, i]:.2f}", size, cmap=f.HEAT)
+            f.show(column[0], f.array(spread(rgb).movedim(0, 2)), f"stage {i + 1}: {shape}, {x.shape[1]} channels")
+            f.show(column[1], f.array(spread(energy[i][image])), f"follows edges: {edges[image, i]:.2f}", cmap=f.HEAT)
             chosen = list(channels) if channels is not None else strongest[i].tolist()
             for axes, channel in zip(column[2:], chosen, strict=False):
                 if channel >= x.shape[1]:
                     continue
-                values = f.array(x[image, channel])
-                f.show(axes, values, f"channel {channel}", size, norm=f.scale(values, signed=True), cmap=f.SIGNED)
+                values = f.array(spread(x[image, channel]))
+                f.show(axes, values, f"channel {channel}", norm=f.scale(values, signed=True), cmap=f.SIGNED)
             for axes in column:
                 axes.axis("on" if axes.images else "off")
         return figure
