@@ -211,7 +211,7 @@ def test_figures_have_the_maps(tmp_path):
     maps = recording.maps((3.0, 5.0), 1)
     figure = maps.figure()
     titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert [title.partition(":")[0] for title in titles[:6]] == [
+    assert [title.partition("\n")[0] for title in titles[:6]] == [
         "the patch asked about", "rows →", "columns ↓", "all routes together", "rows ← back", "columns ↑ back",
     ]  # fmt: skip
     for axes in figure.axes[:6]:

@@ -148,28 +148,31 @@ class ActivationMaps:
         row, column = self.queries[image]
         skip = float(self.skip_share[image])
         shares = self.routes("share")[image].sum((1, 2)).tolist()
+        titles = [
+            f"{name}\n{f.percent(share)} of the output"
+            for name, share in zip(self.scan.route_names, shares, strict=True)
+        ]
+        above = "the patch asked about", "all routes together"
+        label = {
+            "size": "size of a patch's contribution, as a share of the output's",
+            "share": "share of the output",
+            "weight": "mean absolute weight",
+        }[measure]
         figure, panels, (bar,) = f.picture_grid(
             2, 3, self.seen.size,
             f"What a patch is made of: {self.scan.label}, row {row + 1}, column {column + 1} of"
             f" {self.scan.grid[0]}×{self.scan.grid[1]}",
             f"The routes bring {f.percent(1 - skip)} of the patch's output, its own skip {f.percent(skip)}. Not yet"
             " visited: left grey. Axes in pixels.",
+            titles=[*above, *titles], bars=[label],
         )  # fmt: skip
         colours = f.SIGNED if signed else f.HEAT
         picture = self.seen.pictures[image]
-        f.show(panels[0, 0], picture, "the patch asked about")
-        f.overlay(panels[1, 0], picture, f.array(self.in_pixels(merged)), norm, "all routes together", colours)
-        for axes, values, name, share in zip(
-            panels[:, 1:].flat, routes, self.scan.route_names, shares, strict=True
-        ):  # fmt: skip
-            title = f"{name}: {f.percent(share)} of the output"
+        f.show(panels[0, 0], picture, above[0])
+        f.overlay(panels[1, 0], picture, f.array(self.in_pixels(merged)), norm, above[1], colours)
+        for axes, values, title in zip(panels[:, 1:].flat, routes, titles, strict=True):
             f.overlay(axes, picture, f.array(self.in_pixels(values)), norm, title, colours)
-        label = {
-            "size": "size of a patch's contribution, as a share of the output's",
-            "share": "share of the output",
-            "weight": "mean absolute weight",
-        }[measure]
-        f.colour_bar(figure, bar, norm, label, colours, form=None if measure == "weight" else f.percent)
+        f.colour_bar(figure, bar, norm, colours, form=None if measure == "weight" else f.percent)
         for axes in panels.flat:
             f.mark(axes, *self.frame(image))
         return figure

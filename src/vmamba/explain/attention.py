@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_PATCHES = 1024  # of a grid, for a matrix of its square
+_MOST_INCHES = 4.0  # of a picture's height in a figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +70,14 @@ class AttentionMatrix:
 
         every = [self, *self.parts(), *others]
         height, width = self.seen.size
+        below = min(2.6 * height / width, _MOST_INCHES)
         at = self.seen.given(*((width / 2, height / 2) if query is None else query))
         figure = f.new_figure(
-            2.6 * len(every) + 0.3, 3.2 + 2.6 * height / width, "Who hears whom",
+            2.6 * len(every) + 0.3, 3.4 + below, "Who hears whom",
             "Above: each row a listening patch, each column one that is heard, counted row by row. Below: the row of"
             " the framed patch, over the picture. Each scaled to its own largest value, small ones lifted.",
         )  # fmt: skip
-        panels = figure.subplots(2, len(every), squeeze=False)
+        panels = figure.subplots(2, len(every), squeeze=False, height_ratios=(2.6, below + 0.2))
         for column, each in enumerate(every):
             place = each.seen.seen_at(*at)
             norm = f.scale(f.array(each.values), power=1 / 3)

@@ -89,19 +89,24 @@ class ClassMaps:
 
         picture, inside = self.seen.pictures[image], self.inside(image)
         region = None if self.regions is None else f.array(self.regions[image])
+        first, second = f"logit {float(self.scores[image]):.2f};  Grad-CAM →", "gradient × activation →"
+        titles = [
+            f"stage {stage}: {cam.shape[1]}×{cam.shape[2]}"
+            for stage, cam in zip(self.stages, self.grad_cam, strict=True)
+        ]
+        if inside:
+            titles = [f"{title}, {f.percent(share)} inside" for title, share in zip(titles, inside, strict=True)]
         figure, panels, _ = f.picture_grid(
             2, len(self.stages) + 1, self.seen.size, f"What made this {self.targets[image]}",
             "Grad-CAM: what spoke for it. Gradient × activation: red for, blue against. Each map scaled to its own"
             f" largest value.{'' if region is None else ' Outlined: the pixels that are explained.'} Axes in pixels.",
-            side=2.5, bar=False,
+            side=2.5, titles=[first, second, *titles],
         )  # fmt: skip
-        f.show(panels[0, 0], picture, f"logit {float(self.scores[image]):.2f};  Grad-CAM →")
+        f.show(panels[0, 0], picture, first)
         panels[1, 0].axis("off")
-        panels[1, 0].text(1, 0.5, "gradient × activation →", ha="right", va="center", fontsize=10, color=f.INK)
-        for i, (stage, cell) in enumerate(zip(self.stages, self.cells, strict=True)):
+        panels[1, 0].text(1, 0.5, second, ha="right", va="center", fontsize=10, color=f.INK)
+        for i, (title, cell) in enumerate(zip(titles, self.cells, strict=True)):
             cam, signed = f.array(self.grad_cam[i][image]), f.array(self.gradient_activation[i][image])
-            title = f"stage {stage}: {cam.shape[0]}×{cam.shape[1]}"
-            title += f", {f.percent(inside[i])} inside" if inside else ""
             f.overlay(panels[0, i + 1], picture, cam, f.scale(cam, power=1), title, cell=cell)
             f.overlay(panels[1, i + 1], picture, signed, f.scale(signed, signed=True), "", f.SIGNED, cell)
         if region is not None:

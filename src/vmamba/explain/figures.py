@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ except ImportError as error:
 __all__ = ["BLUE", "GREY", "HEAT", "INK", "ORANGE", "PALE", "SIGNED", "Figure"]
 
 HEAT, SIGNED = "inferno", "RdBu_r"  # colours of what is 0 or more, and of what has a sign
+_LEAST_BAR = 1.3  # inches of a colour bar, for its numbers
+_LETTERS = 125  # to the inch, in letters of the size 1, at their usual width
 COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for lines
 
 
@@ -38,10 +40,14 @@ def new_figure(width: float, height: float, title: str, note: str = "") -> Figur
     """An empty figure of so many inches, with a title at its upper left and a note, in grey, below that."""
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06))
     for put, text, size, colour in ((figure.suptitle, title, 13, INK), (figure.supxlabel, note, 9, GREY)):
-        lines = textwrap.fill(text_of(text), round(width * 125 / size))  # letters, at their usual width
         if text:
-            put(lines, fontsize=size, color=colour, x=0.01, ha="left", linespacing=1.3)
+            put(wrapped(text, width, size), fontsize=size, color=colour, x=0.01, ha="left", linespacing=1.3)
     return figure
+
+
+def wrapped(text: str, width: float, size: float) -> str:
+    """A text in lines of so many inches, in letters of this size."""
+    return textwrap.fill(text_of(text), round(width * _LETTERS / size))
 
 
 def text_of(text: str) -> str:
@@ -69,12 +75,12 @@ def show(axes: Axes, picture: NDArray[Any], title: str = "", **style: Any) -> An
     Args:
         axes: where.
         picture: (H, W, 3 or 4), or (H, W) with a colour map.
-        title: above it.
+        title: above it, in one line or several.
         **style: of matplotlib's `imshow`.
     """
     height, width = picture.shape[:2]
     shown_as = axes.imshow(picture, extent=(0, width, height, 0), interpolation="nearest", **style)
-    axes.set_title(text_of(title), fontsize=10, color=INK, loc="left")
+    axes.set_title("\n".join(map(text_of, title.split("\n"))), fontsize=10, color=INK, loc="left")
     axes.xaxis.set_major_locator(FixedLocator([0, width]))
     axes.yaxis.set_major_locator(FixedLocator([0, height]))
     axes.tick_params(colors=GREY, length=0, labelsize=7, pad=1)
@@ -129,7 +135,14 @@ def overlay(
 
 
 def picture_grid(
-    rows: int, columns: int, size: tuple[int, int], title: str, note: str = "", side: float = 2.7, bar: bool = True
+    rows: int,
+    columns: int,
+    size: tuple[int, int],
+    title: str,
+    note: str = "",
+    side: float = 2.7,
+    titles: Sequence[str] = (),
+    bars: Sequence[str] = (),
 ) -> tuple[Figure, NDArray[Any], list[Axes]]:
     """A figure of equal panels for pictures of one size.
 
@@ -137,37 +150,45 @@ def picture_grid(
         rows, columns: how many panels.
         size: height and width of the pictures.
         title, note: above and below.
-        side: inches of a panel's longer side.
-        bar: whether there are narrow axes at the right, for a colour bar.
+        side: inches of a picture's longer side.
+        titles: what is written in and above panels, which are made wide and high enough for it.
+        bars: what the colour bars at the right are of: of one along all rows, or of one a row.
 
     Returns:
-        The figure, its panels (rows, columns), and a list with the axes for the bar, or without.
+        The figure, its panels (rows, columns), and the axes for the bars.
     """
     height, width = (side * pixels / max(size) for pixels in size)
-    figure = new_figure(
-        (width + 0.2) * columns + (1.1 if bar else 0.1), (height + 0.42) * rows + (0.8 if note else 0.45), title, note
-    )
-    grid = figure.add_gridspec(rows, columns + bar, width_ratios=[*[1] * columns, *[0.045] * bar])
-    panels = [[figure.add_subplot(grid[i, j]) for j in range(columns)] for i in range(rows)]
-    return figure, np.array(panels), [figure.add_subplot(grid[:, columns])] if bar else []
+    lines = [title.split("\n") for title in titles]
+    width = max([width, *(10 * len(line) / _LETTERS for title in lines for line in title)])
+    height = max(height, _LEAST_BAR * len(bars) / rows) + 0.25 + 0.17 * max(map(len, lines), default=1)
+    labels = [wrapped(label, height * rows / len(bars) - 0.6, 9) for label in bars]
+    right = 0.9 + 0.16 * max(label.count("\n") + 1 for label in labels) if bars else 0.1
+    figure = new_figure((width + 0.2) * columns + right, height * rows + (0.8 if note else 0.45), title, note)
+    grid = figure.add_gridspec(rows, columns + bool(bars), width_ratios=[*[1] * columns, *[0.12 / width] * bool(bars)])
+    panels = [[figure.add_subplot(grid[i, j], anchor="W") for j in range(columns)] for i in range(rows)]
+    step = rows // max(len(bars), 1)
+    beside = [figure.add_subplot(grid[i * step : (i + 1) * step, columns]) for i in range(len(bars))]
+    for axes, label in zip(beside, labels, strict=True):
+        axes.set_ylabel(label)
+    return figure, np.array(panels), beside
 
 
 def colour_bar(
     figure: Figure,
     axes: Axes,
     norm: Normalize,
-    label: str,
     colours: str = HEAT,
     form: Callable[[float], str] | None = None,
 ) -> None:
-    """What the colours mean, drawn on `axes`; with the values at even distances along it."""
+    """What the colours mean, drawn on `axes`, whose label says of what; with the values at even distances along it."""
+    label = axes.get_ylabel()
     bar = figure.colorbar(ScalarMappable(norm, colours), cax=axes)
     bar.outline.set_visible(False)
     values = [float(norm.inverse(place)) for place in np.linspace(0, 1, 5)]
     form = form or (lambda value: f"{value:.3g}")
     bar.set_ticks(values, labels=[form(value) for value in values])
     bar.ax.tick_params(colors=GREY, length=0, labelsize=8)
-    bar.set_label(text_of(label), color=GREY, fontsize=9)
+    bar.set_label(label, color=GREY, fontsize=9)
 
 
 def percent(share: float) -> str:

@@ -66,30 +66,27 @@ class Selectivity:
         """For each route, a column: Δ, the decay, and how long each patch is remembered."""
         from vmamba.explain import figures as f
 
-        height, width = (2.4 * side / max(self.seen.size) for side in self.seen.size)
-        routes = len(self.scan.route_names)
-        figure = f.new_figure(
-            (width + 0.25) * routes + 1.2, (height + 0.4) * 3 + 0.8,
-            f"What each patch does to the states: {self.scan.label}",
+        rows = (
+            ("step Δ", self.delta[image], f.HEAT),
+            ("kept at each step, exp(ΔA)", self.decay[image], "viridis"),
+            ("remembered for, steps", self.steps[image], "YlGnBu"),
+        )
+        names = self.scan.route_names
+        figure, grid, bars = f.picture_grid(
+            len(rows), len(names), self.seen.size, f"What each patch does to the states: {self.scan.label}",
             f"Means over channels and states; remembered until half of the states are down to {self.share:.0%}."
             " Grey: to the end of the route. Axes in pixels.",
+            side=2.4, titles=names, bars=[label for label, _, _ in rows],
         )  # fmt: skip
-        grid = figure.add_gridspec(3, routes + 1, width_ratios=[*[1] * routes, 0.05])
-        rows = (
-            ("step Δ", self.delta[image], f.HEAT, 1.0),
-            ("kept at each step, exp(ΔA)", self.decay[image], "viridis", 1.0),
-            ("remembered for, steps", self.steps[image], "YlGnBu", 1.0),
-        )
-        for row, (label, values, colours, power) in enumerate(rows):
+        for row, (label, values, colours) in enumerate(rows):
             panels = f.array(in_pixels(values, self.cell, self.seen.size))
             finite = panels[panels < math.inf]
             low = float(finite.min()) if row and len(finite) else 0.0
-            norm = f.scale(finite, power, low=low)
-            for k, name in enumerate(self.scan.route_names):
-                axes = figure.add_subplot(grid[row, k])
-                f.show(axes, panels[k], name if row == 0 else "", norm=norm, cmap=f.ended(colours))
+            norm = f.scale(finite, power=1, low=low)
+            for k, name in enumerate(names):
+                f.show(grid[row, k], panels[k], name if row == 0 else "", norm=norm, cmap=f.ended(colours))
             form = "{:.0f}".format if label.endswith("steps") else None
-            f.colour_bar(figure, figure.add_subplot(grid[row, routes]), norm, label, colours, form)
+            f.colour_bar(figure, bars[row], norm, colours, form)
         return figure
 
     def save(self, path: str | os.PathLike[str], image: int = 0) -> None:

@@ -98,26 +98,26 @@ class StageMaps:
         components, energy, strongest, edges = self.components(), self.energy(), self.strongest(), self.edges()
         kinds = 2 + (len(channels) if channels is not None else _STRONGEST)
         size, stages = self.seen.size, len(self.maps)
+        first = "picture; components →"
+        rows = ["energy", *["chosen channel" if channels else "a channel that varies much"] * (kinds - 2)]
+        titles = [f"stage {i}: {x.shape[2]}×{x.shape[3]}, {x.shape[1]} channels" for i, x in enumerate(self.maps, 1)]
         figure, panels, _ = f.picture_grid(
             kinds, stages + 1, size, f"What the stages of {self.name} put out",
             "Components: the three directions in which patches differ most, as red, green and blue. Energy: how far a"
             " patch is from the picture's mean. Edges: correlation with the picture's gradient. Axes in pixels.",
-            side=2.1, bar=False,
+            side=2.1, titles=[first, *rows, *titles],
         )  # fmt: skip
-        rows = ["", "energy", *["chosen channel" if channels else "a channel that varies much"] * (kinds - 2)]
-        for axes, label in zip(panels[:, 0], rows, strict=True):
+        for axes, label in zip(panels[1:, 0], rows, strict=True):
             axes.axis("off")
             axes.text(1, 0.5, label, ha="right", va="center", transform=axes.transAxes, fontsize=10, color=f.INK)
-        panels[0, 0].axis("on")
-        f.show(panels[0, 0], self.seen.pictures[image], "picture; beside it: components")
+        f.show(panels[0, 0], self.seen.pictures[image], first)
         for i, (x, cell) in enumerate(zip(self.maps, self.cells, strict=True)):
             spread = functools.partial(in_pixels, cell=cell, size=size)
             column = panels[:, i + 1]
             colours = components[i].movedim(1, 3)
             low, high = (colours.flatten(0, 2).quantile(q, dim=0).view(3, 1, 1) for q in (0.02, 0.98))
             rgb = ((components[i][image] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-            shape = "×".join(map(str, x.shape[2:]))
-            f.show(column[0], f.array(spread(rgb).movedim(0, 2)), f"stage {i + 1}: {shape}, {x.shape[1]} channels")
+            f.show(column[0], f.array(spread(rgb).movedim(0, 2)), titles[i])
             f.show(column[1], f.array(spread(energy[i][image])), f"follows edges: {edges[image, i]:.2f}", cmap=f.HEAT)
             chosen = list(channels) if channels is not None else strongest[i].tolist()
             for axes, channel in zip(column[2:], chosen, strict=False):
