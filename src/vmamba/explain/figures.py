@@ -41,18 +41,19 @@ def new_figure(width: float, height: float, title: str, note: str = "") -> Figur
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06))
     for put, text, size, colour in ((figure.suptitle, title, 13, INK), (figure.supxlabel, note, 9, GREY)):
         if text:
-            put(wrapped(text, width, size), fontsize=size, color=colour, x=0.01, ha="left", linespacing=1.3)
+            put(text_of(wrapped(text, width, size)), fontsize=size, color=colour, x=0.01, ha="left", linespacing=1.3)
     return figure
 
 
 def wrapped(text: str, width: float, size: float) -> str:
     """A text in lines of so many inches, in letters of this size."""
-    return textwrap.fill(text_of(text), round(width * _LETTERS / size))
+    return textwrap.fill(text, round(width * _LETTERS / size))
 
 
 def text_of(text: str) -> str:
-    """Any text as a figure can show it: every byte, and no formula."""
-    return shown(text).encode(errors="backslashreplace").decode().replace("$", r"\$")
+    """Any text as a figure can show it, in its lines: every byte, and no formula."""
+    text = "\n".join(map(shown, text.split("\n")))
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def bare(axes: Axes, title: str = "", x: str = "", y: str = "", grid: bool = True) -> None:
@@ -80,7 +81,7 @@ def show(axes: Axes, picture: NDArray[Any], title: str = "", **style: Any) -> An
     """
     height, width = picture.shape[:2]
     shown_as = axes.imshow(picture, extent=(0, width, height, 0), interpolation="nearest", **style)
-    axes.set_title("\n".join(map(text_of, title.split("\n"))), fontsize=10, color=INK, loc="left")
+    axes.set_title(text_of(title), fontsize=10, color=INK, loc="left")
     axes.xaxis.set_major_locator(FixedLocator([0, width]))
     axes.yaxis.set_major_locator(FixedLocator([0, height]))
     axes.tick_params(colors=GREY, length=0, labelsize=7, pad=1)

@@ -278,39 +278,40 @@ def draw_receptive_fields(fields: Sequence[ReceptiveField], columns: int = 5) ->
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
 
-    from vmamba.explain.figures import COLOURS, GREY, HEAT, bare, new_figure, show
+    from vmamba.explain.figures import COLOURS, GREY, HEAT, bare, new_figure, show, text_of, wrapped
 
     columns, norm = min(columns, len(fields)), LogNorm(FLOOR, 1)
     rows = -(-len(fields) // columns)
     title = "Effective receptive field of the middle of the map"
-    note = (
-        f"size of the gradient of its channels by each pixel, mean over {fields[0].images} images; the squares hold"
-        " 50 % (solid) and 90 % (dashed)"
-    )
-    figure = new_figure(2.5 * columns + 4.6, max(2.7 * rows + 0.8, 3.5), title, note)
+    mean = f", mean over {fields[0].images} images" if fields[0].images > 1 else ""
+    note = f"size of the gradient of its channels by each pixel{mean}; the squares hold 50 % (solid) and 90 % (dashed)"
+    names, labels = ([wrapped(field.name, width, size) for field in fields] for width, size in ((2, 10), (3.2, 8)))
+    above = 0.17 * max(name.count("\n") for name in names)
+    legend = 0.16 * sum(label.count("\n") + 1 for label in labels)
+    figure = new_figure(2.5 * columns + 4.6, max((2.7 + above) * rows + 0.8, 3.5 + legend), title, note)
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(2.5 * columns + 0.8, 3.8)))
-    axes = left.subplots(rows, columns, squeeze=False)
-    for place, field in zip(axes.flat, fields, strict=False):
+    grid = left.add_gridspec(rows, columns + 1, width_ratios=[*[1] * columns, 0.05])
+    for number, (field, name) in enumerate(zip(fields, names, strict=True)):
+        place = left.add_subplot(grid[divmod(number, columns)], anchor="W")
         strength = field.contributions / field.contributions.max()
-        show(place, np.maximum(strength, FLOOR), field.name, norm=norm, cmap=HEAT)
-        place.set_xlabel(f"50 % in {field.side(0.5):.0f} px, 90 % in {field.side(0.9):.0f} px", fontsize=8, color=GREY)
+        show(place, np.maximum(strength, FLOOR), name, norm=norm, cmap=HEAT)
+        below = f"50 % in {field.side(0.5):.0f} px, 90 % in {field.side(0.9):.0f} px"
+        place.set_xlabel(below, loc="left", fontsize=8, color=GREY)
         for share, line in ((0.5, "-"), (0.9, "--")):
             side, (y, x) = field.side(share), field.centre
             place.add_patch(Rectangle((x - side / 2, y - side / 2), side, side, fill=False, ec="white", lw=1, ls=line))
         place.set(xlim=(0, strength.shape[1]), ylim=(strength.shape[0], 0))
-    for place in axes.flat[len(fields) :]:
-        place.axis("off")
-    bar = left.colorbar(ScalarMappable(norm, HEAT), ax=axes, fraction=0.03, pad=0.02, shrink=0.9)
+    bar = left.colorbar(ScalarMappable(norm, HEAT), cax=left.add_subplot(grid[:, columns]))
     bar.set_label("contribution, strongest = 1", color=GREY, fontsize=8)
     bar.ax.tick_params(colors=GREY, labelsize=8)
     growth = right.subplots()
     bare(growth, "share inside a square around its centre", "side of the square, pixels")
-    for number, field in enumerate(fields):
+    for number, (field, label) in enumerate(zip(fields, labels, strict=True)):
         sides, shares = field.within()
-        growth.plot(sides, 100 * shares, color=COLOURS[number % len(COLOURS)], lw=1.8, label=field.name)
+        growth.plot(sides, 100 * shares, color=COLOURS[number % len(COLOURS)], lw=1.8, label=text_of(label))
     growth.set(xlim=(0, min(max(field.contributions.shape) for field in fields)), ylim=(0, 100))
     growth.yaxis.set_major_formatter("{x:g} %")
-    growth.legend(frameon=False, fontsize=8)
+    right.legend(loc="outside lower left", frameon=False, fontsize=8)
     return figure
 
 
