@@ -18,6 +18,7 @@ from models.dense import (
     unpacked,
     write_openmmlab,
 )
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -188,6 +189,29 @@ def test_enlarging_after_the_convolution_changes_nothing(sizes: tuple[tuple[int,
     assert_close(block(maps), plain, atol=0.0)
 
 
+def name_of(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Sequential(nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False), nn.Conv2d(24, 16, 1, bias=False)),
+        nn.Conv2d(24, 16, 3, padding=2, dilation=2, bias=False),
+        nn.Conv2d(24, 16, 3, padding=1),
+    ],
+    ids=["separable", "dilated", "with a bias"],
+)
+def test_another_convolution_of_enlarged_maps(conv: nn.Module) -> None:
+    block, maps = FusionBlock(24, 16).eval(), [draw(f"map{i}", (2, 8, side, side)) for i, side in enumerate((9, 5, 3))]
+    block.conv = conv
+    with torch.no_grad():
+        plain = block.relu(block.bn(conv(torch.cat([resized(x, (9, 9)) for x in maps], 1))))
+        assert_close(block(maps), plain, atol=2e-5)
+        block.bn = nn.GroupNorm(4, 16)
+        assert block(maps).shape == (2, 16, 9, 9)
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_a_norm_in_place_changes_nothing(kernel: int) -> None:
     block, x = conv_block(8, 16, kernel, norm=True, relu=True).eval(), draw("x", (2, 8, 5, 7))
@@ -218,3 +242,24 @@ def test_a_norm_in_place_changes_nothing(kernel: int) -> None:
         assert block(x).shape == (2, 560)
         block.bn = nn.Identity()
         assert_close(block(x), F.relu(block.conv(x)).flatten(1), atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(4, 16), nn.InstanceNorm2d(16), nn.SyncBatchNorm(16)], ids=lambda module: type(module).__name__
+)
+def test_another_norm_after_a_convolution(norm: nn.Module) -> None:
+    block, x = conv_block(8, 16, 3, norm=True, relu=True).eval(), draw("x", (2, 8, 5, 7))
+    block.bn = norm.eval()
+    with torch.no_grad():
+        assert_close(block(x), F.relu(norm(block.conv(x))), atol=0.0)
+
+
+@pytest.mark.parametrize("conv", [nn.Identity(), nn.Dropout(), DropPath(0.1)], ids=name_of)
+def test_nothing_is_overwritten_that_no_convolution_gave(conv: nn.Module) -> None:
+    block, x = conv_block(8, 8, 3, norm=True, relu=True).eval(), draw("x", (2, 8, 5, 7))
+    block.conv = conv.eval()
+    block.bn.running_mean.fill_(1.0)
+    given = x.clone()
+    with torch.no_grad():
+        assert_close(block(x), F.relu(block.bn(given)), atol=0.0)
+    assert torch.equal(x, given)

@@ -85,13 +85,17 @@ class ConvBlock(nn.Sequential):
 
 
 def may_overwrite(conv: nn.Conv2d, bn: nn.BatchNorm2d, *inputs: Tensor) -> bool:
-    """Whether nobody will miss what `conv` gives to `bn`, and `normalise_` is that norm."""
+    """Whether nobody will miss what `conv` gives to `bn`, and `normalise_` is that norm.
+
+    Other modules may be in the places of both.
+    """
+    if is_compiled() or not (cpu.is_plain(bn, nn.BatchNorm2d) and type(conv) in (nn.Conv2d, Conv2d)):
+        return False
     values = (*inputs, *conv.parameters(), *bn.parameters(), bn.running_mean, bn.running_var)
     return (
-        not (is_compiled() or bn.training or bn.running_mean is None or bn.running_var is None or records(*values))
+        not (bn.training or bn.running_mean is None or bn.running_var is None or records(*values))
         and all(applies(x, *values) and product_dtype(x) == x.dtype == torch.float32 for x in inputs)
         and cpu.as_built(conv)
-        and cpu.as_built(bn)
     )
 
 

@@ -18,6 +18,7 @@ from vmamba.models.feature_maps import (
     may_overwrite,
     normalise_,
 )
+from vmamba.nn import cpu
 from vmamba.ops.backends.native import enlarging as native
 from vmamba.ops.backends.native.convolution import convolution
 from vmamba.ops.layers import product
@@ -108,8 +109,9 @@ class FusionBlock(nn.Module):
 
     def _may_enlarge_later(self, maps: Sequence[Tensor]) -> bool:
         conv = self.conv
-        is_usual = (conv.kernel_size, conv.groups, conv.padding_mode) == ((3, 3), 1, "zeros") and conv.bias is None
-        return native.reason_unavailable() is None and is_usual and may_overwrite(self.conv, self.bn, *maps)
+        if native.reason_unavailable() is not None or not may_overwrite(conv, self.bn, *maps):
+            return False
+        return cpu.is_patchwise(conv) and conv.stride == (1, 1) and conv.bias is None
 
 
 def _add_enlarged_convolution(x: Tensor, y: Tensor, weight: Tensor) -> None:
