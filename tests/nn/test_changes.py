@@ -15,7 +15,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.utils import parametrize
 
 from vmamba.models.vmamba import VMamba
-from vmamba.nn import GELU, SS2D, ConvSiLU, ConvStem, GridConv2d, LayerNorm, Linear, Mlp, VSSBlock, cpu
+from vmamba.nn import GELU, SS2D, Conv2d, ConvSiLU, ConvStem, GridConv2d, LayerNorm, Linear, Mlp, VSSBlock, cpu
 from vmamba.ops.backends import native
 from vmamba.ops.backends.native import block
 from vmamba.ops.operators import runs_eagerly
@@ -210,6 +210,7 @@ def test_the_whole_model_in_training(unchanged):
 GEOMETRY = {
     "padding mode": {"padding_mode": "reflect", "_reversed_padding_repeated_twice": [1, 1, 1, 1]},
     "stride": {"stride": (3, 2)},
+    "stride as a number": {"stride": 2},
     "dilation": {"dilation": (2, 2), "padding": (2, 2)},
     "padding": {"padding": (2, 0)},
     "named padding": {"padding": "valid"},
@@ -381,6 +382,25 @@ def _held():
         if not is_functorch_wrapped_tensor(value) and value.layout is torch.strided and value.numel() > 1000
     }
     return sum(storages.values())
+
+
+@pytest.mark.parametrize("channels", [32, 33])
+@pytest.mark.parametrize(("kind", "size", "stride"), [(GridConv2d, 3, 2), (GridConv2d, 7, 2), (Conv2d, 3, 3)])
+def test_results_of_one_column_in_bfloat16(kind, size, stride, channels):
+    layer = kind(channels, 16, size, stride=stride, padding=size // 2)
+    for width in (1, 2):
+        x = torch.randn(2, channels, 24, width)
+        given = x.permute(0, 2, 3, 1) if kind is GridConv2d else x
+        with torch.autocast("cpu", torch.bfloat16):
+            recorded = layer(given)
+            grads = torch.autograd.grad(recorded.float().square().sum(), layer.parameters())
+            with torch.no_grad():
+                unrecorded = layer(given)
+        y = nn.Conv2d.forward(layer, x)
+        expected = torch.autograd.grad(y.square().sum(), layer.parameters())
+        y = y.permute(0, 2, 3, 1) if kind is GridConv2d else y
+        for one, other in zip((recorded, unrecorded, *grads), (y, y, *expected), strict=True):
+            assert (one - other).abs().max() < 0.05 * other.abs().max()
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])

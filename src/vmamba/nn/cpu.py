@@ -320,7 +320,9 @@ def in_stretches(function: Callable[[Tensor], Tensor], x: Tensor, width: int) ->
 def is_patchwise(layer: nn.Conv2d) -> bool:
     """Whether a convolution is one that `convolution` and `conv_stem` know: 3×3, padding 1, one stride both ways."""
     geometry = (layer.kernel_size, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
-    return geometry == ((3, 3), (1, 1), (1, 1), 1, "zeros") and layer.stride[0] == layer.stride[1]
+    stride: Any = layer.stride  # an int where somebody has set one
+    is_even = isinstance(stride, tuple) and stride[0] == stride[1]
+    return is_even and geometry == ((3, 3), (1, 1), (1, 1), 1, "zeros")
 
 
 def is_depthwise_silu(layer: nn.Conv2d, channels: int) -> bool:

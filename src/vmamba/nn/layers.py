@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,6 +29,7 @@ from vmamba.ops.layers import (
     separates_convolution,
 )
 from vmamba.ops.operators import runs_eagerly
+from vmamba.ops.registration import is_tracing_for_export
 
 
 @cpu.known
@@ -87,6 +91,30 @@ def _is_operator(layer: nn.Conv2d, x: Tensor) -> bool:
     return is_separate and layer.padding_mode == "zeros" and _convolves_as(layer, GridConv2d)
 
 
+def _is_misread(layer: nn.Conv2d, x: Tensor) -> bool:
+    """Whether torch computes garbage from an image x (B, C, H, W).
+
+    In bfloat16, on processors with a matrix unit (AMX), oneDNN's convolutions with a stride read wrong memory where
+    their result has one column, and so does the gradient of their weight.
+    """
+    stride, padding = layer.stride, layer.padding
+    if stride == (1, 1) or x.ndim != 4 or x.device.type != "cpu" or product_dtype(x) != torch.bfloat16:
+        return False
+    if not (isinstance(stride, tuple) and isinstance(padding, tuple) and layer.padding_mode == "zeros"):
+        return False
+    if is_tracing_for_export():  # which leaves the width open
+        return False
+    covered = layer.dilation[1] * (layer.kernel_size[1] - 1) + 1
+    return x.shape[3] + 2 * padding[1] - covered < stride[1]
+
+
+def _convolved_by_torch(convolve: Callable[[Tensor], Tensor], layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """What `convolve`, torch's forward of this layer, makes of an image (B, C, H, W); see `_is_misread`."""
+    if not _is_misread(layer, x):
+        return convolve(x)
+    return convolve(F.pad(x, (0, layer.stride[1])))[..., :1].clone()  # of a second column, which is not wanted
+
+
 @cpu.known
 class Conv2d(nn.Conv2d):
     """`torch.nn.Conv2d`; 3×3 ones are faster in inference on the CPU where `x` lies channels last."""
@@ -94,7 +122,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, H, W) to (B, C', H', W')."""
         y = _convolved(self, Conv2d, x.permute(0, 2, 3, 1)) if x.ndim == 4 else None
-        return super().forward(x) if y is None else y.permute(0, 3, 1, 2)
+        return _convolved_by_torch(super().forward, self, x) if y is None else y.permute(0, 3, 1, 2)
 
 
 @cpu.known
@@ -103,10 +131,11 @@ class GridConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, H, W, C) to (B, H', W', C')."""
-        if _is_operator(self, x) and not isinstance(self.padding, str):
+        image = x.permute(0, 3, 1, 2)
+        if _is_operator(self, x) and not isinstance(self.padding, str) and not _is_misread(self, image):
             return convolution(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         y = _convolved(self, GridConv2d, x)
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if y is None else y
+        return _convolved_by_torch(super().forward, self, image).permute(0, 2, 3, 1) if y is None else y
 
 
 @cpu.known
