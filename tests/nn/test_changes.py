@@ -334,6 +334,37 @@ def test_every_write_is_seen_by_the_next_pass(write, unchanged):
         torch.testing.assert_close(seen / scale, expected / scale, atol=2e-5, rtol=1e-4)
 
 
+def test_parameters_whose_memory_is_freed(unchanged):
+    variant, _ = unchanged
+    layers_of_torch = ("head.fc", "stem.conv", "A_log")  # and what computes A, which do not always notice
+    names = [name for name, _ in make(variant).named_parameters() if not any(part in name for part in layers_of_torch)]
+    for name in names:
+        model = make(variant)
+        parameter = model.get_parameter(name)
+        shared = torch.cat([parameter.data.new_zeros(10), parameter.data.flatten()])
+        parameter.data = shared[10:].view(parameter.shape)
+        with torch.no_grad():
+            model(IMAGE)
+        shared.untyped_storage().resize_(0)
+        for is_recorded in (False, True):
+            with torch.set_grad_enabled(is_recorded), pytest.raises(RuntimeError, match="has no memory"):
+                model(IMAGE)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_values_that_do_not_lie_in_memory_as_they_are():
+    inputs = (
+        torch._neg_view(torch.randn(3, 8)), torch._efficientzerotensor((3, 8)),
+        torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)]),
+    )  # fmt: skip
+    for layer, plain in ((Linear(8, 4), nn.Linear), (LayerNorm(8), nn.LayerNorm), (GELU(), nn.GELU)):
+        for x in inputs:
+            with torch.no_grad():
+                y, expected = layer(x), plain.forward(layer, x)
+            for one, other in zip(y.unbind(), expected.unbind(), strict=True):
+                torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)
+
+
 def test_finite_differences():
     """A step that the gradient predicts, taken in place in one weight at a time."""
     model = make("MLP")

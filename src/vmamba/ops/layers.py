@@ -23,6 +23,7 @@ from vmamba.ops.backends import choose_backend
 from vmamba.ops.backends.native import convolution as patches
 from vmamba.ops.backends.native import layers as native
 from vmamba.ops.backends.native import products
+from vmamba.ops.backends.native.library import require_memory
 from vmamba.ops.exporting import keeps_layers
 from vmamba.ops.operators import runs_eagerly
 from vmamba.ops.precision import without_autocast
@@ -36,25 +37,33 @@ _HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 def applies(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether what is computed at once on the CPU may stand in for a layer called with `x` that has these parameters.
 
-    They are plain tensors there in float32 or bfloat16, and nothing traces or transforms the call but what keeps
-    operators (`is_compiled`).
+    They are plain tensors there in float32 or bfloat16, with their numbers in memory as they are, and nothing traces or
+    transforms the call but what keeps operators (`is_compiled`).
+
+    Raises:
+        RuntimeError: the memory of a parameter has been freed.
     """
+    is_traced = is_compiled()
     if (
-        not (is_compiled() or runs_eagerly(x))
-        or x.device.type != "cpu"
+        not (is_traced or runs_eagerly(x))
+        or not x.is_cpu
         or x.layout is not torch.strided
         or not x.numel()
+        or (not is_traced and (x.is_nested or x.is_neg() or x._is_zerotensor()))
     ):
         return False
     dtype, is_cast = product_dtype(x), torch.is_autocast_enabled("cpu")
-    return dtype in (torch.float32, torch.bfloat16) and all(
+    does_apply = dtype in (torch.float32, torch.bfloat16) and all(
         is_plain_tensor(value)
-        and value.device.type == "cpu"
+        and value.is_cpu
         and value.layout is torch.strided
         and (value.dtype == dtype or (is_cast and value.dtype in (torch.float32, torch.bfloat16)))
         for value in parameters
         if value is not None
     )
+    if does_apply and parameters and not is_traced:
+        require_memory(*parameters)
+    return does_apply
 
 
 def is_plain_tensor(value: Tensor) -> bool:

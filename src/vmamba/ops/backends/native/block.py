@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vmamba.ops.backends.native.library import compute_function, fields, reason_unavailable
+from vmamba.ops.backends.native.library import compute_function, fields, pointer, reason_unavailable
 from vmamba.ops.backends.native.products import wins
 from vmamba.ops.backends.native.scan import route_bits
 
@@ -121,7 +121,7 @@ class Told:
         image, decay = x.contiguous(), A.float().contiguous()
         y = torch.empty_like(image)
         block = _Block.from_buffer_copy(self._block)  # another thread may be calling
-        block.x, block.A, block.y = image.data_ptr(), decay.data_ptr(), y.data_ptr()
+        block.x, block.A, block.y = pointer(image), pointer(decay), y.data_ptr()
         block.threads = torch.get_num_threads()
         _call_block(block)
         return y
@@ -160,7 +160,7 @@ def _described(
         if not (value.dtype is torch.float32 or low) or not value.is_contiguous():
             value = (value.detach() if low else value.detach().float()).contiguous()
             keep.append(value)
-        return value.data_ptr()
+        return pointer(value)
 
     def weight(layer: Affine, outputs: int, inputs: int) -> int | None:
         if layer.weight is None or not wins(rows, inputs, outputs, dtype):

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from vmamba.ops.backends.native.library import compute_function, fields, is_fast, reason_unavailable
+from vmamba.ops.backends.native.library import compute_function, fields, is_fast, pointer, reason_unavailable
 from vmamba.ops.backends.native.products import wins
 
 __all__ = ["convolution", "reason_unavailable"]
@@ -73,7 +73,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> 
     _call_convolution(
         _Convolution(
             batch=batch, height=height, width=width, channels=channels, outputs=outputs, stride=stride,
-            x=x.data_ptr(), weight=weight.data_ptr(), bias=None if offset is None else offset.data_ptr(),
+            x=pointer(x), weight=pointer(weight), bias=None if offset is None else pointer(offset),
             y=y.data_ptr(), bfloat16=x.dtype is torch.bfloat16, weight_bfloat16=weight.dtype is torch.bfloat16,
             by_tiles=by_tiles, threads=torch.get_num_threads(),
         )

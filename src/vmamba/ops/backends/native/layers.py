@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vmamba.ops import checks
-from vmamba.ops.backends.native.library import compute_function, fields, reason_unavailable
+from vmamba.ops.backends.native.library import compute_function, fields, pointer, reason_unavailable
 
 __all__ = ["depthwise_silu", "depthwise_silu_backward", "gelu", "gelu_backward", "layer_norm", "reason_unavailable"]
 
@@ -185,10 +185,10 @@ def gelu_backward(grad: Tensor, h: Tensor, overwrite: bool = False) -> tuple[Ten
 
 def _layer(x: Tensor, **arguments: Tensor | float | None) -> _Layer:
     """What the library is told: of tensors, where they are. It writes nothing that is not given here."""
-    fields = {name: v.data_ptr() if isinstance(v, Tensor) else v for name, v in arguments.items()}
+    fields = {name: pointer(v) if isinstance(v, Tensor) else v for name, v in arguments.items()}
     is_low = x.dtype is torch.bfloat16
     threads = torch.get_num_threads()
-    return _Layer(x=x.data_ptr(), bfloat16=is_low, y_bfloat16=is_low, threads=threads, **fields)
+    return _Layer(x=pointer(x), bfloat16=is_low, y_bfloat16=is_low, threads=threads, **fields)
 
 
 def _image_layer(x: Tensor, **arguments: Tensor | float | None) -> _Layer:

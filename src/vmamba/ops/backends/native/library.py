@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY_VARIABLE = "VMAMBA_NATIVE_LIBRARY"
 KERNELS_VARIABLE = "VMAMBA_NATIVE_KERNELS"
@@ -100,6 +101,31 @@ def compute_function(name: str, structure: type[ctypes.Structure]) -> Callable[[
             raise RuntimeError(f"{name}: out of memory")
 
     return call
+
+
+def pointer(value: Tensor) -> int:
+    """Where the numbers of a tensor lie.
+
+    Raises:
+        RuntimeError: as of `require_memory`.
+    """
+    require_memory(value)
+    return value.data_ptr()
+
+
+def require_memory(*values: Tensor | None) -> None:
+    """Raise where the memory of a tensor has been freed, which torch's own layers do not always notice.
+
+    Raises:
+        RuntimeError: it has been.
+    """
+    for value in values:
+        # What a tensor says itself is an offset where it is part of a larger one.
+        if value is not None and not value.untyped_storage().data_ptr() and value.numel():
+            raise RuntimeError(
+                f"a tensor of shape {tuple(value.shape)} has no memory: it has been freed, as FSDP frees parameters not"
+                " in use; call the module that FSDP wraps, not its parts, or gather the parameters first"
+            )
 
 
 def reason_unavailable() -> str | None:

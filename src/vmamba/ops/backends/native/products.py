@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vmamba.ops import checks
 from vmamba.ops.backends.native.layers import require_native, vector
-from vmamba.ops.backends.native.library import compute_function, fields, is_fast, kernels, reason_unavailable
+from vmamba.ops.backends.native.library import compute_function, fields, is_fast, kernels, pointer, reason_unavailable
 
 __all__ = ["linear", "reason_unavailable", "wins"]
 
@@ -73,8 +73,8 @@ def linear(
     if count := y.numel():
         _call_linear(
             _Product(
-                rows=count // outputs, inputs=inputs, outputs=outputs, x=x.data_ptr(), weight=weight.data_ptr(),
-                bias=None if offset is None else offset.data_ptr(), y=y.data_ptr(),
+                rows=count // outputs, inputs=inputs, outputs=outputs, x=x.data_ptr(), weight=pointer(weight),
+                bias=None if offset is None else pointer(offset), y=y.data_ptr(),
                 residual=None if residual is None else residual.data_ptr(), bfloat16=x.dtype is torch.bfloat16,
                 weight_bfloat16=weight.dtype is torch.bfloat16, y_bfloat16=y.dtype is torch.bfloat16,
                 gelu=activation == "gelu", threads=torch.get_num_threads(),

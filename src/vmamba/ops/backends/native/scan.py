@@ -17,7 +17,7 @@ from torch import Tensor
 from vmamba.ops import checks
 from vmamba.ops.arguments import ScanArguments, SS2DArguments, as_gradients, empty_gradients
 from vmamba.ops.backends import eager
-from vmamba.ops.backends.native.library import compute_function, fields
+from vmamba.ops.backends.native.library import compute_function, fields, pointer
 from vmamba.ops.precision import state_dtype
 from vmamba.ops.routes import get_routes
 
@@ -98,8 +98,8 @@ def _grid_scan(arguments: SS2DArguments) -> tuple[_Scan, list[Tensor]]:
     scan = _Scan(
         batch=batch, height=height, width=width, channels=channels, groups=1, states=N, rank=R, routes=K,
         pixel_stride=K * (R + 2 * N), route_stride=R + 2 * N, softplus=1, bfloat16=image.dtype == torch.bfloat16,
-        route_bits=bits.data_ptr(), u=image.data_ptr(), dt_weight=weight.data_ptr(), dt_bias=bias.data_ptr(),
-        A=A.data_ptr(), D=D.data_ptr(),
+        route_bits=bits.data_ptr(), u=pointer(image), dt_weight=pointer(weight), dt_bias=pointer(bias),
+        A=pointer(A), D=pointer(D),
     )  # fmt: skip
     _complete(scan, projected, R, R + N)
     return scan, [image, projected, weight, bias, A, D]
@@ -174,13 +174,13 @@ def _sequence_scan(arguments: ScanArguments) -> tuple[_Scan, list[Tensor]]:
     keep = [x, step, parameters, _dense(A), torch.zeros(1, dtype=torch.int32, device="cpu")]
     scan = _Scan(
         batch=batch, height=1, width=length, channels=channels, groups=groups, states=N, rank=0, routes=1,
-        pixel_stride=2 * groups * N, group_stride=N, softplus=delta_softplus, u=x.data_ptr(), delta=step.data_ptr(),
-        A=keep[3].data_ptr(), route_bits=keep[4].data_ptr(),
+        pixel_stride=2 * groups * N, group_stride=N, softplus=delta_softplus, u=pointer(x), delta=pointer(step),
+        A=pointer(keep[3]), route_bits=keep[4].data_ptr(),
     )  # fmt: skip
     for field, vector in (("D", D), ("dt_bias", delta_bias)):
         if vector is not None:
             keep.append(_dense(vector))
-            setattr(scan, field, keep[-1].data_ptr())
+            setattr(scan, field, pointer(keep[-1]))
     _complete(scan, parameters, 0, groups * N)
     return scan, keep
 
@@ -224,7 +224,7 @@ def _zeros(arguments: ScanArguments | SS2DArguments) -> tuple[Tensor, ...]:
 
 def _complete(scan: _Scan, parameters: Tensor, B_offset: int, C_offset: int) -> None:
     """dt_low, B and C begin at these offsets of `parameters`."""
-    scan.dt_low = begin = parameters.data_ptr()
+    scan.dt_low = begin = pointer(parameters)
     scan.B, scan.C = (begin + offset * parameters.element_size() for offset in (B_offset, C_offset))
     scan.threads = torch.get_num_threads()
 

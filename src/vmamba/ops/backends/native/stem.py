@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vmamba.ops.backends.native.block import Affine
-from vmamba.ops.backends.native.library import compute_function, fields, reason_unavailable
+from vmamba.ops.backends.native.library import compute_function, fields, pointer, reason_unavailable
 from vmamba.ops.backends.native.products import wins
 
 __all__ = ["conv_stem", "reason_unavailable"]
@@ -77,7 +77,7 @@ def conv_stem(
             batch=batch, channels=channels, height=height, width=width, middle=middle, outputs=outputs,
             stride1=strides[0], stride2=strides[1], y=y.data_ptr(), norm1_eps=norm1.eps, norm2_eps=norm2.eps,
             threads=torch.get_num_threads(),
-            **{name: None if value is None else value.data_ptr() for name, value in zip(names, tensors, strict=True)},
+            **{name: None if value is None else pointer(value) for name, value in zip(names, tensors, strict=True)},
         )
     )  # fmt: skip
     return y
