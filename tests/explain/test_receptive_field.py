@@ -198,7 +198,7 @@ def test_errors_say_what_to_do(tmp_path: Path):
         receptive_field(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match="no output of shape"):
         receptive_field(nn.Flatten(), noise(1, 3, 8, 8))
-    with pytest.raises(ValueError, match="add up to 0"):
+    with pytest.raises(RecipeError, match="add up to 0"):
         receptive_field(nn.Threshold(100.0, 0.0), noise(1, 3, 8, 8))
 
 

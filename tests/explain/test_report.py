@@ -15,6 +15,7 @@ from PIL import Image
 import vmamba
 from vmamba.cli import main
 from vmamba.models.checkpoints import save_checkpoint
+from vmamba.models.registry import load_model
 from vmamba.ops import PATTERNS
 from vmamba.tasks.detector import Detector
 
@@ -109,6 +110,22 @@ def test_wrong_settings(folder, capsys, arguments, message):
     assert message in err
     assert "Traceback" not in err
     assert not Path("runs/explain/explain.json").exists()
+
+
+def test_numbers_of_a_model_that_diverged_are_null(folder, capsys):
+    model, metadata = load_model(folder / "model.safetensors")
+    torch.nn.init.constant_(model.stages[1].blocks[0].norm1.weight, torch.nan)
+    save_checkpoint(model, "diverged.safetensors", metadata)
+    files = ["photo.png", "--checkpoint", "diverged.safetensors", "--output", "out"]
+    code, _, err = run(capsys, *files)
+    assert code == 0, err
+    (photo,) = numbers()["photos"]
+    assert photo["class"]["score"] is None
+    assert photo["activation"][1]["skip_share"] is None
+    assert [stage["edges"] is None for stage in photo["stages"]["stages"]] == [False, True]
+    code, _, err = run(capsys, *files, "--what", "stages,field")
+    assert code == 1
+    assert "or they are not finite" in err
 
 
 def test_what_photos_show_is_kept_where_the_model_as_a_whole_cannot_be_looked_at(folder, capsys):

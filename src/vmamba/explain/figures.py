@@ -194,6 +194,8 @@ def colour_bar(
 
 def percent(share: float) -> str:
     """A share as text: 12 %, 0.3 %, and no minus before a zero."""
+    if not np.isfinite(share):
+        return f"{share} %"
     size = abs(100 * share)
     digits = 0 if size >= 9.95 or size < 1e-4 else min(max(1 - int(np.floor(np.log10(size))), 0), 4)
     text = f"{100 * share:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{100 * share:.0f}"

@@ -107,8 +107,8 @@ def receptive_field(
         name: for `ReceptiveField.name`; by default that of the model.
 
     Raises:
-        ValueError: no such stage, or an output that has no place; or its middle hears nothing.
-        RecipeError: no images, or images of different sizes.
+        ValueError: no such stage, or an output that has no place.
+        RecipeError: no images, or images of different sizes; or the middle hears nothing, or nothing that is finite.
         ImageError, TypeError: a picture cannot be used.
     """
     total, count = torch.zeros(()), 0
@@ -132,7 +132,7 @@ def receptive_field(
     if not count:
         raise RecipeError("no images were given; expected one or more")
     if not 0 < float(total.sum()) < float("inf"):
-        raise ValueError(
+        raise RecipeError(
             f"the contributions to the middle of the map add up to {float(total.sum())}: either nothing of the image"
             " arrives there (the channels of a normalised output always add up to the same), or they are not finite"
         )

@@ -47,6 +47,7 @@ class StageMaps:
 
         Directions of the centred patches x in the space of channels along which they differ most: the eigenvectors of
         Σ x xᵀ with the largest eigenvalues. Each sign is chosen so that the component's largest weight is positive.
+        NaN where a stage's map is not finite.
         """
         return [_components(x, number) for x in self.maps]
 
@@ -186,6 +187,8 @@ def stage_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def _components(x: Tensor, number: int) -> Tensor:
+    if not x.isfinite().all():  # of which the eigenvectors cannot be computed
+        return x.new_full((len(x), number, *x.shape[2:]), torch.nan)
     rows = x.movedim(1, 3).flatten(0, 2).double()
     rows = rows - rows.mean(0)
     _, vectors = torch.linalg.eigh(rows.T @ rows)  # eigenvalues rise
