@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -149,6 +150,24 @@ def test_what_somebody_did_to_a_model_counts():
     assert receptive_field(model, images).area(0.9) != changed.area(0.9)
     handle.remove()
     np.testing.assert_array_equal(receptive_field(model, images).contributions, changed.contributions)
+
+
+def test_others_can_use_the_model_meanwhile():
+    """In another thread, while the stage is listened to."""
+    model = vmamba.create_model("vmamba_femto_s2", num_classes=5).eval()
+    images, answers = noise(1, 3, 32, 32), []
+    expected = receptive_field(model, images)
+
+    def use(*_: object) -> None:
+        handle.remove()
+        other = Thread(target=lambda: answers.append(model(images)))
+        other.start()
+        other.join()
+
+    handle = model.stem.register_forward_pre_hook(use)
+    found = receptive_field(model, images)
+    assert np.array_equal(found.contributions, expected.contributions)
+    assert answers[0].shape == (1, 5)
 
 
 def test_dense_models_and_feature_extractors():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -170,8 +171,11 @@ def stage_map(model: nn.Module, x: Tensor, stage: int = -1) -> Tensor:
             f"stage is {stage}; {name_of(network)} has {len(names)}: expected {-len(names)} to {len(names) - 1}"
         )
     caught: list[Tensor] = []
+    thread = threading.get_ident()
 
     def catch(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if threading.get_ident() != thread:  # somebody else uses the model meanwhile
+            return
         caught.append(output)
         raise _CaughtError
 
