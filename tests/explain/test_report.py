@@ -97,7 +97,7 @@ def test_parts_blocks_and_several_photos(folder, capsys):
         (["--query", "here"], "query is 'here'; expected x,y in pixels of the photo"),
         (["--what", "stages,colour"], "what names 'colour'; expected some of stages, activation"),
         (["--block", "7"], "there is no block 7; expected a number from 0 to 2"),
-        (["--target", "2"], "there is no class 2; the model has classes 0 to 1"),
+        (["--what", "class,stages", "--target", "2"], "there is no class 2; the model has classes 0 to 1"),
         (["--what", "depth"], "name their folder with --labelled"),
         (["--device", "cuda:7"], "device 'cuda:7' cannot be used"),
     ],
@@ -135,6 +135,19 @@ def test_what_photos_show_is_kept_where_the_model_as_a_whole_cannot_be_looked_at
     assert "name their folder with --labelled" in err
     (photo,) = numbers()["photos"]
     assert photo["class"]["target"] in ("“cat”", "“dog”")
+
+
+def test_what_the_only_photo_showed_before_is_kept(folder, capsys):
+    code, out, err = run(
+        capsys, "photo.png", "--checkpoint", "model.safetensors", "--what", "stages,class", "--target", 2,
+        "--output", "out",
+    )  # fmt: skip
+    assert code == 1
+    assert "there is no class 2" in err
+    (photo,) = numbers()["photos"]
+    assert photo["error"].startswith("photo.png: there is no class 2")
+    assert [photo["stages"]["figure"]] == out
+    assert "class" not in photo
 
 
 def test_a_network_without_scans(folder, capsys):

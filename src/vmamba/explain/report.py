@@ -127,9 +127,11 @@ def explain(config: ExplainConfig, photos: Sequence[str]) -> Iterator[Step]:
         except ImageError as error:
             about["error"] = str(error)
         except RecipeError as error:
-            if len(photos) == 1:
-                raise
             about["error"] = f"{shown(photo)}: {error}"
+            if len(photos) == 1:
+                if not PHOTO_PARTS.keys().isdisjoint(about):  # what it showed before is not lost
+                    _save(run, found, {})
+                raise
         if "error" in about:
             yield run.step(photo, part)._replace(error=about["error"])
     whole: dict[str, Any] = {}
