@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vmamba.errors import RecipeError
 from vmamba.explain.images import AnyPictures, Seen, evaluating, in_pixels, see
+from vmamba.explain.resolution import seeing
 from vmamba.explain.scans import Recording
 
 if TYPE_CHECKING:
@@ -131,13 +132,13 @@ def vit_attention(
         size: see `see`.
 
     Raises:
-        RecipeError: the model has no such attention, or no such block.
+        RecipeError: the model has no such attention, no such block, or does not take images of this size.
         ImageError: the file cannot be used.
     """
     seen = see(model, pictures, size).one(0)
-    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     matrices: list[Tensor] = []
-    with evaluating(model), torch.no_grad(), ExitStack() as undo:
+    with seeing(model, seen.size) as model, evaluating(model), torch.no_grad(), ExitStack() as undo:
+        fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
         for module in fused:  # the fused kernels keep no matrix
             setattr(module, "fused_attn", False)  # noqa: B010
             undo.callback(setattr, module, "fused_attn", True)

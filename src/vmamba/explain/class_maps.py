@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vmamba.errors import RecipeError
 from vmamba.explain.images import AnyPictures, Seen, evaluating, in_patches, see
+from vmamba.explain.resolution import seeing
 from vmamba.models.detection import MaskRCNN
 from vmamba.models.feature_maps import DenseModel
 from vmamba.models.segmentation import UPerNet
@@ -146,8 +147,8 @@ def class_maps(
         class_names: names of the classes; by default those that the model has.
 
     Raises:
-        RecipeError: there is no such class, object or stage; the model has no stages or no classes, or its tokens make
-            no grid.
+        RecipeError: there is no such class, object or stage; the model has no stages or no classes, its tokens make no
+            grid, or it does not take images of this size.
         NothingFoundError: a detector finds no object at all, and none was asked for.
         ImageError: a file cannot be used.
     """
@@ -159,7 +160,7 @@ def class_maps(
     names = class_names or getattr(model, "class_names", None) or ()
     at = None if place is None else place if isinstance(pictures, Seen) else seen.locate(*place)
     with (
-        evaluating(model), torch.inference_mode(False), torch.enable_grad(),
+        seeing(model, seen.size) as model, evaluating(model), torch.inference_mode(False), torch.enable_grad(),
         torch.compiler.set_stance("force_eager"), _tapped(model, seen.size) as taps,
     ):  # fmt: skip
         score, targets, regions = _goal(model, seen, target, at, region, names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from vmamba.data.config import DataConfig
 from vmamba.data.images import any_image
 from vmamba.data.sources import Split, open_split, tracked
 from vmamba.errors import DataError, RecipeError
-from vmamba.explain.images import evaluating
+from vmamba.explain.images import evaluating, name_of
 from vmamba.files import shown
 from vmamba.models.feature_maps import DenseModel
 from vmamba.tasks.prediction import preprocessing_of
@@ -167,6 +168,26 @@ def at_size(model: nn.Module, size: Sequence[int]) -> nn.Module:
     kept = {"window_size": windows[0]} if windows and "window_size" in inspect.signature(resize).parameters else {}
     resize(img_size=tuple(size), **kept)
     return model
+
+
+@contextmanager
+def seeing(model: nn.Module, size: tuple[int, int]) -> Iterator[nn.Module]:
+    """The model `at_size`, to use it in the `with` block.
+
+    Raises:
+        RecipeError: it fails there, being one of timm's for images of one size, which this is not.
+    """
+    try:
+        yield at_size(model, size)
+    except (AssertionError, RuntimeError) as error:
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        own = preprocessing_of(model).img_size if cfg.get("fixed_input_size") else size
+        if own == size:
+            raise
+        raise RecipeError(
+            f"{name_of(model)} was made for images of {own[0]}×{own[1]} pixels; those given are {size[0]}×{size[1]}, at"
+            f" which it fails ({error}): give no size, or take a model for any size"
+        ) from error
 
 
 def sizes_from(model: nn.Module, factors: Sequence[float]) -> list[int]:

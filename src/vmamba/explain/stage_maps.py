@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vmamba.errors import RecipeError
 from vmamba.explain.images import AnyPictures, Seen, evaluating, in_patches, in_pixels, name_of, see
+from vmamba.explain.resolution import seeing
 from vmamba.models.feature_maps import DenseModel
 
 if TYPE_CHECKING:
@@ -148,11 +149,13 @@ def stage_maps(
         name: what to call it; by default the variant, or the class.
 
     Raises:
-        RecipeError: the model gives no maps of stages.
+        RecipeError: the model gives no maps of stages, or does not take images of this size.
         ImageError: a file cannot be used.
     """
     seen = see(model, pictures, size)
-    return StageMaps(name or name_of(model), seen, tuple(x.float().cpu() for x in stage_outputs(model, seen.images)))
+    with seeing(model, seen.size) as sized:
+        maps = tuple(x.float().cpu() for x in stage_outputs(sized, seen.images))
+    return StageMaps(name or name_of(model), seen, maps)
 
 
 def stage_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
