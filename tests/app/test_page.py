@@ -277,6 +277,15 @@ def test_a_detector_that_finds_nothing_says_so(page, tmp_path):
     assert "The network finds no object in this picture." in TABS["classes"].draw(session)
 
 
+def test_a_stage_where_nothing_spoke_for_the_answer_says_so(page, session, monkeypatch):
+    assert "of which none spoke for it" not in TABS["classes"].draw(session)
+    model = session.loaded.model
+    silent = model.stages[2].register_forward_hook(lambda _, __, y: y.detach() * 0 + y * 0)
+    panel = TABS["classes"].draw(session)
+    silent.remove()
+    assert "4×4 patches, of which none spoke for it" in panel
+
+
 def test_a_first_picture_is_for_the_model_that_is_chosen(page):
     """Where there are no examples, or the session has ended meanwhile."""
     session = page.choose_picture(None, "untrained vmamba_femto", sent(png(32, 32)))[0]

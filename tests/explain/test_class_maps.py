@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import timm
@@ -146,6 +148,12 @@ def test_masks_and_regions():
     cut = explain.class_maps(model, image[..., :38], target=target, region=corner[:, :38], stages=[2])
     assert cut.cells == ((4, 4),)
     assert cut.inside() == pytest.approx([float(cut.grad_cam[0][0, :, 9].sum() / cut.grad_cam[0].sum())])
+    nothing = dataclasses.replace(found, grad_cam=(torch.zeros_like(found.grad_cam[0]), *found.grad_cam[1:]))
+    assert nothing.inside() == [None, *found.inside()[1:]]
+    assert nothing.numbers()["stages"][0]["inside"] is None
+    titles = [axes.get_title(loc="left") for axes in nothing.figure().axes[1:3]]
+    assert titles[0] == "stage 1: 16×20\nnothing spoke for it"
+    assert titles[1].endswith("inside")
     with pytest.raises(RecipeError, match="one at a time"):
         explain.class_maps(model, IMAGES)
     with pytest.raises(RecipeError, match=r"region is \(3, 3\); expected \(32, 40\)"):

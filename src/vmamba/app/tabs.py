@@ -168,7 +168,8 @@ def classes(session: Session) -> str:
         for stage, cam, cell in zip(one.stages, one.grad_cam, one.cells, strict=True):
             rows, columns = cam.shape[1:]
             image = views.stack((rows, columns), cell, session.seen.size, "still", views.heat(cam[0].numpy()))
-            items.append((both("stage", stage=stage), image, f"{rows}×{columns}"))
+            text = both("grid" if cam.any() else "nothing_for", rows=rows, columns=columns)
+            items.append((both("stage", stage=stage), image, text))
         parts += [views.say("class", name=one.targets[0], score=float(one.scores[0])), views.cards(items)]
     return views.panel(views.say("classes"), *parts)
 

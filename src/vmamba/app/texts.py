@@ -112,6 +112,11 @@ TEXTS: dict[str, tuple[str, str]] = {
         "为何得出这个答案：各阶段中支持它的位置（Grad-CAM）。",
     ),
     "nothing_found": ("The network finds no object in this picture.", "网络在这幅图片中没有找到任何物体。"),
+    "grid": ("{rows}×{columns} patches", "{rows}×{columns} 个图块"),
+    "nothing_for": (
+        "{rows}×{columns} patches, of which none spoke for it",
+        "{rows}×{columns} 个图块，其中没有一个支持它",
+    ),
     "class": ("{name} (logit {score:.2f})", "{name}（得分 {score:.2f}）"),
     "field": (
         "Effective receptive field: which pixels the middle of stage {stage} hears, on a logarithmic scale down to a"

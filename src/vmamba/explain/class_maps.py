@@ -61,15 +61,19 @@ class ClassMaps:
         """Of each stage the height and width of a patch in pixels of the pictures seen."""
         return tuple(self.seen.cell((cam.shape[1], cam.shape[2])) for cam in self.grad_cam)
 
-    def inside(self, image: int = 0) -> list[float] | None:
-        """Of each stage the share of Grad-CAM's map that lies in the region; None without a region."""
+    def inside(self, image: int = 0) -> list[float | None] | None:
+        """Of each stage the share of Grad-CAM's map that lies in the region, None where nothing spoke for it.
+
+        Without a region, None.
+        """
         if self.regions is None:
             return None
         region = self.regions[image].float()
-        shares = []
+        shares: list[float | None] = []
         for cam, cell in zip(self.grad_cam, self.cells, strict=True):
             weight = in_patches(region, cell, (cam.shape[1], cam.shape[2]))
-            shares.append(float((cam[image] * weight).sum() / cam[image].sum().clamp(min=1e-30)))
+            total = float(cam[image].sum())
+            shares.append(float((cam[image] * weight).sum()) / total if total else None)
         return shares
 
     def numbers(self, image: int = 0) -> dict[str, Any]:
@@ -91,12 +95,13 @@ class ClassMaps:
         picture, inside = self.seen.pictures[image], self.inside(image)
         region = None if self.regions is None else f.array(self.regions[image])
         first, second = f"logit {float(self.scores[image]):.2f};  Grad-CAM →", "gradient × activation →"
-        titles = [
-            f"stage {stage}: {cam.shape[1]}×{cam.shape[2]}"
-            for stage, cam in zip(self.stages, self.grad_cam, strict=True)
-        ]
-        if inside:
-            titles = [f"{title}, {f.percent(share)} inside" for title, share in zip(titles, inside, strict=True)]
+        titles = []
+        for i, (stage, heat) in enumerate(zip(self.stages, self.grad_cam, strict=True)):
+            titles.append(f"stage {stage}: {heat.shape[1]}×{heat.shape[2]}")
+            if not heat[image].any():
+                titles[-1] += "\nnothing spoke for it"
+            elif inside and (share := inside[i]) is not None:
+                titles[-1] += f", {f.percent(share)} inside"
         figure, panels, _ = f.picture_grid(
             2, len(self.stages) + 1, self.seen.size, f"What made this {self.targets[image]}",
             "Grad-CAM: what spoke for it. Gradient × activation: red for, blue against. Each map scaled to its own"
