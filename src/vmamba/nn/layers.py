@@ -98,7 +98,9 @@ def _is_misread(layer: nn.Conv2d, x: Tensor) -> bool:
     their result has one column, and so does the gradient of their weight.
     """
     stride, padding = layer.stride, layer.padding
-    if stride == (1, 1) or x.ndim != 4 or x.device.type != "cpu" or product_dtype(x) != torch.bfloat16:
+    if stride == (1, 1) or not isinstance(x, Tensor) or x.ndim != 4:  # torch.fx traces with something else
+        return False
+    if x.device.type != "cpu" or product_dtype(x) != torch.bfloat16:
         return False
     if not (isinstance(stride, tuple) and isinstance(padding, tuple) and layer.padding_mode == "zeros"):
         return False
