@@ -18,7 +18,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 import vmamba
 from vmamba.models.variants import VARIANTS
-from vmamba.nn import LayerNorm
+from vmamba.nn import ConvStem, LayerNorm
 from vmamba.nn.local import BatchNorm
 
 # One model for each way of building: conv stem and MLP; gates, patch stem and patch merging; a stem of stride 2.
@@ -433,6 +433,60 @@ def test_another_first_convolution(name):
     assert model(torch.randn(1, 5, 64, 64)).shape == (1, 1000)
     with pytest.raises(ValueError, match=r"expected images of shape \(B, 5, H, W\)"):
         model(torch.randn(1, 3, 64, 64))
+
+
+class Pair(nn.Module):
+    """The difference that a stem sees between two images, which lie one behind the other."""
+
+    def __init__(self, stem):
+        super().__init__()
+        self.stem = stem
+
+    def forward(self, x):
+        first, second = x.chunk(2, dim=1)
+        return self.stem(first) - self.stem(second)
+
+
+def repeat_channels(module):
+    module.register_forward_pre_hook(lambda module, inputs: (inputs[0].expand(-1, 3, -1, -1),))
+
+
+def _replace_stem(model, stem):
+    model.stem = stem
+
+
+def _stay_at_one_size(model):
+    model.stem = ConvStem(3, 16, stride=1)
+    for stage in model.stages[1:]:
+        stage.downsample.conv.stride = (1, 1)
+
+
+OWN_STEMS = {
+    "blocks of pixels": (
+        lambda model: _replace_stem(model, nn.Sequential(nn.PixelUnshuffle(2), ConvStem(12, 16, stride=1))), (3, 64, 64)
+    ),
+    "two images": (lambda model: _replace_stem(model, Pair(model.stem)), (6, 64, 64)),
+    "grey, by a hook": (lambda model: repeat_channels(model.stem), (1, 64, 64)),
+    "grey, by a hook of the convolution": (lambda model: repeat_channels(model.stem.conv1), (1, 64, 64)),
+    "every grid as large as the image": (_stay_at_one_size, (3, 8, 8)),
+    "enlarged": (
+        lambda model: _replace_stem(model, nn.Sequential(nn.Upsample(scale_factor=4), model.stem)), (3, 16, 16)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "size"), OWN_STEMS.values(), ids=OWN_STEMS)
+def test_what_takes_other_images_is_given_them(change, size):
+    model = create("vmamba_tiny_s1l8", num_classes=7)
+    change(model)
+    assert model(torch.randn(1, *size)).shape == (1, 7)
+
+
+def test_fewer_stages_take_smaller_images():
+    extractor = create("vmamba_tiny_s1l8", features_only=True, out_indices=(0,))
+    assert extractor(torch.randn(1, 3, 8, 8))[0].shape == (1, 16, 2, 2)
+    with pytest.raises(ValueError, match="needs at least 4 a side"):
+        extractor(torch.randn(1, 3, 3, 8))
 
 
 @small

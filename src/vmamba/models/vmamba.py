@@ -7,6 +7,7 @@ learning rates, optimizers, its training scripts) finds what it looks for.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -33,6 +34,16 @@ _DOWNSAMPLES: dict[str, Callable[..., nn.Module]] = {
     "conv": ConvDownsample,
     "residual": ResidualDownsample,
     "merge": PatchMerging,
+}
+# How much smaller parts that are the package's own make the grid.
+_STRIDES: dict[type[nn.Module], Callable[[Any], int]] = {
+    ConvStem: lambda stem: stem.conv1.stride[0] * stem.conv2.stride[0],
+    SmallStem: lambda stem: stem.conv1.stride[0],
+    PatchStem: lambda stem: stem.conv.stride[0],
+    ConvDownsample: lambda part: part.conv.stride[0],
+    ResidualDownsample: lambda part: part.stride,
+    PatchMerging: lambda part: 2,
+    nn.Identity: lambda part: 1,
 }
 
 
@@ -328,7 +339,7 @@ class VMamba(nn.Module):
         last = len(self.stages) - 1
         wanted, deepest = feature_take_indices(len(self.stages), indices)
         intermediates = []
-        x = self.stem(_checked(x, self.in_chans, self.total_stride))
+        x = self._stemmed(x)
         for i, stage in enumerate(self.stages):
             if stop_early and i > deepest:
                 break
@@ -358,8 +369,33 @@ class VMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) to the normalised output of the last stage, (B, H', W', C)."""
-        x = self.stem(_checked(x, self.in_chans, self.total_stride))
-        return self.norm(self.stages(x))
+        return self.norm(self.stages(self._stemmed(x)))
+
+    def _stemmed(self, x: Tensor) -> Tensor:
+        """The stem's grid of a batch of images, which are checked."""
+        if _is_traced():
+            return self.stem(x)
+        is_large = isinstance(x, Tensor) and x.ndim == 4 and min(x.shape[2:]) >= self.total_stride
+        return self.stem(_checked(x, self._channels(), 1 if is_large else self._least_side()))
+
+    def _channels(self) -> int | None:
+        """The channels that images must have; None where somebody's own parts decide."""
+        stem = self.stem
+        conv = stem._modules.get("conv1") or stem._modules.get("conv")
+        if type(stem) not in _STRIDES or not isinstance(conv, nn.Conv2d):
+            return None
+        is_plain = all(not part._forward_pre_hooks and "forward" not in vars(part) for part in (stem, conv))
+        return conv.in_channels if is_plain else None
+
+    def _least_side(self) -> int:
+        """Pixels that the stages' grids need a side; 1 where somebody's own parts decide."""
+        if self._channels() is None:
+            return 1
+        parts: list[Any] = [self.stem, *(getattr(stage, "downsample", None) for stage in self.stages)]
+        try:
+            return math.prod(_STRIDES[type(part)](part) for part in parts)
+        except (AttributeError, KeyError, TypeError):  # there are parts that have no such strides
+            return 1
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, H', W', C) to logits (B, num_classes), or with `pre_logits` to the pooled features (B, C)."""
@@ -369,7 +405,8 @@ class VMamba(nn.Module):
         """Classify images: (B, in_chans, H, W) to logits (B, num_classes).
 
         Raises:
-            ValueError: `x` is not such a batch, or is smaller than the total stride (32 for the published models).
+            ValueError: `x` is not such a batch, or is smaller than the total stride (32 for the published models). A
+                stem of one's own is given every image, and decides.
         """
         return self.forward_head(self.forward_features(x))
 
@@ -384,11 +421,15 @@ def _one_each(pattern: Pattern | Sequence[Pattern], blocks: int) -> Sequence[Pat
     return patterns
 
 
+def _is_traced() -> bool:
+    """Whether a graph is being traced, where a comparison would pin the very sizes that it is to leave open."""
+    return torch.compiler.is_compiling() or is_tracing_for_export()
+
+
 @torch.fx.wrap
 def _checked(x: Tensor, in_chans: int | None, total_stride: int) -> Tensor:
     """A batch of images, checked."""
-    # While a graph is traced, a comparison would pin the very sizes that it is to leave open.
-    if not (torch.compiler.is_compiling() or is_tracing_for_export()):
+    if not _is_traced():
         if x.ndim != 4 or in_chans not in (None, x.shape[1]):
             raise ValueError(f"the model was given {tuple(x.shape)}; expected images of shape (B, {in_chans}, H, W)")
         if min(x.shape[2:]) < total_stride:
