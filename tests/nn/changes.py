@@ -97,9 +97,14 @@ def patched_call(module):
     module._call_impl = lambda *args: _scaled(original(*args))
 
 
+def class_with_another_call(module):
+    kind = type(module)
+    module.__class__ = type("Mine", (kind,), {"__call__": lambda self, *args: _scaled(kind.__call__(self, *args))})
+
+
 TO_ANY_MODULE = (
     forward_hook, forward_hook_with_kwargs, forward_pre_hook, backward_hook, backward_pre_hook, patched_instance,
-    subclass, compiled_call, patched_call,
+    subclass, compiled_call, patched_call, class_with_another_call,
 )  # fmt: skip
 
 
@@ -110,6 +115,41 @@ def patched_class(kind):
         yield
 
 
+@contextlib.contextmanager
+def patched_call_of_class(kind):
+    with mock.patch.object(kind, "__call__", lambda self, *args: _scaled(nn.Module.__call__(self, *args))):
+        yield
+
+
+def _patched_for_all(name):
+    @contextlib.contextmanager
+    def change(kind):
+        original = getattr(nn.Module, name)
+
+        def call(self, *args, **kwargs):
+            y = original(self, *args, **kwargs)
+            return _scaled(y) if type(self) is kind else y
+
+        with mock.patch.object(nn.Module, name, call):
+            yield
+
+    return change
+
+
+@contextlib.contextmanager
+def global_hook(kind):
+    handle = register_module_forward_hook(lambda module, inputs, y: _scaled(y) if type(module) is kind else None)
+    yield
+    handle.remove()
+
+
+TO_ANY_CLASS = {
+    "patched": patched_class, "hooked": global_hook, "called in another way": patched_call_of_class,
+    "modules called in another way": _patched_for_all("__call__"),
+    "modules computing in another way": _patched_for_all("_call_impl"),
+}  # fmt: skip
+
+
 class Functions(TorchFunctionMode):
     """What is scaled that torch's functions give for layers, as programs that quantise a network do it."""
 
@@ -118,10 +158,3 @@ class Functions(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         y = function(*args, **kwargs or {})
         return _scaled(y) if function in self.LAYERS else y
-
-
-@contextlib.contextmanager
-def global_hook(kind):
-    handle = register_module_forward_hook(lambda module, inputs, y: _scaled(y) if type(module) is kind else None)
-    yield
-    handle.remove()

@@ -8,7 +8,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from nn.changes import TO_ANY_MODULE, Functions, Scale, global_hook, patched_class, plainly, results, trained
+from nn.changes import TO_ANY_CLASS, TO_ANY_MODULE, Functions, Scale, plainly, results, trained
 from timm.layers import DropPath
 from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -114,7 +114,7 @@ KINDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [patched_class, global_hook], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", TO_ANY_CLASS.values(), ids=TO_ANY_CLASS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_class_patched_or_every_module_hooked(change, kind, unchanged):
     variant, before = unchanged

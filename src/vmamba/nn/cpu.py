@@ -21,6 +21,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from vmamba.ops.exporting import keeps_layers
+
 # Values of a layer that are computed at a time, 8 MB in float32.
 _STRETCH = 2**21
 
@@ -42,7 +44,8 @@ class _Written(NamedTuple):
 
 
 _KNOWN: dict[type[nn.Module], _Written] = {}
-_METHODS = ("forward", "_conv_forward", "_call_impl")  # that compute, of every class
+_METHODS = ("forward", "_conv_forward", "_call_impl", "__call__")  # that compute, of every class
+_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 
 # Of torch's and timm's classes, as ours name them in SETTINGS and PARAMETERS.
 _AFFINE = ("weight", "bias")
@@ -116,7 +119,14 @@ def as_built(module: nn.Module) -> bool:
     It is false where anything is hooked, replaced by a module of another class, parametrised or patched, also on its
     class, and where dropout or drop path is active.
     """
-    return not _has_any_global_hook() and _is_as_built(module, set())
+    return not _calls_are_changed() and _is_as_built(module, set())
+
+
+def _calls_are_changed() -> bool:
+    """Whether every module is hooked, or called by another function than torch's."""
+    if nn.Module.__call__ is not _CALL or nn.Module._call_impl is not _CALL_IMPL:
+        return not keeps_layers()  # torch.export puts its own there
+    return _has_any_global_hook()
 
 
 def _is_as_built(module: nn.Module, unpatched: set[type[nn.Module]]) -> bool:
@@ -185,7 +195,7 @@ def state_of(module: nn.Module) -> tuple[Any, ...] | None:
     an earlier one of the same module can tell a kernel again what it was told then. It is asked before every call, so
     it goes through all modules at once in C where it can. Not for what torch.compile traces.
     """
-    if _has_any_global_hook():
+    if _calls_are_changed():
         return None
     modules, names = [module], []
     for part in modules:  # which grows
