@@ -154,7 +154,8 @@ def test_queries_are_in_pixels_of_the_picture_given(tmp_path):
         across = 100 / 36  # pixels of the picture in one of the view: the short side becomes 32 / 0.875
         assert seen.locate(50, 100) == pytest.approx((16, 16), abs=1e-6)
         assert seen.parts[0].width == pytest.approx(32 * across)
-        maps = explain.activation_maps(model, picture, (50 + 10.5 * across, 100 - 3.5 * across), block=0)
+        query = 50 + 10.5 * across, 100 - 3.5 * across
+        maps = explain.activation_maps(model, picture, query, block=0)
         assert maps.queries == ((6, 13),)
     with pytest.raises(RecipeError, match=r"\(50, 3\) of .*a.png is in the margin"):
         explain.activation_maps(model, tmp_path / "a.png", (50, 3))
@@ -162,6 +163,13 @@ def test_queries_are_in_pixels_of_the_picture_given(tmp_path):
         explain.activation_maps(model, tmp_path / "a.png", (100, 3))
     with pytest.raises(RecipeError, match=r"no block 'stages\.9'; expected a number from 0 to"):
         explain.activation_maps(model, pixels, block="stages.9")
+    with pytest.raises(RecipeError, match=r"no block 1\.0; expected a number"):
+        explain.activation_maps(model, pixels, block=1.0)
+    assert torch.equal(maps.weights, explain.activation_maps(model, pixels, query, block=np.int64(0)).weights)
+    recording = explain.record_scans(model, [pixels] * 3)
+    for places in ([(3.0, 4.0)] * 2, [], np.ones((4, 2))):
+        with pytest.raises(RecipeError, match=f"{len(places)} places were given for 3 pictures"):
+            recording.maps(places)
     with pytest.raises(RecipeError, match="ResNet computed no selective scan"):
         explain.activation_maps(timm.create_model("resnet10t"), torch.randn(1, 3, 64, 64))
 

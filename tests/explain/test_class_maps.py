@@ -158,6 +158,15 @@ def test_masks_and_regions():
         explain.class_maps(model, IMAGES)
     with pytest.raises(RecipeError, match=r"region is \(3, 3\); expected \(32, 40\)"):
         explain.class_maps(model, image, region=chosen[:3, :3])
+    for same in (chosen.numpy(), chosen.double(), chosen.numpy().astype("uint8")):
+        again = explain.class_maps(model, image, target=target, region=same, stages=[2])
+        assert torch.equal(again.grad_cam[0], given.grad_cam[0])
+    assert explain.class_maps(model, image, region=chosen.float()).scores.isfinite().all()
+    with pytest.raises(RecipeError, match="no pixel is in the region"):
+        explain.class_maps(model, image, region=torch.zeros(32, 40))
+    other = int(labels[labels != target][0])
+    with pytest.raises(RecipeError, match=rf"pixel at \(30, 20\) .* is “class {target}”, not “class {other}”: give"):
+        explain.class_maps(model, image, target=other, place=(30, 20))
 
 
 def test_objects():

@@ -127,6 +127,15 @@ def test_what_is_no_picture_is_refused(model, tmp_path):
         see(model, torch.rand(40, 60))
     with pytest.raises(RecipeError, match="no pictures"):
         see(model, [])
+    for empty in (
+        PIXELS[:0],
+        PIXELS[:, :0, 0],
+        torch.zeros(3, 0, 9),
+        torch.zeros(2, 3, 9, 0),
+        Image.new("RGB", (0, 9)),
+    ):
+        with pytest.raises(RecipeError, match="picture 1 has no pixels, its shape is"):
+            see(model, empty)
 
 
 def test_a_model_is_put_back_as_it_was(model):

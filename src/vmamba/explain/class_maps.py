@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vmamba.errors import RecipeError
@@ -132,7 +133,7 @@ def class_maps(
     pictures: AnyPictures,
     target: int | None = None,
     place: tuple[float, float] | None = None,
-    region: Tensor | None = None,
+    region: Tensor | NDArray[Any] | None = None,
     stages: Sequence[int] | None = None,
     size: int | tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
@@ -146,8 +147,8 @@ def class_maps(
             the one with the highest score being 0.
         place: instead: a place (x, y) in pixels of the picture given. For segmentation, the mask that hangs together
             there is explained; for detection, the object with the smallest box around it.
-        region: for segmentation, bool (H, W) in pixels of the picture seen: the pixels whose class is explained; by
-            default all that the model gives to that class.
+        region: for segmentation, (H, W) in pixels of the picture seen, True or not 0 for those whose class is
+            explained; by default all that the model gives to that class.
         stages: numbers of the stages to look at, from 1; by default all.
         class_names: names of the classes; by default those that the model has.
 
@@ -191,7 +192,7 @@ def class_maps(
 
 
 def _goal(
-    model: nn.Module, seen: Seen, target: int | None, at: Any, region: Tensor | None, names: Sequence[str]
+    model: nn.Module, seen: Seen, target: int | None, at: Any, region: Any, names: Sequence[str]
 ) -> tuple[Score, tuple[str, ...], Tensor | None]:
     """The score that is explained, what it is in words, and the pixels that it is about."""
     if isinstance(model, DenseModel) and len(seen) > 1:
@@ -211,18 +212,28 @@ def _goal(
 
 
 def _mask_goal(
-    model: UPerNet, seen: Seen, target: int | None, at: Any, region: Tensor | None, names: Sequence[str]
+    model: UPerNet, seen: Seen, target: int | None, at: Any, region: Any, names: Sequence[str]
 ) -> tuple[Score, tuple[str, ...], Tensor]:
     with torch.no_grad():
         labels = model(seen.images).argmax(1)
-    if region is not None and region.shape != labels.shape[1:]:
-        raise RecipeError(f"the region is {tuple(region.shape)}; expected {tuple(labels.shape[1:])}, one a pixel")
+    there = None if at is None else int(labels[0, int(at[1]), int(at[0])])
+    if region is not None:
+        region = torch.as_tensor(region, device=labels.device).bool()
+        if region.shape != labels.shape[1:]:
+            raise RecipeError(f"the region is {tuple(region.shape)}; expected {tuple(labels.shape[1:])}, one a pixel")
+        if not region.any():
+            raise RecipeError("no pixel is in the region; expected one or more that are True")
     if target is None:
-        chosen = labels if region is None else labels[:, region.to(labels.device)]
-        target = int(labels[0, int(at[1]), int(at[0])]) if at else int(chosen.flatten().bincount().argmax())
+        chosen = labels if region is None else labels[:, region]
+        target = int(chosen.flatten().bincount().argmax()) if there is None else there
     _known(target, model.num_classes)
-    pixels = labels == target if region is None else region.to(labels.device, torch.bool)[None]
-    if at is not None and region is None:
+    pixels = labels == target if region is None else region[None]
+    if there is not None and region is None:
+        if there != target:
+            raise RecipeError(
+                f"the pixel at ({at[0]:.0f}, {at[1]:.0f}) of what the model sees is “{_name(there, names)}”, not"
+                f" “{_name(target, names)}”: give the place alone, or one where the model finds that class"
+            )
         pixels = _connected(pixels, int(at[0]), int(at[1]))
     if not pixels.any():
         found = ", ".join(_name(int(i), names) for i in labels.unique())

@@ -142,7 +142,7 @@ def see(
 
     Raises:
         ImageError: a file cannot be used.
-        RecipeError: no pictures, or several that the model sees in different sizes.
+        RecipeError: no pictures, one without pixels, or several that the model sees in different sizes.
         CheckpointError: the model takes pictures of other than 1 or 3 channels, and these are not tensors of floats.
         TypeError: something that is no picture.
     """
@@ -151,6 +151,11 @@ def see(
     views = []
     for number, picture in enumerate(_one_by_one(pictures), start=1):
         name = shown(picture) if isinstance(picture, (str, os.PathLike)) else f"picture {number}"
+        shape = picture.size if isinstance(picture, Image.Image) else getattr(picture, "shape", ())
+        if 0 in shape:
+            raise RecipeError(
+                f"{name} has no pixels, its shape is {tuple(shape)}; expected one or more in each direction"
+            )
         if isinstance(picture, Tensor) and picture.is_floating_point():
             views.append(_as_given(model, picture, name, pre))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -155,8 +156,8 @@ class Recording:
             RecipeError: there is no such block.
         """
         names = self.blocks
-        if isinstance(block, int) and -len(names) <= block < len(names):
-            return self.scans[names[block]]
+        if hasattr(block, "__index__") and -len(names) <= (number := operator.index(block)) < len(names):
+            return self.scans[names[number]]
         if isinstance(block, str) and block.removesuffix(".ss2d") in self.scans:
             return self.scans[block.removesuffix(".ss2d")]
         known = (
@@ -191,9 +192,16 @@ class Recording:
         Args:
             query: a place (x, y) in pixels of the pictures seen, or one for each picture; None for the middle.
             block: name or number.
+
+        Raises:
+            RecipeError: a place is outside the pictures, there are not as many as pictures, or no such block.
         """
-        several = query is not None and not isinstance(query[0], Real)
+        several = query is not None and not (len(query) and isinstance(query[0], Real))
         places: Any = query if several else [query] * len(self.seen)
+        if len(places) != len(self.seen):
+            raise RecipeError(
+                f"{len(places)} places were given for {len(self.seen)} pictures; expected one, or one each"
+            )
         return self._read("activation_maps:maps_of", block, [self.patch(place, block) for place in places])
 
     def selectivity(self, block: int | str = -1, share: float = 0.36787944117144233) -> Any:
