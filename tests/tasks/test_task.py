@@ -1,7 +1,12 @@
 import math
 
+import lightning as L
+import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from tasks.toy import Toy, toy_recipe
 
+from vmamba.errors import RecipeError
 from vmamba.tasks.task import LOSS, Means, Score
 
 
@@ -28,3 +33,69 @@ def test_means_are_sums_over_counts():
     means.add("none", 0, 0)
     assert means.local("loss") == 1.0
     assert means.compute(OneDevice()) == {"loss": 1.0, "none": 0.0}
+
+
+class Rates(L.Callback):
+    """The learning rate of each update, and the largest gradient after each batch."""
+
+    def __init__(self):
+        self.rates, self.gradients = [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.gradients.append(max(float(p.grad.abs().max()) for p in pl_module.model.parameters()))
+
+
+def fitted(optim=(), callbacks=(), **arguments):
+    """What Lightning's own trainer makes of the toy: six batches an epoch."""
+    recorded = Rates()
+    task = Toy.from_recipe(toy_recipe("", **{"warmup_lr": 0.0, "min_lr": 0.0, "ema_decay": 0.0, **dict(optim)}))
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        **{"enable_checkpointing": False} | arguments, callbacks=[recorded, *callbacks],
+    )  # fmt: skip
+    trainer.fit(task)
+    return recorded, trainer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "updates", "warmup"),
+    [
+        ({"max_epochs": 4}, 24, 6),
+        ({"max_epochs": 4, "limit_train_batches": 3}, 12, 3),
+        ({"max_epochs": 4, "limit_train_batches": 0.5}, 12, 3),
+        ({"max_epochs": 4, "accumulate_grad_batches": 2}, 12, 3),
+        ({"max_epochs": 4, "max_steps": 15}, 15, 6),
+        ({"max_steps": 15}, 15, 6),
+        ({"max_epochs": 4, "callbacks": [GradientAccumulationScheduler({0: 1, 2: 3})]}, 16, 6),
+        ({"fast_dev_run": 2}, 2, 0),
+    ],
+)
+def test_the_schedule_is_as_long_as_lightnings_trainer_trains(arguments, updates, warmup):
+    rates = fitted({"schedule": "poly"}, **arguments)[0].rates
+    left = updates - warmup
+    expected = [0.05 * n / warmup for n in range(warmup)] + [0.05 * (1 - n / left) for n in range(left)]
+    assert rates == pytest.approx(expected)
+
+
+def test_results_are_there_for_callbacks_that_watch_them(tmp_path):
+    best = ModelCheckpoint(tmp_path, monitor="val_error")
+    stop = EarlyStopping("train_loss", patience=1, mode="max", check_on_train_epoch_end=True)
+    _, trainer = fitted(callbacks=[best, stop], max_epochs=9, enable_checkpointing=True)
+    assert trainer.current_epoch == 2  # the loss falls
+    assert best.best_model_score == pytest.approx(trainer.lightning_module.found["error"], rel=0.5)
+    assert {"val_error", "train_loss", "train_square"} <= trainer.callback_metrics.keys()
+
+
+def test_gradients_are_clipped_by_norm_or_by_value():
+    for algorithm in ("norm", "value"):
+        recorded, _ = fitted(max_epochs=2, gradient_clip_val=1e-3, gradient_clip_algorithm=algorithm)
+        largest = max(recorded.gradients)
+        assert largest == pytest.approx(1e-3) if algorithm == "value" else largest < 0.99e-3
+
+
+def test_the_same_batches_over_and_over_are_refused():
+    with pytest.raises(RecipeError, match=r"overfit_batches asks for the same batches in each epoch"):
+        fitted(max_epochs=2, overfit_batches=2)

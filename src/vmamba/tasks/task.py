@@ -14,8 +14,6 @@ from typing import Any, ClassVar, Self
 
 import lightning as L
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from typing_extensions import override
@@ -28,6 +26,7 @@ from vmamba.models.feature_maps import DenseModel
 from vmamba.tasks.prediction import Weights, builder
 from vmamba.tasks.recipe import BaseTrainConfig, ModelConfig
 from vmamba.tasks.runs import report
+from vmamba.tasks.schedule import Updates, make_optimizer, make_scheduler
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ class Task(L.LightningModule):
     @property
     def updates(self) -> int:
         """Updates of the weights in one epoch."""
-        return math.ceil(len(self.train_loader) / self.trainer.accumulate_grad_batches)
+        return Updates(self.trainer, len(self.train_loader), 1).until(1)
 
     # --- one training step
 
@@ -206,8 +205,13 @@ class Task(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip the gradient by its norm, and refuse an update from a loss or a gradient that is not finite."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val or math.inf)
+        """Clip the gradient, by its norm or by value, and refuse an update from a loss or a gradient that is not
+        finite."""
+        by_value = gradient_clip_algorithm == "value"
+        largest = math.inf if by_value else gradient_clip_val or math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+        if by_value and gradient_clip_val:
+            nn.utils.clip_grad_value_(self.model.parameters(), gradient_clip_val)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         loss, norm_value = torch.stack([self.pending_loss, norm.float()]).tolist()  # the one wait for the device
         self.pending_loss.zero_()
@@ -251,6 +255,15 @@ class Task(L.LightningModule):
     @override
     def on_validation_epoch_end(self) -> None:
         self.found = self.results()
+        self._log("val", self.found)
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self._log("train", self.trained.compute(self.trainer.strategy))
+
+    def _log(self, split: str, results: dict[str, float]) -> None:
+        """For callbacks that watch a number, under the name that it has in metrics.csv."""
+        self.log_dict({f"{split}_{name}": value for name, value in results.items()}, sync_dist=True, batch_size=1)
 
     def epoch_results(self) -> dict[str, float]:
         """Numbers of the epoch that just ended, over all devices. Every process must call it."""
@@ -264,11 +277,16 @@ class Task(L.LightningModule):
     def setup(self, stage: str) -> None:
         self.val_loader = self._loader(training=False)
         if stage == "fit":
+            if self.trainer.overfit_batches:  # type: ignore[attr-defined]
+                raise RecipeError(
+                    "the trainer's overfit_batches asks for the same batches in each epoch, but what is in a batch "
+                    "follows from seed and epoch: train on a small data set instead"
+                )
             self.train_loader = self._loader(training=True)
             assert self.recipe is not None
             if self.recipe.optim.steps is not None:
                 every = self.recipe.validated_every
-                times = self.recipe.optim.steps / self.updates / every
+                times = self.recipe.optim.steps / max(self.updates, 1) / every
                 self.trainer.fit_loop.max_epochs = max(round(times), 1) * every
 
     def _loader(self, training: bool) -> EpochLoader:
@@ -308,42 +326,20 @@ class Task(L.LightningModule):
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         assert self.recipe is not None
-        o = self.recipe.optim
-        accumulate = self.trainer.accumulate_grad_batches
-        batch = (self.train_loader.batch_size or 0) * self.trainer.world_size * accumulate
+        o, trainer = self.recipe.optim, self.trainer
+        batch = (self.train_loader.batch_size or 0) * trainer.world_size * trainer.accumulate_grad_batches
         scale = batch / o.lr_batch if o.lr_batch else 1.0
-        betas: dict[str, Any] = {"betas": tuple(o.betas)} if o.betas else {}
-        if o.layer_decay is not None and not hasattr(self.model, "group_matcher"):  # timm would cut it up anywhere
-            raise RecipeError(f"optim.layer_decay: {type(self.model).__name__} does not tell the order of its layers")
-        try:
-            optimizer = create_optimizer_v2(
-                self.model, o.optimizer, lr=o.lr * scale, weight_decay=o.weight_decay, layer_decay=o.layer_decay,
-                **betas,
-            )  # fmt: skip
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"optim.optimizer {o.optimizer} cannot be made as configured: {error}") from error
-        updates, total = self.updates, self.updates * int(self.trainer.max_epochs or 1)
-        warmup = round(o.warmup_epochs * updates) if o.warmup_steps is None else o.warmup_steps
-        if warmup >= total:
-            raise RecipeError(f"the warm-up of {warmup} updates leaves nothing of the {total} of the whole run")
-        if self.ema is not None and o.ema_warmup is None and (share := o.ema_decay**total) > _REMEMBERED:
+        optimizer = make_optimizer(self.model, o, scale)
+        updates = Updates(trainer, len(self.train_loader), o.epochs)
+        self.scheduler = make_scheduler(optimizer, o, scale, updates, trainer)
+        share = o.ema_decay**updates.total  # of the initial weights in the average at the end
+        if self.ema is not None and o.ema_warmup is None and share > _REMEMBERED:
             self.ema.use_warmup = True
-            if self.trainer.is_global_zero:
+            if trainer.is_global_zero:
                 report(
-                    f"after {total} updates an average with optim.ema_decay {o.ema_decay} would still hold {share:.0%} "
-                    f"of the initial weights: it starts short and lengthens, as optim.ema_warmup asks for"
+                    f"after {updates.total} updates an average with optim.ema_decay {o.ema_decay} would still hold "
+                    f"{share:.0%} of the initial weights: it starts short and lengthens, as optim.ema_warmup asks for"
                 )
-        above = [f"optim.{name} {getattr(o, name)}" for name in ("min_lr", "warmup_lr") if getattr(o, name) > o.lr]
-        if above and self.trainer.is_global_zero:
-            report(f"{' and '.join(above)}: above optim.lr {o.lr}, which is taken instead")
-        self.scheduler, _ = create_scheduler_v2(
-            optimizer, o.schedule, num_epochs=total - warmup, min_lr=min(o.min_lr, o.lr) * scale,
-            warmup_epochs=warmup, warmup_lr=min(o.warmup_lr, o.lr) * scale, warmup_prefix=True,
-            step_on_epochs=False, updates_per_epoch=1,
-            decay_rate=1 if o.schedule == "poly" else 0.1,  # which is its power
-            # timm counts them from the end of the warm-up, and is early by one.
-            decay_milestones=[round(epoch * updates) - warmup + 1 for epoch in o.milestones],
-        )  # fmt: skip
         return optimizer
 
     def network_for_saving(self) -> nn.Module | None:
