@@ -23,6 +23,7 @@ from vmamba.app.tabs import TABS, routes
 from vmamba.cli import main
 from vmamba.errors import CheckpointError, RecipeError
 from vmamba.explain.activation_maps import maps_of
+from vmamba.explain.class_maps import class_maps
 from vmamba.explain.receptive_field import receptive_field
 from vmamba.models.checkpoints import save_checkpoint
 
@@ -265,6 +266,57 @@ def test_every_tab_of_a_grey_picture_of_odd_sides_is_finite_and_in_both_language
     panel = TABS[name].draw(session) + routes(session)[1]
     assert "nan" not in re.sub(r"base64,[^)\"]+", "", panel)
     assert panel.count('lang="en"') == panel.count('lang="zh"') > 0
+
+
+DENSE = {
+    "upernet": {"backbone": "vmamba_femto_s2", "num_classes": 4, "channels": 8, "auxiliary_channels": 8},
+    "maskrcnn": {"backbone": "vmamba_femto_s2", "num_classes": 4, "channels": 8, "hidden": 16, "score_thr": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_models_are_explained_as_they_predict(page, name, tmp_path, monkeypatch):
+    """At one size, though it is not the one that they were made for; and what is explained is outlined."""
+    monkeypatch.setattr("vmamba.app.models._DENSE_SIDE", 64)
+    torch.manual_seed(1)
+    model = vmamba.create_model(name, img_size=(96, 128), **DENSE[name])
+    (tmp_path / "runs/dense").mkdir(parents=True)
+    metadata = {"model_kwargs": DENSE[name], "img_size": [96, 128], "sides": [96, 128]}
+    save_checkpoint(model, tmp_path / "runs/dense/model.safetensors", metadata)
+    loaded = Catalogue(runs=tmp_path / "runs").load(f"trained {tmp_path}/runs/dense")
+    session = page.start(None)[0].with_model(loaded)
+    session = session.with_picture(session.picture.resize((64, 48)))
+    height, width = session.recording.seen.drawn()
+    assert (height, width) == (48, 64)
+    assert "shown to it in 64×48 pixels" in TABS["prediction"].draw(session)
+    explained = class_maps(session.loaded.model, session.recording.seen).regions[0, :height, :width].numpy()
+    predictor = session.loaded.predictor
+    if name == "upernet":
+        labels = predictor.segment(session.picture).labels
+        expected = labels == np.bincount(labels.ravel()).argmax()
+    else:
+        expected = predictor.detect(session.picture, threshold=0.0).masks[0]
+    assert 0 < expected.sum() < expected.size
+    assert np.array_equal(explained, expected)
+    panel = TABS["classes"].draw(session)
+    assert "Outlined" in panel
+    outlines = re.findall(r'<div style="background-image:url\((data:[^)]+)\)">', panel)
+    assert len(outlines) == panel.count('class="stack') == 3
+    outline = pixels(outlines[0])
+    assert set(np.unique(outline[..., 3])) == {0, 255}
+    assert outline.shape[:2] == (384 // 64 * session.seen.height, 384)
+
+
+def test_outlines_run_along_the_edges():
+    region = np.zeros((48, 64), bool)
+    region[10:20, 5:30] = True
+    outline = drawing.outline_rgba(region)
+    assert outline.shape == (288, 384, 4)
+    drawn = outline[..., 3] > 0
+    assert drawn[60, 30:180].all()
+    assert not drawn[70:110, 40:170].any()
+    assert not drawn[:50].any()
+    assert drawing.outline_rgba(np.ones((500, 400), bool)).shape == (500, 400, 4)
 
 
 def test_a_detector_that_finds_nothing_says_so(page, tmp_path):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 
 # Okabe and Ito's colours, as in the figures of the documentation: people with any colour vision can tell them apart.
 ROUTE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -22,6 +22,7 @@ _HEAT = np.array([
     (252, 252, 180),
 ], float)  # fmt: skip
 
+_OUTLINE_SIDE = 384  # at least, of the longer side of a picture with an outline
 _LEAST_SIDE = 128  # a picture with shorter sides is shown with its pixels as squares
 
 
@@ -35,6 +36,20 @@ def heat_rgba(values: NDArray[np.floating], power: float = 0.5) -> NDArray[np.ui
     colours = np.stack([*(np.interp(roots, places, channel) for channel in _HEAT.T), 255 * (0.3 + 0.7 * roots)], -1)
     colours[np.isnan(values)] = (128, 128, 128, 170)
     return colours.round().astype(np.uint8)
+
+
+def outline_rgba(region: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """The outline of a region (H, W) as colours (h, w, 4), transparent elsewhere: light with dark edges.
+
+    A region of few pixels is enlarged first, so that the line is thin.
+    """
+    times = -(-_OUTLINE_SIDE // max(region.shape))
+    mask = Image.fromarray(np.kron(region, np.full((times, times), 255)).astype(np.uint8))
+    colours = np.zeros((mask.height, mask.width, 4), np.uint8)
+    for width, colour in ((7, (0, 0, 0, 255)), (3, (0, 229, 255, 255))):
+        larger, smaller = (mask.filter(kind(width)) for kind in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
+        colours[np.asarray(larger) != np.asarray(smaller)] = colour
+    return colours
 
 
 def scaled(values: NDArray[np.floating], most: float | None = None) -> NDArray[np.floating]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import unquote
@@ -20,10 +20,13 @@ from vmamba.models.download import download
 from vmamba.models.folders import task_of
 from vmamba.models.registry import ENTRIES, create_model, list_models
 from vmamba.tasks import parts_of
+from vmamba.tasks.detector import Detector
 from vmamba.tasks.prediction import Predictor, Weights, load_weights
 from vmamba.tasks.runs import RunFolder, report
+from vmamba.tasks.segmenter import Segmenter
 
 _MOST_LOADED = 3
+_DENSE_SIDE = 384  # at which a visitor need not wait long for a dense model, and what is kept of its scans is small
 
 Origin = Literal["trained", "published", "untrained"]
 
@@ -56,7 +59,7 @@ class Loaded(NamedTuple):
     Attributes:
         choice: its line in the list.
         model: in evaluation mode, on the CPU.
-        predictor: what makes its prediction, of its own task.
+        predictor: what makes its prediction, of its own task; of dense models from pictures of few pixels.
         lock: held while hooks are on the model, so that two visitors do not see each other's pictures.
     """
 
@@ -116,12 +119,23 @@ class Catalogue:
             if key not in self._loaded:
                 choice = self.choices[key]
                 weights = choice.load()
-                predictor = parts_of(weights.task).load("predictor").from_weights(weights)
+                predictor = _bounded(parts_of(weights.task).load("predictor").from_weights(weights))
                 self._loaded[key] = Loaded(choice, weights.model, predictor, threading.Lock())
                 while len(self._loaded) > _MOST_LOADED:
                     self._loaded.popitem(last=False)
             self._loaded.move_to_end(key)
             return self._loaded[key]
+
+
+def _bounded(predictor: Predictor) -> Predictor:
+    """The same, of dense models for pictures of at most so many pixels a side."""
+    if isinstance(predictor, Segmenter):
+        shorter, longer = (min(side, _DENSE_SIDE) for side in predictor.pre.img_size)
+        return replace(predictor, pre=replace(predictor.pre, img_size=(shorter, longer)))
+    if isinstance(predictor, Detector):
+        shorter, longer = (min(side, _DENSE_SIDE) for side in predictor.sides)
+        return replace(predictor, sides=(shorter, longer))
+    return predictor
 
 
 def _of_file(path: str | Path, name: str) -> Choice:

@@ -23,7 +23,6 @@ from vmamba.explain.scans import Recording, record_scans
 
 MOST_PIXELS = 40_000_000  # of a picture that is sent in
 _KEPT_SIDE = 1600  # what its long side is brought down to
-_DENSE_SIDE = 384  # the long side at which a network for segmentation or detection is looked into
 
 
 _numbers = itertools.count(1)
@@ -184,10 +183,7 @@ class Session:
 
 
 def _recorded(loaded: Loaded, picture: Image.Image) -> Recording:
-    pre, size = getattr(loaded.predictor, "pre", None), None
-    if loaded.choice.task != "classification":
-        size = (_DENSE_SIDE, _DENSE_SIDE)
-        pre = pre and replace(pre, img_size=size)
+    pre, size = (getattr(loaded.predictor, name, None) for name in ("pre", "sides"))
     try:
         with loaded.lock:
             return record_scans(loaded.model, see(loaded.model, picture, size, pre))

@@ -112,7 +112,9 @@ def prediction(session: Session) -> str:
         predictor: Any = session.loaded.predictor
         find = predictor.segment if session.loaded.choice.task == "segmentation" else predictor.detect
         found = find(session.picture)
-    return views.panel(views.say("prediction"), views.wide(found.overlay(), session.loaded.choice.task))
+    height, width = session.recording.seen.drawn()
+    say = views.say("prediction_dense", width=width, height=height)
+    return views.panel(say, views.wide(found.overlay(), session.loaded.choice.task))
 
 
 def _best(session: Session, number: int) -> list[tuple[str, float]]:
@@ -165,13 +167,16 @@ def classes(session: Session) -> str:
     parts = []
     for one in found:
         items = []
+        outline = None if one.regions is None else drawing.png(drawing.outline_rgba(one.regions[0].numpy()))
         for stage, cam, cell in zip(one.stages, one.grad_cam, one.cells, strict=True):
             rows, columns = cam.shape[1:]
-            image = views.stack((rows, columns), cell, session.seen.size, "still", views.heat(cam[0].numpy()))
+            place = (rows, columns), cell, session.seen.size
+            image = views.stack(*place, "still", views.heat(cam[0].numpy()), outline=outline)
             text = both("grid" if cam.any() else "nothing_for", rows=rows, columns=columns)
             items.append((both("stage", stage=stage), image, text))
         parts += [views.say("class", name=one.targets[0], score=float(one.scores[0])), views.cards(items)]
-    return views.panel(views.say("classes"), *parts)
+    outlined = [] if found[0].regions is None else [views.say("outlined")]
+    return views.panel(views.say("classes"), *outlined, *parts)
 
 
 def field(session: Session) -> str:

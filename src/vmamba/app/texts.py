@@ -111,6 +111,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "What made this answer: places of each stage that spoke for it (Grad-CAM).",
         "为何得出这个答案：各阶段中支持它的位置（Grad-CAM）。",
     ),
+    "outlined": ("Outlined: the pixels that are explained.", "轮廓线内是所解释的像素。"),
     "nothing_found": ("The network finds no object in this picture.", "网络在这幅图片中没有找到任何物体。"),
     "grid": ("{rows}×{columns} patches", "{rows}×{columns} 个图块"),
     "nothing_for": (
@@ -147,6 +148,12 @@ TEXTS: dict[str, tuple[str, str]] = {
     "less": ("little", "弱"),
     "more": ("much", "强"),
     "prediction": ("What the network says of this picture.", "网络对这张图片的判断。"),
+    "prediction_dense": (
+        "What the network says of this picture, shown to it in {width}×{height} pixels, as for all that is seen on this"
+        " page: few, so that you need not wait. “vmamba predict” takes the size that the network was trained for.",
+        "网络对这张图片的判断。与本页其他内容一样，网络所见为 {width}×{height} 像素：像素较少，以免久等。"
+        "“vmamba predict” 使用网络训练时的尺寸。",
+    ),
     # Errors
     "bad_picture": ("This picture cannot be used.", "无法使用这张图片。"),
     "too_large": (

@@ -68,6 +68,7 @@ def stack(
     kind: str = "",
     heat: str | None = None,
     focus: bool = False,
+    outline: str | None = None,
 ) -> str:
     """The picture, a map over it, and the frame around the chosen patch.
 
@@ -78,18 +79,20 @@ def stack(
         kind: "canvas" for the large one, "still" for one that is not clicked on.
         heat: address of the map; without one the style sheet says which.
         focus: whether the keyboard can reach it.
+        outline: address of a picture of outlines, which lies over all.
     """
     small = " small-picture" if drawing.is_small(size) else ""
     image = f' style="background-image:url({heat})"' if heat else ""
     places = "" if kind == "still" else f' data-rows="{grid[0]}" data-columns="{grid[1]}"'
     frame = "" if kind == "still" else '<div class="query"></div>'
+    edge = f'<div style="background-image:url({outline})"></div>' if outline else ""
     lines = '<div class="grid"></div>' if kind != "still" and max(grid) <= _MOST_LINES else ""
     reach = f' tabindex="0" role="application" aria-label="{plain("canvas", "en")}"' if focus else ""
     return (
         f'<div class="stack {kind}{small}"{places}{reach} '
         f'style="--rows:{grid[0]};--columns:{grid[1]};{_covering(cell, size)};aspect-ratio:{size[0]}/{size[1]}">'
         f'<div class="photo"></div><div class="heat"{image}></div>{lines}'
-        f"{frame}</div>"
+        f"{frame}{edge}</div>"
     )
 
 
