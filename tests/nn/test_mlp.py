@@ -109,6 +109,15 @@ def test_gradients_to_second_order(short_stretches):
     assert torch.autograd.gradgradcheck(function, (x, *values))
 
 
+def test_the_last_bias_may_change_before_its_gradient_is_computed():
+    mlp, x = Mlp(8, 16), torch.randn(3, 8)
+    expected = torch.autograd.grad(mlp(x).square().sum(), [*mlp.parameters()])
+    loss = mlp(x).square().sum()
+    with torch.no_grad():
+        mlp.fc2.bias.add_(1.0)
+    torch.testing.assert_close(torch.autograd.grad(loss, [*mlp.parameters()]), expected)
+
+
 def test_frozen_parameters():
     ours, theirs = _pair(6, 24)
     for mlp in (ours, theirs):

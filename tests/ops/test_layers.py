@@ -38,6 +38,15 @@ def test_linear(shape, has_bias):
             torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_bias_may_change_before_its_gradient_is_computed():
+    x, weight, bias = torch.randn(4, 40), torch.randn(24, 40, requires_grad=True), torch.randn(24, requires_grad=True)
+    expected = torch.autograd.grad(F.linear(x, weight, bias).square().sum(), (weight, bias))
+    loss = layers.linear(x, weight, bias).square().sum()
+    with torch.no_grad():
+        bias.add_(1.0)
+    torch.testing.assert_close(torch.autograd.grad(loss, (weight, bias)), expected, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_gradients_to_second_order(has_bias):
     torch.manual_seed(0)

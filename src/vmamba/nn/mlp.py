@@ -85,19 +85,20 @@ class _FrugalMlp(torch.autograd.Function):
         for part, result in zip(cpu.stretches(x, len(weight1)), cpu.stretches(y, len(weight1)), strict=True):
             hidden.append(product(part, weight1, bias1))
             result.copy_(product(gelu(hidden[-1]), weight2, bias2))
-        ctx.save_for_backward(x, weight1, bias1, weight2, bias2, *hidden)
+        ctx.save_for_backward(x, weight1, bias1, weight2, *hidden)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight1, bias1, weight2, bias2, *hidden = ctx.saved_tensors
-        values = x, weight1, bias1, weight2, bias2
-        if torch.is_grad_enabled():  # to be differentiated again
-            return tuple(pull_back(_plain_mlp, values, [grad]))
-        if torch._C._functorch.is_legacy_batchedtensor(grad):  # several gradients at once, which no kernel can read
-            return _plain_gradients(values, grad)
-
+        x, weight1, bias1, weight2, *hidden = ctx.saved_tensors
+        values = x, weight1, bias1, weight2
         needs_x, needs_weight1, needs_bias1, needs_weight2, needs_bias2 = ctx.needs_input_grad
+        grad_bias2 = grad.sum(0) if needs_bias2 else None
+        if torch.is_grad_enabled():  # to be differentiated again
+            return *pull_back(_plain_mlp, values, [grad]), grad_bias2
+        if torch._C._functorch.is_legacy_batchedtensor(grad):  # several gradients at once, which no kernel can read
+            return *_plain_gradients(values, grad), grad_bias2
+
         grad_x, grad_weight1, grad_weight2 = (torch.empty_like(value) for value in (x, weight1, weight2))
         grad_bias1 = grad.new_zeros(len(weight1))
         parts = (cpu.stretches(value, len(weight1)) for value in (x, grad, grad_x))
@@ -111,7 +112,7 @@ class _FrugalMlp(torch.autograd.Function):
                 grad_bias1 += grad_h.sum(0)
             if needs_x:
                 grad_x_part.copy_(product(grad_h, weight1.t()))
-        grads = (grad_x, grad_weight1, grad_bias1, grad_weight2, grad.sum(0) if needs_bias2 else None)
+        grads = (grad_x, grad_weight1, grad_bias1, grad_weight2, grad_bias2)
         return tuple(value if needed else None for value, needed in zip(grads, ctx.needs_input_grad, strict=True))
 
 
@@ -124,5 +125,6 @@ def _plain_gradients(values: Sequence[Tensor | None], grad: Tensor) -> tuple[Ten
     return tuple(value if value is None else next(found) for value in values)
 
 
-def _plain_mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
-    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+def _plain_mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor) -> Tensor:
+    """The MLP but for its last bias, on which no other gradient depends."""
+    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2)

@@ -152,6 +152,7 @@ define(
     lambda x, weight, bias: product(x, weight, bias),
     plain=F.linear,
     gradient=_product_gradient,
+    unsaved=2,
     fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
 )
 

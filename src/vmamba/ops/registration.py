@@ -37,6 +37,7 @@ def define(
     plain: Callable[..., Any],
     fake: Callable[..., Any],
     gradient: Callable[..., Sequence[Tensor | None]] | None = None,
+    unsaved: int | None = None,
 ) -> None:
     """Make `torch.ops.vmamba.*`.
 
@@ -47,6 +48,8 @@ def define(
         fake: the same as `compute` for tensors without values.
         gradient: as the backward of `torch.autograd.Function`, gradient(ctx, *grads); returns one for each tensor among
             the inputs. `ctx.saved_tensors` has these and `ctx.options` the other inputs. None: that of `plain`.
+        unsaved: which of the tensors `gradient` does without. It finds None there, and the tensor may be changed before
+            the gradients are computed.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -63,7 +66,7 @@ def define(
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             tensors = [value for value in inputs if value is None or isinstance(value, Tensor)]
-            ctx.save_for_backward(*tensors)
+            ctx.save_for_backward(*(None if i == unsaved else value for i, value in enumerate(tensors)))
             ctx.options = inputs[len(tensors) :]
             return below_autograd(*inputs)
 
@@ -71,8 +74,9 @@ def define(
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             tensors = ctx.saved_tensors  # which can be had once only, where a checkpoint computes them again
             given = SimpleNamespace(saved_tensors=tensors, options=ctx.options, needs_input_grad=ctx.needs_input_grad)
-            results = zip(tensors, (gradient or plain_gradient)(given, *grads), strict=True)
-            return (*(None if value is None else grad for value, grad in results), *(None for _ in ctx.options))
+            needed = ctx.needs_input_grad[: len(tensors)]
+            results = zip(needed, (gradient or plain_gradient)(given, *grads), strict=True)
+            return (*(grad if is_needed else None for is_needed, grad in results), *(None for _ in ctx.options))
 
     def recorded(*inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active() or _has_tangent(inputs):
