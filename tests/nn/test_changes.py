@@ -231,12 +231,21 @@ def test_convolutions_of_other_geometry(geometry, unchanged):
 ATTRIBUTES = {
     "no bias": ("bias", lambda module: None),
     "no scale": ("weight", lambda module: None if isinstance(module, nn.LayerNorm) else module.weight),
+    "one bias": ("bias", lambda module: _one_bias(module, ())),
+    "one bias in a list": ("bias", lambda module: _one_bias(module, (1,))),
+    "biases of a row": ("bias", lambda module: _one_bias(module, (1, len(module.weight)))),
     "eps": ("eps", lambda module: 0.5),
     "tanh": ("approximate", lambda module: "tanh"),
     "float64": ("weight", lambda module: nn.Parameter(module.weight.double())),
     "not contiguous": ("weight", lambda module: nn.Parameter(_strided(module.weight))),
     "expanded": ("weight", lambda module: nn.Parameter(module.weight.flatten()[:1].expand(module.weight.shape))),
 }
+
+
+def _one_bias(module, shape):
+    """A bias that torch broadcasts, where it does."""
+    is_broadcast = isinstance(module, nn.Linear)
+    return nn.Parameter(torch.full(shape, 0.7)) if is_broadcast else module.bias
 
 
 def _strided(weight):

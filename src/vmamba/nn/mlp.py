@@ -19,6 +19,7 @@ from vmamba.ops.layers import (
     gelu_backward,
     is_compiled,
     is_on_gpu,
+    is_one_each,
     linear_gelu,
     product,
     product_dtype,
@@ -54,7 +55,7 @@ class Mlp(timm.layers.Mlp):
         if is_compiled() or not (applies(x) and cpu.as_built(self)) or x.shape[-1] != self.fc1.in_features:
             return super().forward(x)
         parameters = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        if not applies(x, *parameters):
+        if not (applies(x, *parameters) and all(map(is_one_each, parameters[1::2], parameters[::2]))):
             return super().forward(x)
         dtype = product_dtype(x)
         if not records(x, *parameters):

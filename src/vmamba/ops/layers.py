@@ -102,12 +102,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., C'), in the dtype that `F.linear` gives, autocast considered; differentiable twice.
     """
-    if not applies(x, weight, bias) or x.shape[-1] != weight.shape[-1]:
+    if not applies(x, weight, bias) or x.shape[-1] != weight.shape[-1] or not is_one_each(bias, weight):
         return F.linear(x, weight, bias)
     dtype = product_dtype(x)
     if is_compiled() or records(x, weight, bias):
         return torch.ops.vmamba.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return product(x.to(dtype), weight, bias)
+
+
+def is_one_each(bias: Tensor | None, weight: Tensor) -> bool:
+    """Whether a product's bias has a number for each output, and is not one of a shape that torch broadcasts."""
+    return bias is None or bias.shape == weight.shape[:1]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
