@@ -204,5 +204,14 @@ def test_a_telephone_shows_all_of_it_in_light_and_dark(visit, scheme):
     canvas = page.locator(".canvas").bounding_box()
     assert canvas["x"] >= 0
     assert 340 <= canvas["width"] <= 390
+    chart = page.locator(".chart:visible svg").bounding_box()
+    labels = [label.bounding_box() for label in page.locator(".chart:visible svg text").all()]
+    assert len(labels) > 8
+    assert all(label["x"] >= chart["x"] for label in labels)
+    model = page.get_by_label("Model")
+    assert model.evaluate("box => getComputedStyle(box).textOverflow") == "ellipsis"
+    arrow = page.locator(".dropdown-arrow").first.bounding_box()
+    box, padding = model.bounding_box(), model.evaluate("box => parseFloat(getComputedStyle(box).paddingRight)")
+    assert box["x"] + box["width"] - padding <= arrow["x"]
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(int(n) for n in background[background.index("(") + 1 : -1].split(",")[:3]) < 200) == (scheme == "dark")

@@ -384,6 +384,22 @@ def test_charts_put_their_points_where_the_numbers_are():
     assert drawing.chart([drawing.Line("a", "#000", [0], [1])], "x", "y", log="xy") == ""
 
 
+def test_numbers_and_names_that_are_long(page, session, monkeypatch):
+    monkeypatch.setattr("vmamba.app.tabs._SIDES", (32, 64))
+    long = dataclasses.replace(session.loaded.choice, name="/home/somebody/" + "very_" * 9 + "long/runs/demo")
+    panel = TABS["scaling"].draw(dataclasses.replace(session, loaded=session.loaded._replace(choice=long)))
+    assert f"…\u2060{long.name[-25:]}" in panel
+    assert long.name[-30:] not in panel
+    model = session.loaded.model.stages[1].blocks[1].ss2d
+    kept = model.D.detach().clone()
+    with torch.no_grad():
+        model.D.mul_(1e-9)  # what the patch says itself becomes next to nothing
+    says = re.search("bring together is (.*?) times", routes(session.with_picture(session.picture))[0])[1]
+    with torch.no_grad():
+        model.D.copy_(kept)
+    assert re.fullmatch(r"[0-9.]+ [kMG]", says)
+
+
 def test_a_port_in_use_is_told_in_a_line(page, address, desk, capsys, monkeypatch):
     monkeypatch.chdir(desk)
     port = address.rpartition(":")[2]

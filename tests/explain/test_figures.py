@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 
 import numpy as np
@@ -57,6 +58,18 @@ def test_titles_and_labels_are_apart(segmenter, size):
         explain.class_maps(segmenter, recording.seen).figure(),
     ):
         assert_texts_are_apart(figure)
+
+
+def test_numbers_of_steps_are_whole(segmenter):
+    recording = explain.record_scans(segmenter, torch.randn(1, 3, 32, 32))
+    found = recording.selectivity(0)
+    steps = torch.full_like(found.steps, 3.0)
+    steps[0, 0, 0, 0] = 6
+    for few, labels in ((steps, ["3", "4", "5", "6"]), (torch.full_like(steps, torch.inf), [])):
+        figure = dataclasses.replace(found, steps=few).figure()
+        assert_texts_are_apart(figure)
+        bar = next(axes for axes in figure.axes if axes.get_ylabel() == "remembered for, steps")
+        assert [text.get_text() for text in bar.get_yticklabels()] == labels
 
 
 @pytest.mark.filterwarnings("error")

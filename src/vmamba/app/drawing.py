@@ -91,7 +91,7 @@ class Line(NamedTuple):
     y: Sequence[float]
 
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 640, 260, 52, 26, 8, 12
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 640, 260, 72, 26, 8, 12
 
 
 def chart(

@@ -68,7 +68,7 @@ def routes(session: Session) -> tuple[str, str]:
         image = views.stack(scan.grid, maps.cell, session.seen.size, heat=views.heat(veiled[k], float(sizes.max())))
         items.append((_titled(scan, k), image, text))
     strength = float(maps.contributions.sum((1, 2, 3)).norm() / maps.skip.sum(1).norm().clamp(min=1e-30))
-    say = views.say("routes", stage=session.stage_number + 1, block=session.block + 1, strength=strength)
+    say = views.say("routes", stage=session.stage_number + 1, block=session.block + 1, strength=drawing.brief(strength))
     chart = drawing.chart(lines, both("steps_back"), both("heard"), log="x", percent=True)
     panel = views.panel(say, views.cards(items), chart, at_row=session.row, at_column=session.column)
     return panel, f"<style>:root{{--merged:url({views.heat(maps.merged()[0].numpy())})}}</style>"
@@ -202,6 +202,7 @@ def cost(session: Session) -> str:
     """What the network costs as pictures grow, beside one with attention."""
     model: Any = session.loaded.model
     name = session.loaded.choice.name
+    name = name if len(name) <= _LONGEST else f"…\u2060{name[1 - _LONGEST :]}"  # the end of a path says most
     network = model if session.loaded.choice.task == "classification" else model.backbone
     with session.loaded.lock:
         found = scaling({name: network, _RIVAL: _RIVAL}, _SIDES, rounds=3, memory=False)
@@ -232,6 +233,7 @@ def order(session: Session) -> str:
 
 
 _RIVAL, _SIDES = "deit_tiny_patch16_224", (64, 128, 256, 384)
+_LONGEST = 26  # letters of a name in a table
 _GRID = 8  # rows and columns on which patterns are drawn
 
 TABS = {

@@ -55,10 +55,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     # What the tabs say
     "routes": (
         "What the framed patch is made of in stage {stage}, block {block}. Along each route it hears only the patches"
-        " that came before it; the others are veiled. What the routes bring together is {strength:.2g} times as strong"
+        " that came before it; the others are veiled. What the routes bring together is {strength} times as strong"
         " as what the patch says itself.",
         "方框内的图块在阶段 {stage}、模块 {block} 中由什么构成。沿每条路线，它只能听到排在自己之前的图块，"
-        "其余的被遮住。四条路线合起来的强度是图块自身直连项的 {strength:.2g} 倍。",
+        "其余的被遮住。四条路线合起来的强度是图块自身直连项的 {strength} 倍。",
     ),
     "route": (
         "{share:.0%} of what it hears, from {reach:.0f} px away on average, half of it within {half} steps",

@@ -177,16 +177,31 @@ def picture_grid(
 def colour_bar(
     figure: Figure,
     axes: Axes,
-    norm: Normalize,
+    norm: Normalize | None,
     colours: str = HEAT,
     form: Callable[[float], str] | None = None,
+    whole: bool = False,
 ) -> None:
-    """What the colours mean, drawn on `axes`, whose label says of what; with the values at even distances along it."""
+    """What the colours mean, drawn on `axes`, whose label says of what.
+
+    Args:
+        figure, axes: where; see `picture_grid`.
+        norm: see `scale`; None where no value is shown, for the label alone.
+        colours: name of a colour map.
+        form: from a value to its text.
+        whole: whether all values are whole numbers.
+    """
     label = axes.get_ylabel()
+    if norm is None:
+        axes.set(frame_on=False, xticks=[], yticks=[])
+        axes.yaxis.set_label_position("right")
+        axes.yaxis.label.set(color=GREY, fontsize=9)
+        return
     bar = figure.colorbar(ScalarMappable(norm, colours), cax=axes)
     bar.outline.set_visible(False)
     values = [float(norm.inverse(place)) for place in np.linspace(0, 1, 5)]
-    form = form or (lambda value: f"{value:.3g}")
+    values = sorted({round(value) for value in values}) if whole else values
+    form = str if whole else form or (lambda value: f"{value:.3g}")
     bar.set_ticks(values, labels=[form(value) for value in values])
     bar.ax.tick_params(colors=GREY, length=0, labelsize=8)
     bar.set_label(label, color=GREY, fontsize=9)

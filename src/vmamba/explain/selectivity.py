@@ -85,8 +85,7 @@ class Selectivity:
             norm = f.scale(finite, power=1, low=low)
             for k, name in enumerate(names):
                 f.show(grid[row, k], panels[k], name if row == 0 else "", norm=norm, cmap=f.ended(colours))
-            form = "{:.0f}".format if label.endswith("steps") else None
-            f.colour_bar(figure, bars[row], norm, colours, form)
+            f.colour_bar(figure, bars[row], norm if len(finite) else None, colours, whole=label.endswith("steps"))
         return figure
 
     def save(self, path: str | os.PathLike[str], image: int = 0) -> None:
