@@ -451,6 +451,21 @@ def test_autocast(low, unchanged):
         check(model, atol=0.05)
 
 
+@pytest.mark.parametrize("of_weight", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kind", ["strided", "by tiles", "GELU"])
+def test_results_lie_as_they_do_in_training(kind, of_weight):
+    layers = {"strided": Conv2d(16, 16, 3, 2, 1), "by tiles": Conv2d(128, 96, 3, 1, 1), "GELU": GELU()}
+    layer = layers[kind].to(memory_format=of_weight)
+    x = torch.randn(2, getattr(layer, "in_channels", 16), 48, 48)
+    last = x.contiguous(memory_format=torch.channels_last)
+    for given in (x, last, x[..., ::2, ::2], last[..., ::2, ::2], x.mT, last.mT, x[:1, :, :1, :1]):
+        with torch.no_grad():
+            y = layer(given)
+        recorded = layer(given.detach().requires_grad_())
+        assert y.stride() == recorded.stride()
+        torch.testing.assert_close(y, recorded, atol=2e-5, rtol=1e-4)
+
+
 # --- other people's tools --------------------------------------------------------------------------------------------
 
 

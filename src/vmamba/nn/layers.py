@@ -64,7 +64,7 @@ class GELU(nn.GELU):
         """x·Φ(x) of any shape, with Φ the normal distribution, or its approximation by tanh."""
         if is_compiled() or self.approximate != "none" or not applies(x) or records(x) or not cpu.is_unpatched(GELU):
             return super().forward(x)
-        return gelu(x)
+        return gelu(x) if x.is_contiguous() else super().forward(x)  # which keeps the strides
 
 
 def _convolves_as(layer: nn.Conv2d, kind: type[nn.Conv2d]) -> bool:
@@ -117,13 +117,19 @@ def _convolved_by_torch(convolve: Callable[[Tensor], Tensor], layer: nn.Conv2d, 
     return convolve(F.pad(x, (0, layer.stride[1])))[..., :1].clone()  # of a second column, which is not wanted
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether torch takes (B, C, H, W) to lie channels last, and then gives a result that does too."""
+    return x.stride(1) == 1 and x.stride(2) >= x.stride(3) and not x.is_contiguous()
+
+
 @cpu.known
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d`; 3×3 ones are faster in inference on the CPU where `x` lies channels last."""
+    """`torch.nn.Conv2d`; 3×3 ones are faster in inference on the CPU where `x` or the weight lies channels last."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, H, W) to (B, C', H', W')."""
-        y = _convolved(self, Conv2d, x.permute(0, 2, 3, 1)) if x.ndim == 4 else None
+        is_last = x.ndim == 4 and cpu.is_patchwise(self) and (_is_channels_last(x) or _is_channels_last(self.weight))
+        y = _convolved(self, Conv2d, x.permute(0, 2, 3, 1)) if is_last else None
         return _convolved_by_torch(super().forward, self, x) if y is None else y.permute(0, 3, 1, 2)
 
 
