@@ -264,6 +264,15 @@ def test_attributes_of_single_layers(attribute, value, unchanged):
             check(model, atol=1e-4)
 
 
+def test_norms_of_other_widths(unchanged):
+    variant, _ = unchanged
+    for name, module in make(variant).named_modules():
+        if isinstance(module, LayerNorm):
+            model = make(variant)
+            replace(model, name, LayerNorm(2, elementwise_affine=False))
+            assert not fits(model), name
+
+
 @pytest.mark.parametrize("layer", [nn.GELU("tanh"), nn.ReLU(), nn.SiLU()], ids=str)
 def test_another_activation(layer):
     before = results(make("MLP"), IMAGE)

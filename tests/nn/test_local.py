@@ -173,3 +173,11 @@ def test_drawing_anew_closes_the_branches_too():
     # As He et al. draw them, of 3×3 weights into 32 channels.
     assert block.mlp.conv1.weight.std().item() == pytest.approx((2 / (9 * 32)) ** 0.5, rel=0.05)
     assert not model.stem.conv2.bias.any()
+
+
+def test_weights_are_drawn_anew_after_norms_were_replaced():
+    model = vmamba.VMamba(depths=(1,), dims=(32,), num_classes=2, **LOCAL)
+    block = model.stages[0].blocks[0]
+    block.ss2d.proj_norm = block.mlp.norm2 = LayerNorm(32)
+    model.init_weights()
+    assert block.mlp.norm2.weight.all()

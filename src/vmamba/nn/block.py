@@ -97,6 +97,11 @@ class VSSBlock(nn.Module):
         ss2d, mlp = self.ss2d, self.mlp
         if not cpu.is_depthwise_silu(ss2d.conv, ss2d.conv.in_channels):
             return None
+        outer = [self.norm1] if mlp is None else [self.norm1, self.norm2]
+        if any(norm.normalized_shape != x.shape[-1:] for norm in outer):
+            return None
+        if ss2d.norm.normalized_shape != (ss2d.conv.in_channels,):
+            return None
         layers = [self.norm1, ss2d.in_proj, ss2d.conv, ss2d.norm, ss2d.out_proj]
         layers += [] if mlp is None else [self.norm2, mlp.fc1, mlp.fc2]
         norm1, in_proj, conv, norm, out_proj, *rest = affine = [Affine.of(layer) for layer in layers]

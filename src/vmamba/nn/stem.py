@@ -72,6 +72,9 @@ class ConvStem(nn.Module):
         ]
         if not can_fuse(x) or product_dtype(x) != torch.float32 or not all(map(cpu.is_patchwise, convolutions)):
             return None
+        norms = self.norm1, self.norm2
+        if any(norm.normalized_shape != (conv.out_channels,) for conv, norm in zip(convolutions, norms, strict=True)):
+            return None
         if not applies(x, *(value for layer in layers for value in layer[:2])):
             return None
         return conv_stem(x, conv1, norm1, conv2, norm2, (self.conv1.stride[0], self.conv2.stride[0]))
