@@ -275,6 +275,26 @@ def test_another_number_of_channels_needs_adapting(tmp_path: Path) -> None:
     torch.testing.assert_close(six.stem.conv1.weight, state["stem.conv1.weight"].repeat(1, 2, 1, 1) / 2)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dims": (16, 32)}, r"dims=\(8, 12\), not \(16, 32\)"),
+        ({"depths": (1, 2)}, r"depths=\(1, 1\), not \(1, 2\)"),
+        ({"d_state": 3}, "d_state=1, not 3"),
+        ({"ssm_ratio": 2.0}, "ssm_ratio=1.0, not 2.0"),
+        ({"stem": "patch"}, "stem='conv', not 'patch'"),
+        ({"mlp_ratio": 2.0, "gated": True}, "gated=False, not True; mlp_ratio=4.0, not 2.0"),
+        ({"mlp": "local"}, "mlp='pixel', not 'local'"),
+    ],
+)
+def test_options_that_keep_a_file_out_are_named(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"depths": (1, 1), "dims": (8, 12), "in_chans": 5, "num_classes": 2}
+    bare(path := tmp_path / "weights.pth", vmamba.VMamba(**arguments).state_dict())
+    with pytest.raises(CheckpointError, match=f"a network with .*{words}") as caught:
+        load_checkpoint(vmamba.VMamba(**arguments | options), path)
+    assert "for images of" not in str(caught.value)
+
+
 def test_model_without_memory_is_refused(tmp_path: Path) -> None:
     bare(path := tmp_path / "weights.pth", small().state_dict())
     with pytest.raises(CheckpointError, match="meta device"):

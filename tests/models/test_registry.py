@@ -344,6 +344,9 @@ def test_advice_is_given_only_where_it_helps(tmp_path):
         vmamba.load_checkpoint(model, tmp_path / "complex.pth")
     torch.save(state, tmp_path / "plain.pth")
     other = vmamba.create_model("vmamba_femto_s2", num_classes=3, d_state=2)
-    with pytest.raises(CheckpointError, match=r"of another shape\n  of another shape: ") as caught:
+    with pytest.raises(
+        CheckpointError,
+        match=r"of another shape\nThe file is of a network with d_state=1, not 2\.\n  of another shape: ",
+    ) as caught:
         vmamba.load_checkpoint(other, tmp_path / "plain.pth")
     assert "another variant" not in str(caught.value)

@@ -571,21 +571,60 @@ def _check_fit(info: CheckpointInfo, model: nn.Module, given: State, targets: St
             " classifier out."
         )
     first = {f"{conv}weight" for conv in _layers(model, "first_conv", _FIRST_CONV)}
-    are_channels = [_but_channels(given[name]) == _but_channels(targets[name]) for name in misshapen.keys() & first]
-    if any(are_channels) and (info.variant == own or inside is None):
+    if any(_differ_in_channels(given[name], targets[name]) for name in misshapen.keys() & first):
         lines.append(
             f"The file is for images of {info.in_chans} channels: create the model with in_chans={info.in_chans}, or"
             " pass adapt_input=True to adapt the first convolution's weights."
         )
+    if inside is not None:
+        theirs, ours = (
+            _options({name.removeprefix(inside): tuple(tensor.shape) for name, tensor in state.items()})
+            for state in (given, targets)
+        )
+        options = [f"{n}={theirs[n]!r}, not {ours[n]!r}" for n in theirs if n in ours and theirs[n] != ours[n]]
+        if options:
+            lines.append(f"The file is of a network with {'; '.join(options)}.")
     for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen.values())):
         if names:
             lines.append(f"  {title}: {listed(names)}")
     raise CheckpointError("\n".join(lines))
 
 
-def _but_channels(weight: Tensor) -> tuple[int, ...]:
-    """The shape of a convolution's weight without the channels that it reads."""
-    return (*weight.shape[:1], *weight.shape[2:])
+def _differ_in_channels(one: Tensor, other: Tensor) -> bool:
+    """Whether two weights of a first convolution differ in the channels of the images, and in nothing else."""
+    return one.ndim == other.ndim == 4 and one.shape[1] != other.shape[1] and one[:, :1].shape == other[:, :1].shape
+
+
+def _options(shapes: Shapes) -> dict[str, Any]:
+    """Arguments of `VMamba` that the shapes of its tensors tell; those of single blocks as of the first that scans."""
+    scan = next((name.removesuffix("A_log") for name in shapes if name.endswith(".ss2d.A_log")), "")
+    projection = shapes.get(f"{scan}out_proj.weight", ())
+    if len(projection) != 2 or 0 in projection or not shapes[f"{scan}A_log"]:
+        return {}
+    dim, inner = projection
+
+    def first(*names: str) -> int:
+        return next((shapes[name][0] for name in names if shapes.get(name)), 0)
+
+    mlp = scan.replace("ss2d", "mlp")
+    blocks = {match[0] for match in map(re.compile(r"stages\.(\d+)\.blocks\.\d+\.").match, shapes) if match}
+    depths = Counter(int(name.split(".")[1]) for name in blocks)
+    firsts = [f"stages.{stage}.blocks.0." for stage in sorted(depths)]
+    stem = "conv" if "stem.conv2.weight" in shapes else "small" if "stem.conv1.weight" in shapes else "patch"
+    options = {
+        "depths": tuple(depth for _, depth in sorted(depths.items())),
+        "dims": tuple(first(f"{name}ss2d.out_proj.weight", f"{name}mlp.conv2.weight") for name in firsts),
+        "d_state": shapes[f"{scan}A_log"][-1],
+        "ssm_ratio": inner / dim,
+        "conv_bias": f"{scan}conv.bias" in shapes,
+        "gated": first(f"{scan}in_proj.weight") == 2 * inner,
+        "mlp": "local" if f"{mlp}conv1.weight" in shapes else "pixel",
+        "stem": "wide" if shapes.get("stem.conv1.weight", ())[2:] == (7, 7) else stem,
+        "downsample": "merge" if any(name.endswith("downsample.reduction.weight") for name in shapes) else "conv",
+    }
+    if options["mlp"] == "pixel":
+        options["mlp_ratio"] = first(f"{mlp}fc1.weight") / dim
+    return options
 
 
 def listed(names: Iterable[str], shown: int = 5) -> str:
