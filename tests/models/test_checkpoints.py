@@ -337,7 +337,7 @@ def test_a_saved_model_is_rebuilt_from_its_file_alone(tmp_path: Path) -> None:
     assert metadata == {
         "format": 1, "variant": "vmamba_pico_s2", "num_classes": 3, "in_chans": 4, "img_size": [48, 64],
         "class_names": ["ant", "bee", "猫"], "mean": [0.1] * 4, "std": list(model.pretrained_cfg["std"]),
-        "interpolation": "bicubic", "crop_pct": 0.875, "model_kwargs": kwargs, "top1": 9.5,
+        "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center", "model_kwargs": kwargs, "top1": 9.5,
     }  # fmt: skip
     assert (again.variant, again.img_size, again.pretrained_cfg["mean"]) == ("vmamba_pico_s2", (48, 64), [0.1] * 4)
     images = torch.randn(1, 4, 48, 64)
