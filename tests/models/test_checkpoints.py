@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from models.loading import SMALL, State, assert_equal, assert_refused_unchanged, small, vanilla
 from models.released import as_later, older, prefixed, theirs, write_released
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import vmamba
@@ -273,6 +275,62 @@ def test_another_number_of_channels_needs_adapting(tmp_path: Path) -> None:
     torch.testing.assert_close(grey.stem.conv1.weight, state["stem.conv1.weight"].sum(dim=1, keepdim=True))
     load_checkpoint(six := small(in_chans=6), path, adapt_input=True)
     torch.testing.assert_close(six.stem.conv1.weight, state["stem.conv1.weight"].repeat(1, 2, 1, 1) / 2)
+
+
+def _other_activations(model: Any) -> None:
+    for block in (block for stage in model.stages for block in stage.blocks):
+        block.mlp.act = nn.ReLU()
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "activation": (_other_activations, r"blocks\.0\.mlp\.act is ReLU\(\), built as GELU"),
+    "no activation": (lambda model: setattr(model.stages[0].blocks[0].mlp, "act", nn.Identity()), "act is missing"),
+    "dilation": (lambda model: vars(model.stages[0].blocks[0].ss2d.conv).update(dilation=(2, 2)), "conv is ConvSiLU"),
+    "stride": (lambda model: vars(model.stem.conv1).update(stride=(1, 1)), "stem.conv1 is .*stride=.1, 1.*built as"),
+    "eps": (lambda model: vars(model.norm).update(eps=0.1), "norm is LayerNorm.*eps=0.1"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGES.values(), ids=CHANGES)
+def test_changes_that_a_file_cannot_hold_are_told(change: Callable[[Any], Any], words: str, tmp_path: Path) -> None:
+    model = create_model("vmamba_femto_s2", num_classes=3)
+    change(model)
+    with pytest.warns(UserWarning, match=f"{words}.*load_checkpoint"):
+        save_checkpoint(model, path := tmp_path / "model.safetensors")
+    load_checkpoint(model, path)
+
+
+def _with_another_pattern(model: Any) -> Any:
+    model.set_pattern("spiral")
+    return model
+
+
+def _of_torch_s_layers(model: Any) -> Any:
+    for layer in model.modules():
+        layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else type(layer)
+    return model
+
+
+UNCHANGED: dict[str, Callable[[], nn.Module]] = {
+    "arguments": lambda: create_model("vmamba_femto_s2", in_chans=1, drop_path_rate=0.3, output_stride=8),
+    "pattern": lambda: _with_another_pattern(create_model("vmamba_femto_s2")),
+    "compiled": lambda: torch.compile(create_model("vmamba_femto_s2")),
+    "averaged": lambda: ModelEmaV3(create_model("vmamba_femto_s2")),
+    "synchronised": lambda: nn.SyncBatchNorm.convert_sync_batchnorm(create_model("vmamba_femto_local")),
+    "torch's layers": lambda: _of_torch_s_layers(create_model("vmamba_femto_s2")),
+    "features": lambda: create_model("vmamba_femto_s2", features_only=True),
+    "no name": lambda: vmamba.VMamba(depths=(1,), dims=(8,)),
+    "timm's": lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, drop_path_rate=0.1, num_classes=2),
+    "timm's with batch norm": lambda: timm.create_model("resnet18", num_classes=2),
+}
+
+
+@pytest.mark.parametrize("make", UNCHANGED.values(), ids=UNCHANGED)
+@pytest.mark.filterwarnings("error:.*load_model")
+def test_nothing_is_told_where_nothing_was_changed(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model, before = make(), torch.get_rng_state()
+    save_checkpoint(model, tmp_path / "model.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vmamba.errors import CheckpointError
 from vmamba.files import replacing
+from vmamba.models.changes import changed_parts
 from vmamba.models.released_names import to_our_names, without_wrappers
 from vmamba.models.variants import VARIANTS
 from vmamba.models.vmamba import VMamba
@@ -159,6 +160,9 @@ def save_checkpoint(model: nn.Module, path: StrPath, metadata: Mapping[str, Any]
 
     Raises:
         TypeError: the metadata holds what JSON cannot, such as a scan pattern that was not registered by a name.
+
+    Warns:
+        UserWarning: parts of the model have been changed, which `load_model` would not know.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,6 +171,31 @@ def save_checkpoint(model: nn.Module, path: StrPath, metadata: Mapping[str, Any]
     with replacing(path) as partial:
         # Not save_file(): that leaves a file which only its owner may read, whatever the umask.
         partial.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "vmamba": text}))
+    told = json.loads(text)
+    if changes := _untold(model, told):
+        warnings.warn(
+            f"{path} tells how {told['variant']} is built, and not what has been changed since: {listed(changes, 3)}."
+            " load_model() makes of it a network that computes something else: build yours, and give it the weights by"
+            " vmamba.load_checkpoint(model, path)",
+            stacklevel=2,
+        )
+
+
+def _untold(model: nn.Module, told: Mapping[str, Any]) -> list[str]:
+    """What differs, and no tensor shows it, between a classifier and the one that is built by its metadata."""
+    name, options = told.get("variant"), told.get("model_kwargs") or {}
+    asks_for_weights = any("pretrained" in option or "checkpoint" in option for option in options)
+    if not isinstance(name, str) or not timm.is_model(name) or asks_for_weights:
+        return []
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            given = {key: told[key] for key in ("num_classes", "in_chans") if key in told}
+            built = timm.create_model(name, **{**options, **given})
+    except Exception:  # whatever keeps it from being built is said where somebody builds it
+        return []
+    shapes = [{key: tensor.shape for key, tensor in _network(each).items()} for each in (_unwrapped(model), built)]
+    return changed_parts(_unwrapped(model), built) if shapes[0] == shapes[1] else []
 
 
 def metadata_text(model: nn.Module, metadata: Mapping[str, Any] | None = None) -> str:
