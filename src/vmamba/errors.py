@@ -3,6 +3,10 @@
 Wrong arguments of a Python call are ordinary `TypeError`s and `ValueError`s.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class CheckpointError(RuntimeError):
     """A weight file cannot be read, does not fit the model, or cannot be fetched."""
@@ -38,3 +42,9 @@ class ExportError(RuntimeError):
 
 class BatchError(RuntimeError):
     """A job over many images cannot begin, or cannot go on with what an earlier one has written."""
+
+
+def listed(names: Iterable[str], shown: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    return "; ".join(names[:shown]) + (f"; and {len(names) - shown} more" if len(names) > shown else "")

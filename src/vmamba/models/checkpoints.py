@@ -19,9 +19,10 @@ import torch
 from timm.models import adapt_input_conv, get_model_args, get_model_input_config
 from torch import Tensor, nn
 
-from vmamba.errors import CheckpointError
+from vmamba.errors import CheckpointError, listed
 from vmamba.files import replacing
 from vmamba.models.changes import changed_parts
+from vmamba.models.limits import at_most, check_arguments, check_metadata
 from vmamba.models.released_names import to_our_names, without_wrappers
 from vmamba.models.variants import VARIANTS
 from vmamba.models.vmamba import VMamba
@@ -184,11 +185,13 @@ def save_checkpoint(model: nn.Module, path: StrPath, metadata: Mapping[str, Any]
 def _untold(model: nn.Module, told: Mapping[str, Any]) -> list[str]:
     """What differs, and no tensor shows it, between a classifier and the one that is built by its metadata."""
     name, options = told.get("variant"), told.get("model_kwargs") or {}
-    asks_for_weights = any("pretrained" in option or "checkpoint" in option for option in options)
-    if not isinstance(name, str) or not timm.is_model(name) or asks_for_weights:
+    if not isinstance(name, str) or not timm.is_model(name):
         return []
+    limit = 2 * len(model.state_dict()) + 1024
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        check_metadata(told)
+        check_arguments(options)
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"), at_most(limit):
             warnings.simplefilter("ignore")
             given = {key: told[key] for key in ("num_classes", "in_chans") if key in told}
             built = timm.create_model(name, **{**options, **given})
@@ -654,12 +657,6 @@ def _options(shapes: Shapes) -> dict[str, Any]:
     if options["mlp"] == "pixel":
         options["mlp_ratio"] = first(f"{mlp}fc1.weight") / dim
     return options
-
-
-def listed(names: Iterable[str], shown: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    return "; ".join(names[:shown]) + (f"; and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _adapted(weight: Tensor, channels: int) -> Tensor:

@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from vmamba.models.checkpoints import listed
+from vmamba.errors import listed
 
 _LARGEST = 1 << 22  # sum of all numbers among a model's arguments that a file may ask for
 _LARGEST_IMAGE = 1 << 26  # pixels, likewise
