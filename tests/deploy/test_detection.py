@@ -13,7 +13,7 @@ from vmamba.deploy.graphs import Images
 from vmamba.errors import ExportError
 from vmamba.models.checkpoints import save_checkpoint
 from vmamba.tasks.detector import Detector
-from vmamba.tasks.inference import detect
+from vmamba.tasks.inference import detect, filled_up
 from vmamba.tasks.prediction import Weights
 
 onnx = pytest.importorskip("onnx")
@@ -58,7 +58,7 @@ def test_detections_are_the_models(made):
     for shape in ((1, 3, 64, 96), (3, 3, 101, 70)):
         images = torch.randn(shape)
         with torch.no_grad():
-            found = model(detection.filled_up(images), sizes=[shape[2:]] * len(images))
+            found = model(filled_up(images), sizes=[shape[2:]] * len(images))
         expected = detection.in_rows(found)
         assert len(expected[0]) > 5 * shape[0]
         got = _run(path, images)
@@ -108,7 +108,7 @@ def test_a_backbone_of_timms(tmp_path):
     export_onnx(model, path)
     images = torch.randn(2, 3, 50, 91)
     with torch.no_grad():
-        expected = detection.in_rows(model(detection.filled_up(images), sizes=[(50, 91)] * 2))
+        expected = detection.in_rows(model(filled_up(images), sizes=[(50, 91)] * 2))
     assert len(expected[0]) > 10
     assert detection.unmatched(_run(path, images), expected) <= 0.02
 

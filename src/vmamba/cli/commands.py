@@ -13,7 +13,14 @@ from vmamba.deploy.config import ExportConfig, QuantizeConfig, ShareConfig
 from vmamba.errors import CheckpointError, ExportError, RecipeError
 from vmamba.explain.config import ExplainConfig
 from vmamba.files import shown, why_unwritable
-from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, InfoConfig, ModelsConfig, PredictConfig
+from vmamba.tasks.recipe import (
+    BaseTrainConfig,
+    BaseValidateConfig,
+    InfoConfig,
+    ModelsConfig,
+    PredictConfig,
+    check_ranges,
+)
 from vmamba.tasks.runs import report
 
 if TYPE_CHECKING:
@@ -50,9 +57,8 @@ def predict(config: PredictConfig, paths: Sequence[str]) -> int:
     from vmamba.data.images import find_images
     from vmamba.tasks.prediction import load_predictor
 
-    for setting, least in (("topk", 1), ("batch_size", 1), ("workers", 0)):
-        if (value := getattr(config, setting)) < least:
-            raise RecipeError(f"{setting} is {value}; expected {least} or more")
+    check_ranges("", config, 1, None, "topk", "batch_size")
+    check_ranges("", config, 0, None, "workers")
     if config.output and (reason := why_unwritable(config.output)):
         raise OSError(reason)
     files, problems = find_images(paths)

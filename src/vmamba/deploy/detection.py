@@ -18,7 +18,7 @@ from torchvision.ops import box_iou
 from vmamba.models import boxes as bx
 from vmamba.models.detection import _BOX_STDS, Detections, MaskRCNN
 from vmamba.ops.nms import nms
-from vmamba.tasks.inference import MULTIPLE
+from vmamba.tasks.inference import filled_up
 
 OUTPUTS = ("boxes", "scores", "labels", "picture", "masks")
 _PROPOSALS = 1000  # of each map for the suppression, and of each picture after it
@@ -146,13 +146,6 @@ class DetectionGraph(nn.Module):
         order = torch.cat(members)
         places = torch.zeros_like(picture).scatter(0, order, torch.arange(order.shape[0]))
         return torch.cat(parts)[places].to(self.dtype)
-
-
-def filled_up(images: Tensor) -> Tensor:
-    """Normalised images (B, C, H, W) filled up below and to the right, as `vmamba predict` shows them."""
-    # Of numbers above zero alone: ONNX rounds quotients towards it.
-    below, right = ((side + MULTIPLE - 1) // MULTIPLE * MULTIPLE - side for side in images.shape[2:])
-    return F.pad(images, (0, right, 0, below))
 
 
 def _clipped(boxes: Tensor, limits: Tensor) -> Tensor:

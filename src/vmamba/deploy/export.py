@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vmamba import __version__
 from vmamba.data.transforms import Preprocessing
 from vmamba.deploy import programs
-from vmamba.deploy.detection import OUTPUTS, DetectionGraph, filled_up, in_rows, unmatched
+from vmamba.deploy.detection import OUTPUTS, DetectionGraph, in_rows, unmatched
 from vmamba.deploy.graphs import (
     Images,
     check_target,
@@ -35,6 +35,7 @@ from vmamba.models.checkpoints import default_metadata, per_channel
 from vmamba.models.detection import MaskRCNN
 from vmamba.ops.exporting import operators_kept
 from vmamba.tasks.detector import sides_of
+from vmamba.tasks.inference import filled_up
 from vmamba.tasks.prediction import class_names
 
 OPSET = 20

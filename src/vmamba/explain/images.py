@@ -25,7 +25,7 @@ from vmamba.models.detection import MaskRCNN
 from vmamba.models.feature_maps import DenseModel
 from vmamba.models.segmentation import UPerNet
 from vmamba.tasks.detector import fitted_sides, sides_of
-from vmamba.tasks.inference import MULTIPLE
+from vmamba.tasks.inference import filled_up
 from vmamba.tasks.prediction import preprocessing_of
 from vmamba.tasks.segmenter import segmentation_preprocessing
 
@@ -250,13 +250,13 @@ def _prepared(model: nn.Module, picture: Any, name: str, size: Any, pre: Preproc
 
 def _filled_up(seen: Seen, pre: Preprocessing) -> Seen:
     """A picture as a detector's batch holds it; zeros after normalisation are to look at as the mean colour."""
-    height, width = seen.size
-    below, right = -height % MULTIPLE, -width % MULTIPLE
-    pictures = np.empty((1, height + below, width + right, 3), np.uint8)
+    (height, width), images = seen.size, filled_up(seen.images)
+    rows, columns = images.shape[2:]
+    pictures = np.empty((1, rows, columns, 3), np.uint8)
     pictures[:] = np.round(np.multiply(pre.mean, 255))
     pictures[:, :height, :width] = seen.pictures
-    part = Part(0, 0, seen.parts[0].width * (width + right) / width, seen.parts[0].height * (height + below) / height)
-    return replace(seen, images=F.pad(seen.images, (0, right, 0, below)), pictures=pictures, parts=(part,))
+    part = Part(0, 0, seen.parts[0].width * columns / width, seen.parts[0].height * rows / height)
+    return replace(seen, images=images, pictures=pictures, parts=(part,))
 
 
 def preprocessing_for(

@@ -104,5 +104,12 @@ def padded(
     return torch.stack(images), sizes
 
 
+def filled_up(images: Tensor) -> Tensor:
+    """Normalised images (B, C, H, W) of one size, filled up as `padded` does; traced, for open sizes too."""
+    # Of numbers above zero alone: ONNX rounds quotients towards it.
+    below, right = ((side + MULTIPLE - 1) // MULTIPLE * MULTIPLE - side for side in images.shape[2:])
+    return F.pad(images, (0, right, 0, below))
+
+
 def _preprocessing_of(model: UPerNet | MaskRCNN) -> Preprocessing:
     return Preprocessing.from_dict(dict(model.pretrained_cfg))

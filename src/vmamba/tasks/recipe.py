@@ -332,6 +332,8 @@ class ModelsConfig:
 def check_ranges(group: str, settings: Any, least: float, most: float | None, *names: str) -> None:
     """Refuse settings that are outside of a range, or of which a part is. None is never.
 
+    The group is empty for settings that stand by themselves.
+
     Raises:
         RecipeError: naming the setting.
     """
@@ -340,7 +342,8 @@ def check_ranges(group: str, settings: Any, least: float, most: float | None, *n
         for part in value if isinstance(value, (list, tuple)) else (value,):
             if part is not None and not (least <= part and (most is None or part <= most)):
                 expected = f"{least} or more" if most is None else f"{least} to {most}"
-                raise RecipeError(f"{group}.{name} is {plain(value)}; expected {expected}")
+                full_name = f"{group}.{name}" if group else name
+                raise RecipeError(f"{full_name} is {plain(value)}; expected {expected}")
 
 
 def check_order(group: str, settings: Any, *names: str) -> None:
