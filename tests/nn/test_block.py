@@ -122,22 +122,25 @@ def test_a_block_as_built_is_one_call(options, dtype, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.skipif(native.reason_unavailable() is not None, reason="needs the CPU kernel")
-def test_the_kernel_is_told_again_what_is_still_true(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_is_told_again_what_is_still_true(dtype, monkeypatch):
     """Not more often than something changes, and never what another image, dtype or parameter needs."""
     described = []
     monkeypatch.setattr(block_module, "describe", lambda *given: described.append(given) or native.describe(*given))
     monkeypatch.setattr(native, "wins", lambda *sizes: True)
     torch.manual_seed(0)
-    block = VSSBlock(8, **BLOCKS["MLP"]).eval()
+    block = VSSBlock(8, **BLOCKS["MLP"]).to(dtype).eval()
     x = torch.randn(1, 5, 7, 8)
+    tolerance = 1e-5 if dtype is torch.float32 else 0.05
 
     def check(image, times):
         """It is described so many times for two calls, and both are right."""
         described.clear()
         for scale in (1, 2):
-            y = block(scale * image)
+            scaled = (scale * image).to(dtype)
+            y = block(scaled)
             with torch.enable_grad():
-                torch.testing.assert_close(y, block(scale * image).detach(), atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(y, block(scaled).detach(), atol=tolerance, rtol=tolerance)
         assert len(described) == times
 
     fc1 = block.mlp.fc1
@@ -165,7 +168,7 @@ def test_the_kernel_is_told_again_what_is_still_true(monkeypatch):
     check(x, 2)  # whoever has taken a layer apart is asked each time
     block.load_state_dict({name: value.clone() for name, value in block.state_dict().items()}, assign=True)
     check(x, 2)
-    block.norm2 = type(block.norm2)(8)
+    block.norm2 = type(block.norm2)(8).to(dtype)
     check(x, 1)
     block.conv_of_mine = nn.Identity()  # which no block has
     check(x, 0)

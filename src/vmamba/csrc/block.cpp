@@ -4,25 +4,25 @@
 
 #include "block.h"
 
-#include "layers.h"
-#include "memory.h"
-#include "products.h"
-#include "scan.h"
+#include <iterator>
 
-extern "C" {
-int32_t vmamba_layer_norm(Layer*);
-int32_t vmamba_depthwise_silu(Layer*);
-int32_t vmamba_gate(Layer*);
-int32_t vmamba_widen(Layer*);
-int32_t vmamba_linear(Product*);
-int32_t vmamba_scan(Scan*);
-}
+#include "interface.h"
+#include "memory.h"
 
 namespace {
+
+// Values of the widest layer that are computed at a time where pixels do not mix, 8 MB in float32.
+constexpr int64_t STRETCH = 1 << 21;
 
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 int64_t size_of(int32_t bfloat16) { return bfloat16 ? 2 : 4; }
+
+// A parameter that is computed with in float32, and how many numbers it has.
+struct Small {
+    const float* Block::*place;
+    int64_t count;
+};
 
 struct Weight {
     const void* data;
@@ -100,15 +100,38 @@ struct Calls {
 
 }  // namespace
 
-int32_t run_block(const Block& p) {
+int32_t run_block(const Block& given) {
+    Block p = given;
     Calls calls{p};
     int64_t rows = p.batch * p.height * p.width, channels = p.channels, inner = p.inner, low = p.low_products;
-    int64_t parts = divide_up(rows, p.stretch), longest = divide_up(rows, parts);
+    int64_t wide_inner = (p.gated ? 2 : 1) * inner;
+    int64_t pixels = (p.stretch ? p.stretch : STRETCH) / larger(wide_inner, p.hidden);
+    int64_t parts = divide_up(rows, larger(1, pixels)), longest = divide_up(rows, parts);
     int64_t size = size_of(low), parameters = p.routes * (p.rank + 2 * p.states);
     bool has_mlp = p.fc1_weight;
+    const Small smalls[] = {
+        // in the order of the bits of `low_parameters`
+        {&Block::norm1_weight, channels},
+        {&Block::norm1_bias, channels},
+        {&Block::in_bias, wide_inner},
+        {&Block::conv_weight, inner * TAPS},
+        {&Block::conv_bias, inner},
+        {&Block::x_weight, parameters * inner},
+        {&Block::dt_weight, p.routes * inner * p.rank},
+        {&Block::dt_bias, p.routes * inner},
+        {&Block::D, p.routes * inner},
+        {&Block::norm_weight, inner},
+        {&Block::norm_bias, inner},
+        {&Block::out_bias, channels},
+        {&Block::norm2_weight, channels},
+        {&Block::norm2_bias, channels},
+        {&Block::fc1_bias, p.hidden},
+        {&Block::fc2_bias, channels},
+    };
 
     // Of all pixels: what the convolution takes, which becomes the scan's result; what it gives; the gate; the scan's
-    // parameters; routes that are kept apart. Of a stretch: normalised pixels, x after SS2D, the MLP's hidden layer.
+    // parameters; routes that are kept apart. Of a stretch: normalised pixels, x after SS2D, the MLP's hidden layer. Of the
+    // parameters in bfloat16: the same in float32.
     int64_t bytes_apart = bytes_for_routes(calls.scan(nullptr, nullptr, nullptr));
     Memory memory;
     int64_t whole = rows * inner * size;
@@ -119,9 +142,19 @@ int32_t run_block(const Block& p) {
     int64_t wide = memory.piece(low ? longest * inner * 4 : 0);
     int64_t middle = memory.piece(has_mlp ? longest * channels * size_of(p.bfloat16) : 0);
     int64_t hidden = memory.piece(longest * p.hidden * size);
+    int64_t widened[std::size(smalls)];
+    for (size_t i = 0; i < std::size(smalls); i++) {
+        widened[i] = memory.piece(p.low_parameters >> i & 1 ? smalls[i].count * 4 : 0);
+    }
     char* base = memory.obtain();
     if (!base) return 1;
     auto at = [&](int64_t piece, int64_t offset = 0) { return base + piece + offset; };
+    for (size_t i = 0; i < std::size(smalls); i++) {
+        if (!(p.low_parameters >> i & 1)) continue;
+        const float*& parameter = p.*smalls[i].place;
+        calls.elementwise(vmamba_widen, parameter, at(widened[i]), smalls[i].count);
+        parameter = reinterpret_cast<const float*>(at(widened[i]));
+    }
 
     auto in_stretches = [&](auto function) {
         for (int64_t i = 0; i < parts; i++) {

@@ -8,11 +8,12 @@
 // there; `fc1_weight` and all that goes with it, where there is no MLP.
 //
 // Images are float or bfloat16; products and the scan take float or bfloat16 (`low_products`), bfloat16 with a bfloat16
-// image. Weights of the products have that dtype or are float.
+// image. Weights of the products have that dtype or are float, and so has every other parameter but A: which of them are
+// bfloat16 is said by the bits of `low_parameters` (`smalls` in block.cpp).
 struct Block {
     int64_t batch, height, width, channels, inner, hidden;
     int64_t states, rank, routes;
-    int64_t stretch;                    // about so many pixels are taken at a time where pixels do not mix
+    int64_t stretch;                    // values of the widest layer that are computed at a time; 0 for the usual number
     const int32_t* route_bits;          // as in struct Scan, as all of the scan's parameters
     const void* x;                      // (batch, height, width, channels)
     const float *norm1_weight, *norm1_bias;
@@ -32,7 +33,7 @@ struct Block {
     void* y;                            // (batch, height, width, channels), dtype of x, other memory than x
     float norm1_eps, norm_eps, norm2_eps;
     int32_t bfloat16, low_products, low_in, low_out, low_fc1, low_fc2;  // low_*: which weights are bfloat16
-    int32_t gated, threads;
+    int32_t low_parameters, gated, threads;
 };
 
 // 0, or 1 where memory ran out.

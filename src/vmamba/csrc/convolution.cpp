@@ -7,12 +7,10 @@
 
 #include "convolution.h"
 
+#include "interface.h"
 #include "memory.h"
 #include "patches.h"
-#include "products.h"
 #include "threads.h"
-
-extern "C" int32_t vmamba_linear(Product*);
 
 namespace {
 

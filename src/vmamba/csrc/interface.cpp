@@ -1,15 +1,14 @@
 // The C interface that ops/backends/native/ calls through ctypes: picks the kernels for this processor and shares the tasks
 // out among threads.
 
+#include "interface.h"
+
 #include "block.h"
 #include "convolution.h"
 #include "enlarging.h"
-#include "layers.h"
 #include "memory.h"
 #include "nms.h"
-#include "products.h"
 #include "roi_align.h"
-#include "scan.h"
 #include "stem.h"
 #include "threads.h"
 
@@ -106,12 +105,6 @@ bool runs_here(const char* name) {
     return equal(name, "baseline");
 }
 
-}  // namespace
-
-const WinogradKernels& winograd_kernels() { return *chosen->winograd; }
-
-namespace {
-
 constexpr int64_t SUM_LENGTH = 16384;
 
 // Below these amounts of work, waking other threads takes longer: values of a layer, multiply-adds of a product, steps of a
@@ -152,15 +145,13 @@ int64_t common_divisor(int64_t a, int64_t b) {
 
 }  // namespace
 
+const WinogradKernels& winograd_kernels() { return *chosen->winograd; }
+
 int64_t bytes_for_routes(const Scan& p) {
     int64_t threads = threads_of_scan(p);
     bool are_tasks_few = threads > 2 && p.routes > 1 && p.batch * chosen->scan->blocks(p) < 2 * threads;
     return are_tasks_few ? p.routes * p.batch * p.height * p.width * p.channels * int64_t(sizeof(float)) : 0;
 }
-
-#if !defined(EXPORT)
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 // A function that computes, 0 or 1 where memory ran out, and the size of its argument: library.py compares it.
 #define COMPUTE(name, Structure)                                   \
@@ -168,7 +159,7 @@ int64_t bytes_for_routes(const Scan& p) {
     EXPORT int32_t name(Structure* p)
 
 // Changes with the structures and the functions below, so that a library left over from another version is recognised.
-EXPORT int32_t vmamba_interface() { return 12; }
+EXPORT int32_t vmamba_interface() { return 13; }
 
 EXPORT const char* vmamba_kernels() { return chosen->name; }
 
@@ -225,16 +216,15 @@ COMPUTE(vmamba_scan_backward, Scan) {
             chosen->scan->sum(part, q.slots, size, size - from < SUM_LENGTH ? size - from : SUM_LENGTH);
         };
         int64_t size = p->batch * p->height * p->width * p->pixel_stride;
-        share<Scan>(*p, (size + SUM_LENGTH - 1) / SUM_LENGTH, 0, add_slots);
+        share<Scan>(*p, divide_up(size, SUM_LENGTH), 0, add_slots);
     }
     if (p->batch > 1) {
         auto add_images = [](const Scan& q, int64_t task, float*) {
-            int64_t size = q.routes * q.channels * (q.rank + 1 + q.states) + q.channels, from = task * SUM_LENGTH;
+            int64_t size = weights_of(q), from = task * SUM_LENGTH;
             float* part = q.grad_weights + from;
             chosen->scan->sum(part, q.batch, size, size - from < SUM_LENGTH ? size - from : SUM_LENGTH);
         };
-        int64_t size = p->routes * p->channels * (p->rank + 1 + p->states) + p->channels;
-        share<Scan>(*p, (size + SUM_LENGTH - 1) / SUM_LENGTH, 0, add_images);
+        share<Scan>(*p, divide_up(weights_of(*p), SUM_LENGTH), 0, add_images);
     }
     return 0;
 }

@@ -14,10 +14,8 @@
 
 #include "block.h"
 #include "convolution.h"
-#include "layers.h"
+#include "interface.h"
 #include "memory.h"
-#include "products.h"
-#include "scan.h"
 #include "stem.h"
 
 struct AtenTensorOpaque;
@@ -38,17 +36,9 @@ int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
 
 void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
-void vmamba_initialise();
-int32_t vmamba_choose(const char*);
-void vmamba_use_openmp(void*);
-int32_t vmamba_depthwise_silu(Layer*);
-int32_t vmamba_linear(Product*);
-int32_t vmamba_scan(Scan*);
 }
 
 namespace {
-
-constexpr int64_t STRETCH = 1 << 21;  // as in ops/backends/native/block.py
 
 constexpr int64_t MOST_SIZES = 8;  // of a tensor
 constexpr int64_t ROUTES = 4;      // of a pattern
@@ -285,8 +275,6 @@ extern "C" int32_t aoti_torch_cpu_vss_block(
     bool is_whole = in_weight && conv_weight && out_weight && !fc1_weight == !fc2_weight;
     bool are_steps = decay.count >= 0 && steps.count >= 0 && p.routes == ROUTES;
     if (is_low || !p.route_bits || image.count < 0 || !are_steps || !parameters.fit || !is_whole) return 1;
-    int64_t widest = wide > hidden ? wide : hidden;
-    p.stretch = widest < STRETCH ? STRETCH / widest : 1;
     p.y = made(4, image.sizes, result);
     return image.count && (!p.y || run_block(p));
 }

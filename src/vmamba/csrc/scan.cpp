@@ -672,7 +672,7 @@ void backward_blocks(const Scan& p, int64_t task, float* memory) {
     BackwardMemory m(p, scratch);
     int64_t image = task / p.slots, slot = task % p.slots, size = length(p) * p.pixel_stride, K = p.routes;
     float* grad_parameters = p.grad_parameters + (slot * p.batch + image) * size;
-    float* grad_weights = p.grad_weights + image * (K * p.channels * (p.rank + 1 + p.states) + p.channels);
+    float* grad_weights = p.grad_weights + image * weights_of(p);
     memset(grad_parameters, 0, size * sizeof(float));
     for (int64_t block = slot * blocks(p) / p.slots; block < (slot + 1) * blocks(p) / p.slots; block++) {
         Where at = locate(p, block);

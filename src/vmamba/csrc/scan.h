@@ -35,9 +35,12 @@ struct Scan {
     float* grad_u;           // (batch, L, channels)
     float* grad_delta;       // (batch, L, channels) or null
     float* grad_parameters;  // (slots, batch, L, pixel_stride): gradients of dt_low, B, C where those lie
-    float* grad_weights;     // (batch, K D R + K D + K D N + D): of dt_weight, dt_bias, A and the sum over k of D's
+    float* grad_weights;     // (batch, K D R + K D + K D N + D), `weights_of`: of dt_weight, dt_bias, A and the sum over k of D's
     int32_t bfloat16, softplus, threads;  // at most so many
 };
+
+// Of an image in grad_weights.
+inline int64_t weights_of(const Scan& p) { return p.routes * p.channels * (p.rank + 1 + p.states) + p.channels; }
 
 // Of the memory in which a scan keeps its routes apart, as it does where there are few tasks and many threads; else 0. A
 // scan without a `route_y` obtains it.

@@ -5,17 +5,10 @@
 
 #include <atomic>
 
-#include "layers.h"
+#include "interface.h"
 #include "memory.h"
 #include "patches.h"
-#include "products.h"
 #include "threads.h"
-
-extern "C" {
-int32_t vmamba_layer_norm(Layer*);
-int32_t vmamba_gelu(Layer*);
-int32_t vmamba_linear(Product*);
-}
 
 namespace {
 

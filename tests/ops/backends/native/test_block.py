@@ -105,6 +105,32 @@ def test_bfloat16(kind, image, weights):
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_parameters_in_bfloat16_are_those_numbers(kind):
+    """Any of them, beside others in float32: the kernel widens them for itself, and computes with the same numbers."""
+    given = make(**kind)
+
+    def variants(value):
+        """Of a parameter or a tuple of them: all ways to have one tensor in bfloat16, and the same in float32."""
+        if isinstance(value, torch.Tensor):
+            yield value.to(LOW), value.to(LOW).float()
+        elif isinstance(value, tuple):
+            build = getattr(value, "_make", tuple)
+            for i, part in enumerate(value):
+                for low, wide in variants(part):
+                    yield tuple(build([*value[:i], other, *value[i + 1 :]]) for other in (low, wide))
+
+    x, tried = torch.randn(2, 3, 5, 10), 0
+    for name, value in given.items():
+        for low, wide in variants(value):
+            if name == "scan" and low.A.dtype is LOW:
+                continue  # A is always float32
+            results = [vss_block(x, **{**given, name: other}, dtype=LOW) for other in (low, wide)]
+            assert torch.equal(*results), name
+            tried += 1
+    assert tried == (20 if kind["hidden"] else 14)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_any_number_of_threads_gives_the_same(kind, threads):
     parameters, x, results = make(**kind), torch.randn(3, 40, 33, 10), []
     for count in (1, 2, 3, 5):

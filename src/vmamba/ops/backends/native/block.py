@@ -19,8 +19,8 @@ from vmamba.ops.backends.native.scan import route_bits
 
 __all__ = ["Affine", "Scan", "Told", "describe", "reason_unavailable", "vss_block"]
 
-# Values of the MLP's hidden layer that are computed at a time, 8 MB in float32.
-_STRETCH = 2**21
+# Values of the widest layer that are computed at a time; 0 for as many as the kernel takes.
+_STRETCH = 0
 
 
 class Affine(NamedTuple):
@@ -56,7 +56,7 @@ class _Block(ctypes.Structure):
         " dt_bias A D norm_weight norm_bias out_weight out_bias norm2_weight norm2_bias fc1_weight fc1_bias fc2_weight"
         " fc2_bias y",
         floats="norm1_eps norm_eps norm2_eps",
-        flags="bfloat16 low_products low_in low_out low_fc1 low_fc2 gated threads",
+        flags="bfloat16 low_products low_in low_out low_fc1 low_fc2 low_parameters gated threads",
     )
 
 
@@ -151,49 +151,60 @@ def _described(
     if not states * rank:
         raise _UnfitError
 
-    def address(value: Tensor | None, *shape: int, low: bool = False) -> int | None:
-        """Of a tensor of this shape, in float32, or as it is where `low` dtypes do."""
+    def address(value: Tensor | None, *shape: int) -> int | None:
         if value is None:
             return None
         if value.shape != shape or value.dtype not in (torch.float32, dtype) or not value.is_cpu:
             raise _UnfitError
-        if not (value.dtype is torch.float32 or low) or not value.is_contiguous():
-            value = (value.detach() if low else value.detach().float()).contiguous()
+        if not value.is_contiguous():
+            value = value.detach().contiguous()
             keep.append(value)
         return pointer(value)
 
     def weight(layer: Affine, outputs: int, inputs: int) -> int | None:
         if layer.weight is None or not wins(rows, inputs, outputs, dtype):
             raise _UnfitError
-        return address(layer.weight, outputs, inputs, low=True)
+        return address(layer.weight, outputs, inputs)
 
-    def is_low(layer: Affine) -> bool:
-        return layer.weight is not None and layer.weight.dtype is torch.bfloat16
+    def is_low(value: Tensor | None) -> bool:
+        return value is not None and value.dtype is torch.bfloat16
 
     if scan.A.shape != (routes, inner, states) or not scan.A.is_cpu:
         raise _UnfitError
+    norm2, fc1, fc2 = mlp or (Affine(None, None),) * 3
     batch, height, width, _ = x.shape
-    wide = (2 if gated else 1) * inner
+    wide, hidden = (2 if gated else 1) * inner, 0 if fc1.weight is None else len(fc1.weight)
     block = _Block(
-        batch=batch, height=height, width=width, channels=channels, inner=inner, states=states, rank=rank,
-        routes=routes, route_bits=route_bits(scan.pattern).data_ptr(),
-        norm1_weight=address(norm1.weight, channels), norm1_bias=address(norm1.bias, channels), norm1_eps=norm1.eps,
-        in_weight=weight(in_proj, wide, channels), in_bias=address(in_proj.bias, wide), low_in=is_low(in_proj),
-        conv_weight=address(conv.weight, inner, 1, 3, 3), conv_bias=address(conv.bias, inner),
-        x_weight=address(scan.x_proj_weight, routes, rank + 2 * states, inner),
-        dt_weight=address(scan.dt_proj_weight, routes, inner, rank), dt_bias=address(scan.dt_proj_bias, routes, inner),
-        D=address(scan.D, routes, inner),
-        norm_weight=address(norm.weight, inner), norm_bias=address(norm.bias, inner), norm_eps=norm.eps,
-        out_weight=weight(out_proj, channels, inner), out_bias=address(out_proj.bias, channels),
-        low_out=is_low(out_proj), bfloat16=x.dtype is torch.bfloat16, low_products=dtype is torch.bfloat16, gated=gated,
+        batch=batch, height=height, width=width, channels=channels, inner=inner, hidden=hidden, states=states,
+        rank=rank, routes=routes, stretch=_STRETCH,
+        route_bits=route_bits(scan.pattern).data_ptr(),
+        in_weight=weight(in_proj, wide, channels), out_weight=weight(out_proj, channels, inner),
+        low_in=is_low(in_proj.weight), low_out=is_low(out_proj.weight),
+        norm1_eps=norm1.eps, norm_eps=norm.eps, norm2_eps=norm2.eps,
+        bfloat16=is_low(x), low_products=dtype is torch.bfloat16, gated=gated,
     )  # fmt: skip
-    hidden = wide
     if mlp:
-        norm2, fc1, fc2 = mlp
-        hidden = 0 if fc1.weight is None else len(fc1.weight)
-        block.hidden, block.norm2_eps, block.low_fc1, block.low_fc2 = hidden, norm2.eps, is_low(fc1), is_low(fc2)
-        block.norm2_weight, block.norm2_bias = address(norm2.weight, channels), address(norm2.bias, channels)
-        block.fc1_weight, block.fc1_bias = weight(fc1, hidden, channels), address(fc1.bias, hidden)
-        block.fc2_weight, block.fc2_bias = weight(fc2, channels, hidden), address(fc2.bias, channels)
-    block.stretch = max(1, _STRETCH // max(wide, hidden))
+        block.fc1_weight, block.low_fc1 = weight(fc1, hidden, channels), is_low(fc1.weight)
+        block.fc2_weight, block.low_fc2 = weight(fc2, channels, hidden), is_low(fc2.weight)
+    smalls: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (  # in the order of csrc/block.cpp
+        ("norm1_weight", norm1.weight, (channels,)),
+        ("norm1_bias", norm1.bias, (channels,)),
+        ("in_bias", in_proj.bias, (wide,)),
+        ("conv_weight", conv.weight, (inner, 1, 3, 3)),
+        ("conv_bias", conv.bias, (inner,)),
+        ("x_weight", scan.x_proj_weight, (routes, rank + 2 * states, inner)),
+        ("dt_weight", scan.dt_proj_weight, (routes, inner, rank)),
+        ("dt_bias", scan.dt_proj_bias, (routes, inner)),
+        ("D", scan.D, (routes, inner)),
+        ("norm_weight", norm.weight, (inner,)),
+        ("norm_bias", norm.bias, (inner,)),
+        ("out_bias", out_proj.bias, (channels,)),
+        ("norm2_weight", norm2.weight, (channels,)),
+        ("norm2_bias", norm2.bias, (channels,)),
+        ("fc1_bias", fc1.bias, (hidden,)),
+        ("fc2_bias", fc2.bias, (channels,)),
+    )
+    for i, (name, value, shape) in enumerate(smalls):
+        setattr(block, name, address(value, *shape))
+        block.low_parameters |= is_low(value) << i
     return block

@@ -25,7 +25,7 @@ from torch import Tensor
 LIBRARY_VARIABLE = "VMAMBA_NATIVE_LIBRARY"
 KERNELS_VARIABLE = "VMAMBA_NATIVE_KERNELS"
 
-_INTERFACE = 12
+_INTERFACE = 13
 
 
 def _find() -> Path | None:
