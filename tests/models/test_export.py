@@ -12,10 +12,10 @@ from vmamba.models.vmamba import VMamba
 
 
 def _reduced(variant):
-    stages = len(variant.depths)
+    """One of two stages of a block each, which has all kinds of parts that the variant has."""
     return replace(
-        variant, depths=(1,) * stages, dims=(8, 16, 24, 32)[:stages], d_state=min(variant.d_state, 2),
-        img_size=(64, 64), drop_path_rate=0.0, release=None,
+        variant, depths=(1, 1), dims=(8, 16), local_stages=min(variant.local_stages, 1),
+        d_state=min(variant.d_state, 2), img_size=(64, 64), drop_path_rate=0.0, release=None,
     )  # fmt: skip
 
 
