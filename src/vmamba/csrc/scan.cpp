@@ -348,13 +348,14 @@ void forward_blocks(const Scan& p, int64_t task, float* memory) {
             if (next) walk(p, p.route_bits[k], smaller(from + CHUNK, total - CHUNK), CHUNK, ahead);
             for (int64_t j = 0; j < count; j++) {
                 Where at = locate(p, first + j);
+                Block skip = adding == Adding::FIRST ? skip_of(p, at) : Block{};
                 auto scan = at.valid < BLOCK ? scan_chunk<0, T, false>
                             : N == 1         ? scan_chunk<1, T, true>
                             : N == 16        ? scan_chunk<16, T, true>
                                              : scan_chunk<0, T, true>;
                 scan(
-                    p, Inputs(p, image, k, at), u + at.first, at, all.of_block(p, j), skip_of(p, at), h + j * N * BLOCK,
-                    positions, chunk, steps, adding, sums ? sums + j * BLOCK : y + at.first,
+                    p, Inputs(p, image, k, at), u + at.first, at, all.of_block(p, j), skip, h + j * N * BLOCK, positions,
+                    chunk, steps, adding, sums ? sums + j * BLOCK : y + at.first,
                     sums ? count * BLOCK : p.channels, next
                 );
             }
