@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import vmamba
-from vmamba.models.complexity import COUNTED, profile, scan_flops
+from vmamba.models.complexity import COUNTED, profile
 from vmamba.models.registry import ENTRIES
 from vmamba.models.variants import VARIANTS
 
@@ -36,10 +37,31 @@ def test_a_small_model_by_hand():
     pixels, channels, inner, rank = 12, 16, 32, 1
     stem = pixels * channels * 3 * 2 * 2
     block = pixels * (channels * inner * 2 + inner * 9 + inner * 4 * (rank + 4) + channels * channels * 4 * 2)
-    block += scan_flops(pixels, inner, 2, rank)
-    assert scan_flops(pixels, inner, 2, rank) == 4 * pixels * inner * (9 * 2 + 1 + rank)
+    block += 4 * pixels * inner * (9 * 2 + 1 + rank)  # the scans
     assert [part.flops for part in found.parts] == [stem, block, 0, channels * 5]
     assert [part.output_shape for part in found.parts] == [(4, 3, 16), (4, 3, 16), (4, 3, 16), (5,)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_torchs_own_counter_counts_the_scans(device):
+    """Which Lightning's summaries and many others ask: forward as `profile` does, and twice as much backward."""
+    model = vmamba.create_model("vmamba_femto", device=device)
+    image = torch.randn(2, 3, 28, 28, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    forward = counter.get_total_flops()
+    assert forward == 2 * 2 * profile(model, 28).flops
+    with FlopCounterMode(display=False) as counter:
+        model(image.requires_grad_()).sum().backward()
+    counts = counter.get_flop_counts()["Global"]  # torch counts the backward of grouped convolutions too high
+    assert counts[torch.ops.vmamba.ss2d_scan_backward] == 2 * counts[torch.ops.vmamba.ss2d_scan] > 0
+
+
+def test_what_a_scan_costs():
+    u, A, B = torch.randn(2, 6, 10), -torch.rand(6, 3), torch.randn(2, 3, 10)
+    with FlopCounterMode(display=False) as counter:
+        vmamba.selective_scan(u, u, A, B, B, backend="eager")
+    assert counter.get_total_flops() == 2 * 2 * 6 * 10 * (9 * 3 + 1)
 
 
 def test_flops_are_linear_in_pixels_and_the_model_is_left_alone():

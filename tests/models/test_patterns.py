@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.models import save_for_hf
 
 import vmamba
 from vmamba.errors import CheckpointError
@@ -168,6 +170,16 @@ def test_a_pattern_set_later_is_saved(images, tmp_path: Path):
     save_checkpoint(model, path)
     assert "pattern" in read_metadata(path)["model_kwargs"]  # it was given when the model was made
     assert load_model(path)[0].pattern == "cross"
+
+
+def test_timm_saves_the_pattern_that_a_model_has_now(images, tmp_path: Path):
+    model = timm.create_model("vmamba_femto", **SMALL, pattern="diagonal").eval()
+    for i, pattern in enumerate(("spiral", "cross", ["cross", "spiral", "diagonal"])):
+        model.set_pattern(pattern)
+        save_for_hf(model, folder := tmp_path / str(i))
+        other = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        assert other.pattern == pattern
+        assert torch.equal(other(images), model(images))
 
 
 def test_weights_that_learned_with_another_pattern_are_loaded_with_a_warning(registered, tmp_path: Path):

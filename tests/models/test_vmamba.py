@@ -14,6 +14,8 @@ from timm.models._features import FeatureInfo
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import freeze, unfreeze
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torchvision.models._utils import IntermediateLayerGetter
 
 import vmamba
@@ -502,6 +504,30 @@ def test_weights_drawn_again_are_those_of_a_new_model(name):
             assert torch.equal(actual, expected), key
         else:
             assert 0.3 < actual.abs().max() / expected.abs().max() < 3, key
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("init", ["v0", "v1", "v2"])
+def test_weights_are_drawn_after_sharding(mesh, init):
+    """As FSDP2 wants it: nothing has memory before each process has its share."""
+    torch.manual_seed(0)
+    new = timm.create_model("vmamba_femto", num_classes=6, init=init)
+    model = timm.create_model("vmamba_femto", num_classes=6, init=init, device="meta")
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device="cpu")
+    model.init_weights()
+    for (key, actual), expected in zip(model.state_dict().items(), new.state_dict().values(), strict=True):
+        if expected.unique().numel() == 1 or (init == "v0" and key.endswith("A_log")):
+            assert torch.equal(actual.full_tensor(), expected), key
+        else:
+            assert 0.3 < actual.full_tensor().abs().max() / expected.abs().max() < 3, key
 
 
 @pytest.mark.parametrize("stride", [8, 16, 32])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,19 +49,6 @@ class Profile:
     parts: tuple[Part, ...]
 
 
-def scan_flops(pixels: int, channels: int, states: int, rank: int, routes: int = 4) -> int:
-    """Multiply-accumulates of SS2D's scans after x_proj, in the convention of the published tables.
-
-    Per route: 9·L·D·N for the recurrence, L·D for the skip, L·D·R for dt_proj.
-    """
-    return routes * pixels * channels * (9 * states + 1 + rank)
-
-
-def _count_scan(u: Any, projected: Any, dt_proj_weight: Any, dt_proj_bias: Any, A: Any, *_: Any, **__: Any) -> int:
-    # FlopCounterMode counts a multiply-accumulate as two operations.
-    return 2 * scan_flops(math.prod(u[:3]), u[3], A[2], dt_proj_weight[2], routes=A[0])
-
-
 def profile(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> Profile:
     """Count parameters and multiply-accumulates of a model for one image.
 
@@ -97,8 +83,7 @@ def profile(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> 
         ghost.get_submodule(name).register_forward_hook(note(name))
     # What has no fixed shape, such as a choice among boxes, costs next to nothing: the network says what to count.
     ghost.forward = getattr(ghost, "forward_fixed", ghost.forward)
-    formulas = {torch.ops.vmamba.ss2d_scan: _count_scan}
-    counter = FlopCounterMode(display=False, depth=2, custom_mapping=formulas)
+    counter = FlopCounterMode(display=False, depth=2)
     with counter, torch.no_grad(), use_backend("eager"):
         ghost(torch.empty(1, channels, height, width, device="meta"))
     counts = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}

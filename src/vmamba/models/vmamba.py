@@ -16,7 +16,7 @@ import torch
 from timm.layers import ClassifierHead, to_2tuple
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
+from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from vmamba.nn import SS2D, ConvDownsample, ConvStem, LayerNorm, PatchMerging, PatchStem, SmallStem, VSSBlock
@@ -258,6 +258,8 @@ class VMamba(nn.Module):
         scans = [module for module in self.modules() if isinstance(module, SS2D)]
         for scan, its_pattern in zip(scans, _one_each(pattern, len(scans)), strict=True):
             scan.pattern = its_pattern
+        if hasattr(self, "_model_args"):  # of a model that timm has built, and can save
+            update_model_args(self, pattern=pattern)
 
     def __prepare_scriptable__(self) -> None:
         raise RuntimeError(

@@ -111,8 +111,7 @@ class SS2D(nn.Module):
         nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)
         nn.init.ones_(self.D)
         if self.init == "v0":
-            states = torch.arange(1, self.A_log.shape[-1] + 1, device=self.A_log.device)
-            self.A_log.copy_(states.log().expand_as(self.A_log))
+            self.A_log.copy_(torch.ones_like(self.A_log).cumsum(-1).log())  # of tensors that are sharded as well
             nn.init.uniform_(self.dt_proj_weight, -(rank**-0.5), rank**-0.5)
             low, high = (math.log(bound) for bound in _STEP_RANGE)
             step = torch.empty_like(self.dt_proj_bias, dtype=torch.float32).uniform_(low, high).exp_()

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.overrides import _get_current_function_mode_stack as _function_modes
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.flop_counter import register_flop_formula
 
 from vmamba.ops.arguments import ScanArguments, SS2DArguments, empty_gradients
 from vmamba.ops.backends import BACKENDS, Backend, eager
@@ -102,3 +103,39 @@ def _register(name: str, kind: type[ScanArguments] | type[SS2DArguments], output
 
 _register("selective_scan", ScanArguments, outputs=2)
 _register("ss2d_scan", SS2DArguments, outputs=1)
+
+
+# --- what they cost, for torch.utils.flop_counter ---------------------------------------------------------------------
+
+
+def scan_flops(positions: int, channels: int, states: int, rank: int = 0, routes: int = 1) -> int:
+    """Multiply-accumulates of scans, in the convention of the published tables.
+
+    Per route: 9·L·D·N for the recurrence, L·D for the skip, and of SS2D L·D·R for dt_proj.
+    """
+    return routes * positions * channels * (9 * states + 1 + rank)
+
+
+def _flops(name: str, shapes: Sequence[Any]) -> int:
+    """Of an operator's inputs, of which it is given the shapes; a multiply-accumulate is two operations there."""
+    if name == "ss2d_scan":
+        (batch, height, width, channels), _, (routes, _, rank), _, (*_, states) = shapes[:5]
+        return 2 * scan_flops(batch * height * width, channels, states, rank, routes)
+    (batch, channels, length), _, (*_, states) = shapes[:3]
+    return 2 * scan_flops(batch * length, channels, states)
+
+
+def _register_flops(name: str, outputs: int) -> None:
+    """Of the operator, and twice as much of its backward, as of a product's."""
+
+    @register_flop_formula(getattr(torch.ops.vmamba, name))
+    def forward(*shapes: Any, **_: Any) -> int:
+        return _flops(name, shapes)
+
+    @register_flop_formula(getattr(torch.ops.vmamba, f"{name}_backward"))
+    def backward(*shapes: Any, **_: Any) -> int:
+        return 2 * _flops(name, shapes[outputs:])
+
+
+_register_flops("selective_scan", outputs=2)
+_register_flops("ss2d_scan", outputs=1)
