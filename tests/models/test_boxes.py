@@ -94,6 +94,10 @@ def test_matching_by_mmdetections_rules() -> None:
     matched = bx.match(boxes, truths, positive=0.7, negative=0.3, rescue=0.3)
     assert matched.tolist() == [0, 0, bx.LEFT_OUT, 1, 1, bx.NEGATIVE, bx.NEGATIVE]
     assert bx.match(boxes, truths[:0], 0.7, 0.3, 0.3).tolist() == [bx.NEGATIVE] * 7
+    # Exactly as much as makes a match is one, and exactly as much as is no longer a negative is none.
+    halves = bx.match(boxes, truths, positive=0.5, negative=0.5, rescue=0.5)
+    assert halves.tolist() == [0, 0, 0, bx.NEGATIVE, bx.NEGATIVE, bx.NEGATIVE, bx.NEGATIVE]
+    assert bx.match(boxes, truths, positive=0.7, negative=0.5, rescue=0.7)[2] == bx.LEFT_OUT
     # A box that is the best one of two true boxes belongs to the last of them.
     twins = torch.tensor([[0.0, 0, 10, 9], [0, 0, 10, 10], [0, 0, 10, 11]])
     assert bx.match(boxes[:1], twins, 0.7, 0.3, 0.3).tolist() == [2]
