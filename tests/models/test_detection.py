@@ -9,6 +9,7 @@ import timm
 import torch
 from models.dense import (
     DETECTION,
+    Fixed,
     assert_close,
     assert_map,
     case_of,
@@ -179,6 +180,37 @@ def test_proposals_are_matched_before_the_true_boxes_join_them(monkeypatch: pyte
         with pytest.raises(MatchedError) as caught:
             model._roi_losses([], [given], [{"boxes": truths, "labels": torch.tensor([0, 1])}])
         assert caught.value.args == (expected,)
+
+
+def test_matches_and_samples_are_by_mmdetections_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, list[tuple[float, ...]]] = {"match": [], "sample": []}
+    match, sample = bx.match, bx.sample
+    monkeypatch.setattr(bx, "match", lambda *given: asked["match"].append(given[2:]) or match(*given))
+    monkeypatch.setattr(bx, "sample", lambda *given: asked["sample"].append(given[1:]) or sample(*given))
+    small()(torch.zeros(2, 3, 160, 224), targets(), sizes=SIZES)
+    assert asked["match"] == [(0.7, 0.3, 0.3)] * 2 + [(0.5, 0.5, 0.5)] * 2
+    assert asked["sample"] == [(256, 0.5)] * 2 + [(512, 0.25)] * 2
+
+
+def test_anchors_take_part_up_to_the_padding_of_their_own_picture() -> None:
+    """To a multiple of 32, not of the stride of the map that only proposals are made on."""
+    model = small()
+    maps = [torch.zeros(1, 32, 128 // stride, 160 // stride) for stride in (4, 8, 16, 32)]
+    maps.append(maps[-1][:, :, ::2, ::2])
+    inside = model._inside(maps, (33, 90)).split([3 * x.shape[2] * x.shape[3] for x in maps])
+    for within, x, (rows, columns) in zip(inside, maps, ((16, 24), (8, 12), (4, 6), (2, 3), (1, 2)), strict=True):
+        expected = torch.zeros(*x.shape[2:], 3, dtype=torch.bool)
+        expected[:rows, :columns] = True
+        assert torch.equal(within, expected.flatten())
+
+
+def test_regions_are_pooled_from_the_map_on_which_they_are_14_to_28_cells_wide() -> None:
+    strides = (2, 4, 8, 16)
+    extractor = Fixed([torch.zeros(1, 8, 256 // stride, 256 // stride) for stride in strides], strides)
+    model = MaskRCNN(extractor, 3, channels=8, hidden=8)
+    maps = [torch.full((1, 8, 256 // stride, 256 // stride), float(stride)) for stride in (*strides, 32)]
+    boxes = torch.tensor([[0.0, 0, side, side] for side in (9, 54, 58, 110, 114, 220, 230)])
+    assert model.pool(maps, [boxes], 7)[:, 0, 3, 3].tolist() == [2, 2, 4, 4, 8, 8, 16]
 
 
 def test_boxes_without_masks_train_the_boxes_alone() -> None:
