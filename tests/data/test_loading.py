@@ -92,6 +92,15 @@ def test_samples_in_memory_are_those_on_disk(tmp_path):
     assert memory.__getitems__([(0, 1), (0, -1)])[1].tolist() == [0, -1]
 
 
+def test_what_is_random_in_a_sample_is_drawn_anew_in_every_epoch(tmp_path):
+    items = LabelledImages(open_split(make_folder(tmp_path), True), lambda image: torch.rand(4), 3, 2)
+    samples = Samples(items, seed=3)
+    tickets = (0, 0), (0, 1), (1, 0), (1, 1)
+    drawn = [tuple(samples[ticket][0].tolist()) for ticket in tickets]
+    assert len(set(drawn)) == 4
+    assert [tuple(samples[ticket][0].tolist()) for ticket in tickets] == drawn
+
+
 def make_shards(folder, shards=4, each=4):
     folder.mkdir(parents=True)
     for shard in range(shards):
