@@ -88,6 +88,19 @@ def test_masks_move_with_their_picture_and_what_is_added_is_ignored():
     assert torch.equal(labels, mask.flip(-1))
 
 
+def test_pixels_without_a_class_do_not_count_among_those_of_a_part():
+    """Of a picture of two classes that is mostly unlabelled, parts that show one class alone are drawn again."""
+    mask = torch.full((40, 40), IGNORED, dtype=torch.int16)
+    mask[:, 18:20], mask[:, 20:21] = 0, 1
+    part = Crop((10, 10), most_of_one_class=0.75)
+    shown = 0
+    for seed in range(40):
+        seed_sample(seed)
+        labels = part(Image(torch.zeros(3, 40, 40, dtype=torch.uint8)), Mask(mask))[1]
+        shown += set(labels[labels != IGNORED].tolist()) == {0, 1}
+    assert shown > 30  # 9 places of 31 show all of both, and there are ten draws
+
+
 def test_the_sides_of_a_scale_have_no_order():
     picture, mask, _ = scene()
     found = []
@@ -122,6 +135,17 @@ def test_boxes_and_masks_move_with_their_picture():
     moved, found = detection_transform(DetectionAugmentConfig(short_sides=(30,), hflip=1.0), PRE)(picture, target)
     assert found["labels"].tolist() == [4]  # the other is half a pixel wide
     assert found["boxes"].tolist() == [[10.0, 10.0, 25.0, 20.0]]
+
+
+def test_objects_are_dropped_of_which_less_than_a_pixel_is_left():
+    picture, _, target = scene()
+    boxes = torch.tensor([[30.0, 20, 33, 23], [30, 20, 50, 21], [70, 50, 71.5, 60]])
+    target["boxes"] = BoundingBoxes(boxes, format="XYXY", canvas_size=(60, 80))
+    target["labels"], target["masks"] = torch.tensor([1, 2, 3]), Mask(torch.ones(3, 60, 80, dtype=torch.uint8))
+    halved = detection_transform(DetectionAugmentConfig(short_sides=(30,), hflip=0.0), PRE)(picture, target)[1]
+    assert halved["labels"].tolist() == [1]
+    assert halved["boxes"].tolist() == [[15.0, 10.0, 16.5, 11.5]]
+    assert len(halved["masks"]) == 1
 
 
 def test_parts_are_cut_out_of_half_of_the_pictures_for_3x():
