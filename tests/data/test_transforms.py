@@ -118,6 +118,9 @@ def test_batch_augment_crops_only_what_comes_from_memory():
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     assert torch.equal(BatchAugment(config, pre, in_memory=False)(images), pre.normalise(images))
     assert torch.equal(BatchAugment(config, pre, in_memory=True)(images), pre.normalise(images.flip(3)))
+    config = AugmentConfig(hflip=0, crop_padding=2, random_erasing=0)
+    assert torch.equal(BatchAugment(config, pre, in_memory=False)(images), pre.normalise(images))
+    assert not torch.equal(BatchAugment(config, pre, in_memory=True)(images), pre.normalise(images))
     erased = BatchAugment(AugmentConfig(random_erasing=1.0), pre, in_memory=False)(images)
     assert ((erased != pre.normalise(images)).flatten(1).float().mean(1) > 0).all()
 
@@ -132,6 +135,22 @@ def test_published_augmentation_runs_on_every_draw(in_chans):
     seed_sample(0)
     shapes = {tuple(transform(image).shape) for _ in range(600)}
     assert shapes == {(in_chans, 16, 16)}
+
+
+def test_parts_have_the_shapes_that_the_settings_say():
+    """Of a picture whose red and green channels tell the column and row of each pixel."""
+    ramps = np.indices((200, 200), dtype=np.uint8)[::-1]
+    image = Image.fromarray(np.stack([*ramps, np.zeros_like(ramps[0])], 2))
+    plain = {"hflip": 0.0, "rand_augment": None, "color_jitter": 0.0, "interpolation": "nearest"}
+    config = AugmentConfig(scale=(0.2, 0.25), ratio=(2.0, 2.5), **plain)
+    transform = train_transform(config, Preprocessing((100, 100)))
+    for seed in range(20):
+        seed_sample(seed)
+        pixels = transform(image)
+        wide, high = (int(pixels[i].max()) - int(pixels[i].min()) + 1 for i in range(2))
+        assert 1.9 <= wide / high <= 2.6
+        assert 0.18 <= wide * high / 200**2 <= 0.27
+        assert len(pixels[1].unique()) == high  # no value in between: the nearest pixel is taken
 
 
 def test_seeds_depend_on_every_part_of_the_position():
