@@ -87,6 +87,26 @@ def test_the_ground_truth_against_itself_scores_one(folder):
     assert evaluation.stats[0] == pytest.approx(1)
 
 
+def test_a_picture_of_a_crowd_alone_is_not_learned_from(folder):
+    data = opened(folder, changed(iscrowd=1) | {"annotations": changed(iscrowd=1)["annotations"][:1]})
+    assert data.with_objects() == []
+    assert data.read(0)[1]["boxes"].shape == (0, 4)
+    assert [a["iscrowd"] for a in data.ground_truth()["annotations"]] == [1]
+
+
+def test_the_area_is_that_of_the_file_or_else_of_the_box(folder):
+    for given, expected in ((7.5, 7.5), (None, 12), ("7", 12)):
+        truth = opened(folder, changed(area=given)).ground_truth()
+        assert truth["annotations"][0]["area"] == expected
+
+
+def test_boxes_of_less_than_a_pixel_are_dropped(folder):
+    for box in ([2, 2, 0.5, 3], [2, 2, 3, 0.5], [-2, 2, 2.5, 3]):
+        data = opened(folder, changed(bbox=box))
+        assert data.dropped["boxes of less than a pixel"] == 1
+        assert data.read(0)[1]["labels"].tolist() == [0]
+
+
 def test_annotations_may_be_numbered_from_0(folder):
     """For COCO's evaluation an object of number 0 is one that was not found."""
     data = copy.deepcopy(DATA)
