@@ -192,6 +192,21 @@ def test_objects():
         assert not isinstance(raised.value, NothingFoundError)
 
 
+def test_the_object_at_a_place_is_the_one_with_the_smallest_box():
+    torch.manual_seed(0)
+    kwargs = {"num_classes": 2, "channels": 8, "hidden": 16, "score_thr": 0.0, "max_per_img": 30}
+    model = vmamba.create_model("maskrcnn", backbone="vmamba_femto_s2", **kwargs).eval()
+    with torch.no_grad():
+        boxes = model(IMAGES[:1])[0]["boxes"]
+    x, y = 20.0, 16.0
+    holds = (boxes[:, 0] <= x) & (x < boxes[:, 2]) & (boxes[:, 1] <= y) & (y < boxes[:, 3])
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1).masked_fill(~holds, torch.inf)
+    assert 1 < holds.sum() < len(boxes)
+    found = explain.class_maps(model, IMAGES[:1], place=(x, y), stages=[1])
+    assert found.targets[0].endswith(f", object {int(areas.argmin())}")
+    assert found.regions[0].any()
+
+
 def test_objects_are_those_of_the_prediction():
     """Of a picture whose sides are no multiples of 32."""
     torch.manual_seed(3)
