@@ -145,6 +145,21 @@ def test_shares_and_maps_in_pixels():
         maps.routes("length")
 
 
+def test_the_reach_is_the_mean_distance_of_what_arrives():
+    maps = explain.record_scans(network(), torch.randn(2, 3, 24, 48, dtype=torch.float64)).maps([(1, 9), (40, 20)], 1)
+    for image, (row, column) in enumerate(maps.queries):
+        assert row != column
+        for k, sizes in enumerate(maps.routes()[image]):
+            total = sum(
+                float(size) * 4 * math.hypot(i - row, j - column)
+                for i, line in enumerate(sizes)
+                for j, size in enumerate(line)
+            )
+            assert maps.reach()[image, k].item() == pytest.approx(total / float(sizes.sum()), rel=1e-9)
+            reached = maps.numbers(image)["routes"][k]["reach"]
+            assert reached == pytest.approx(maps.reach()[image, k].item())
+
+
 def test_queries_are_in_pixels_of_the_picture_given(tmp_path):
     model = vmamba.create_model("vmamba_femto_s2", num_classes=3, img_size=32)  # sees the middle, after resizing
     pixels = np.random.default_rng(0).integers(0, 255, (200, 100, 3), dtype=np.uint8)
