@@ -7,15 +7,17 @@ import timm
 import torch
 from data.test_loading import make_shards
 from tasks.small import CLASSES, PLAIN, history, recipe
+from torch.nn import functional as F
 
 import vmamba
 from vmamba.data.config import DataConfig
+from vmamba.data.seeding import seed_sample
 from vmamba.errors import CheckpointError, DataError, ImageError, RecipeError
 from vmamba.models.checkpoints import read_metadata, save_checkpoint
 from vmamba.tasks.classification import ClassificationTask
 from vmamba.tasks.prediction import Classifier, load_weights, preprocessing_of
 from vmamba.tasks.recipe import ModelConfig, TrainerConfig, ValidateConfig
-from vmamba.tasks.task import build_model
+from vmamba.tasks.task import Means, build_model
 from vmamba.tasks.training import train, validate
 
 
@@ -55,6 +57,24 @@ def test_a_run_learns_and_leaves_a_model_that_stands_alone(images, tmp_path):
     assert results["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
     for name in ("metrics.json", "confusion_matrix.png", "predictions.png"):
         assert (tmp_path / "run" / name).stat().st_size > 100
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
+def test_labels_are_smoothed_and_mixed_as_the_settings_say(images, tmp_path, mixup):
+    config = recipe(images, tmp_path / "run")
+    config.augment = replace(PLAIN, label_smoothing=0.3, mixup=mixup, mixup_prob=0.0)
+    task = ClassificationTask.from_recipe(config).eval()
+    task.trained = Means(torch.device("cpu"))
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 2, 1, 1])
+    logits = task.model(task.pre.normalise(pixels)).detach()
+    expected = float(F.cross_entropy(logits, labels, label_smoothing=0.3))
+    assert task.loss((pixels, labels)).item() == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-3)
+    config.augment = replace(config.augment, mixup=0.8, mixup_prob=1.0)
+    mixed = ClassificationTask.from_recipe(config).eval()
+    seed_sample(0)
+    assert mixed.loss((pixels, labels)).item() != pytest.approx(expected, rel=1e-3)
 
 
 def test_images_have_the_size_that_a_model_was_made_for():
