@@ -17,7 +17,7 @@ from vmamba.data.transforms import Preprocessing
 from vmamba.deploy import export_onnx, int8_onnx, load_quantized, quantize
 from vmamba.deploy.calibration import gather, open_pictures
 from vmamba.deploy.int8 import computes_in_int8, is_excluded
-from vmamba.deploy.quantize import _damage
+from vmamba.deploy.quantize import _damage, _overflows
 from vmamba.errors import DataError, ExportError
 from vmamba.models.checkpoints import save_checkpoint
 from vmamba.models.vmamba import VMamba
@@ -446,6 +446,16 @@ def test_refusals(whole, eighth, tmp_path, monkeypatch):
 )
 def test_which_layers(layer, kind, weight, chosen):
     assert (computes_in_int8(layer, kind, weight) and not is_excluded(layer, ["head.*"])) == chosen
+
+
+@pytest.mark.parametrize(
+    ("machine", "vnni", "reduced"),
+    [("x86_64", False, True), ("AMD64", False, True), ("x86_64", True, False), ("aarch64", False, False)],
+)
+def test_7_bits_are_for_processors_that_would_overflow(machine, vnni, reduced, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: vnni)
+    assert _overflows() == reduced
 
 
 def test_command(whole, tmp_path, monkeypatch, capsys):
