@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from tasks.toy import Toy, toy_recipe
+from timm.utils import ModelEmaV3
 
 from vmamba.errors import RecipeError
 from vmamba.tasks.task import LOSS, Means, Score
@@ -94,6 +95,30 @@ def test_gradients_are_clipped_by_norm_or_by_value():
         recorded, _ = fitted(max_epochs=2, gradient_clip_val=1e-3, gradient_clip_algorithm=algorithm)
         largest = max(recorded.gradients)
         assert largest == pytest.approx(1e-3) if algorithm == "value" else largest < 0.99e-3
+
+
+def test_every_step_of_every_epoch_draws_its_own_numbers_and_the_same_again(monkeypatch):
+    drawn = []
+    loss = Toy.loss
+    monkeypatch.setattr(Toy, "loss", lambda self, batch: drawn.append(float(torch.rand(()))) or loss(self, batch))
+    for _ in range(2):
+        fitted(max_epochs=2)
+    assert len(drawn) == 24
+    assert len(set(drawn)) == 12
+    assert drawn[:12] == drawn[12:]
+
+
+def test_weights_are_averaged_once_an_update(monkeypatch):
+    steps = []
+    update = ModelEmaV3.update
+
+    def counted(self, model, step=None):
+        steps.append(step)
+        return update(self, model, step=step)
+
+    monkeypatch.setattr(ModelEmaV3, "update", counted)
+    fitted({"ema_decay": 0.5}, max_epochs=2, accumulate_grad_batches=2)
+    assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_same_batches_over_and_over_are_refused():
