@@ -358,6 +358,19 @@ def test_wrong_arguments_are_explained() -> None:
         model(images, sizes=[(160, 224)] * 3)
 
 
+def test_the_layers_that_answer_begin_as_small_as_mmdetections() -> None:
+    torch.manual_seed(0)
+    model = MaskRCNN(fixed_backbone(), 80, channels=32, hidden=64)
+    rpn, box, mask = model.rpn_head, model.roi_head.bbox_head, model.roi_head.mask_head
+    for layer, std in ((rpn.rpn_cls, 0.01), (rpn.rpn_reg, 0.01), (box.fc_cls, 0.01), (box.fc_reg, 0.001)):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.3)
+    # Kaiming's numbers, by what torch takes for the outputs of each.
+    assert mask.conv_logits.weight.std().item() == pytest.approx((2 / 80) ** 0.5, rel=0.1)
+    assert mask.upsample.weight.std().item() == pytest.approx((2 / (32 * 4)) ** 0.5, rel=0.1)
+    for layer in (rpn.rpn_conv, rpn.rpn_cls, rpn.rpn_reg, box.fc_cls, box.fc_reg, mask.conv_logits, mask.upsample):
+        assert not layer.bias.any()
+
+
 def test_half_precision_finds_the_same() -> None:
     model = small()
     model.roi_head.bbox_head.fc_cls.weight.data.mul_(30)

@@ -162,6 +162,12 @@ def test_wrong_arguments_are_explained() -> None:
         model(torch.zeros(2, 3, 128, 128, dtype=torch.uint8))
 
 
+def test_both_heads_drop_as_many_channels_as_they_are_told() -> None:
+    for options, rate in (({}, 0.1), ({"drop_rate": 0.3}, 0.3)):
+        model = UPerNet(fixed_backbone(), 7, 16, 8, **options)
+        assert [head.dropout.p for head in (model.decode_head, model.auxiliary_head)] == [rate, rate]
+
+
 def test_without_an_auxiliary_head_and_with_synchronised_norms() -> None:
     model = UPerNet(fixed_backbone(), 7, 16, auxiliary_channels=0)
     assert model(torch.zeros(2, 3, 160, 224), torch.zeros(2, 160, 224, dtype=torch.int64)).keys() == {"decode"}
