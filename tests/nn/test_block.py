@@ -174,6 +174,9 @@ def test_the_kernel_is_told_again_what_is_still_true(dtype, monkeypatch):
     check(x, 0)
     del block.conv_of_mine
     check(x, 0)
+    fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+    fc1.weight.data, fc2.weight.data = fc1.weight.data[:16], fc2.weight.data.flatten()[:128].view(8, 16)
+    check(x, 1)  # half as wide, in the same places
     transposed = block.ss2d.in_proj.weight.data.t()
     block.ss2d.in_proj.weight.data = transposed
     check(x, 2)  # such a weight is copied for the kernel, and a copy does not last
