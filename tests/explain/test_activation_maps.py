@@ -203,6 +203,15 @@ def test_memory_by_the_definition():
         row, column = divmod(int(order[step]), scan.grid[1])
         assert found.steps[0, 1, row, column] == lengths.flatten().sort().values[(lengths.numel() - 1) // 2]
         assert found.kept[0, 1, row, column] == pytest.approx(float(lengths.isinf().double().mean()))
+    places = [divmod(int(patch), scan.grid[1]) for patch in order]
+    aslant = 0
+    for step, (row, column) in enumerate(places):
+        if (steps := found.steps[0, 1, row, column]).isfinite():
+            down, across = places[step + int(steps)][0] - row, places[step + int(steps)][1] - column
+            expected = math.hypot(down * found.cell[0], across * found.cell[1])
+            assert found.pixels[0, 1, row, column].item() == pytest.approx(expected)
+            aslant += down != 0 != across
+    assert aslant > 5
     decay = torch.exp(scan.delta[0, 1, :, :, None] * scan.A[1]).mean((1, 2)).unflatten(0, scan.grid)
     torch.testing.assert_close(found.decay[0, 1], decay)
     finite = found.steps.isfinite()
