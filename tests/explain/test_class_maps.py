@@ -13,7 +13,7 @@ from PIL import Image
 import vmamba
 from vmamba import explain
 from vmamba.errors import RecipeError
-from vmamba.explain.class_maps import NothingFoundError
+from vmamba.explain.class_maps import NothingFoundError, _connected
 from vmamba.tasks.detector import Detector
 
 IMAGES = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
@@ -167,6 +167,14 @@ def test_masks_and_regions():
     other = int(labels[labels != target][0])
     with pytest.raises(RecipeError, match=rf"pixel at \(30, 20\) .* is “class {target}”, not “class {other}”: give"):
         explain.class_maps(model, image, target=other, place=(30, 20))
+
+
+def test_what_hangs_together_does_so_over_corners_and_not_over_gaps():
+    mask = torch.zeros(1, 4, 7, dtype=torch.bool)
+    mask[0, 0, 0] = mask[0, 1, 1] = mask[0, 1, 3] = True
+    assert _connected(mask, 0, 0)[0].nonzero().tolist() == [[0, 0], [1, 1]]
+    assert _connected(mask, 3, 1)[0].nonzero().tolist() == [[1, 3]]
+    assert not _connected(mask, 2, 1).any()
 
 
 def test_objects():

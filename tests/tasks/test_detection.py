@@ -202,6 +202,24 @@ def test_masks_of_windows_are_as_large_as_the_picture_only_where_they_are_kept(m
         assert box[1] > 500
 
 
+def test_windows_leave_what_they_cut_off_to_their_neighbours(monkeypatch):
+    """But nobody else has what lies at an edge of the picture."""
+
+    def found(model, pictures, *sides, least_score):
+        height, width = pictures[0].shape[1:]
+        boxes = [[0, 20, 12, 40], [20, 0, 40, 12], [width - 12, 20, width, 40], [20, height - 12, 40, height]]
+        return [{"boxes": torch.tensor(boxes, dtype=torch.float32), "scores": torch.ones(4), "labels": torch.arange(4)}]
+
+    monkeypatch.setattr("vmamba.tasks.detector.detect", found)
+    model, picture = SimpleNamespace(nms_iou=0.5, max_per_img=100), torch.zeros(3, 100, 120, dtype=torch.uint8)
+    whole = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
+    kept = _with_windows(model, picture, 64, whole, 0.0)
+    for label, edge in enumerate((0, 0, 120, 100)):
+        boxes = kept["boxes"][kept["labels"] == label]
+        assert len(boxes) >= 2
+        assert (boxes[:, label] == edge).all()
+
+
 def test_a_device_that_only_fills_up_computes_with_the_others(monkeypatch):
     """In shards a network computes on all devices together: one that skips its turn keeps the others waiting."""
     looked_at = []
