@@ -80,6 +80,8 @@ def test_the_averaged_weights_when_asked_for(tmp_path: Path) -> None:
     torch.save(plain, path)
     with pytest.raises(CheckpointError, match="holds no ema weights"):
         load_model(path, ema=True)
+    torch.save({"model_ema": average}, path)  # and of those alone nobody has to ask
+    assert_equal(load_model(path)[0], average)
 
 
 # --- Others of timm's ------------------------------------------------------------------------------------------------
