@@ -315,7 +315,7 @@ void multiply_block(
     const Product& p, const Split<Kind>& split, const Factor<Kind, L>& packed, const Factor<Kind, R>& other, int64_t task,
     float* scratch
 ) {
-    constexpr int ROWS = Kind::ROWS, VECTORS = Kind::VECTORS, PANEL = split.PANEL;
+    constexpr int ROWS = Kind::ROWS, VECTORS = Kind::VECTORS, PANEL = Split<Kind>::PANEL;
     constexpr int BYTES = 16 * ROWS * sizeof(R) * Kind::VALUES;
     auto* const* stores = p.gelu ? (p.y_bfloat16 ? STORES<true, uint16_t, VECTORS> : STORES<true, float, VECTORS>)
                                  : (p.y_bfloat16 ? STORES<false, uint16_t, VECTORS> : STORES<false, float, VECTORS>);

@@ -15,6 +15,11 @@ from torch import nn
 from vmamba.ops.backends import choose_backend
 
 
+def can_measure(device: torch.device) -> bool:
+    """Whether `peak_memory` can tell what a model on this device needs."""
+    return device.type == "cuda" or (device.type == "cpu" and sys.platform == "linux")
+
+
 def peak_memory(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Bytes that one forward pass needs at its peak, beyond the weights.
 

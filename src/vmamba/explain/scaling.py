@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.data.sources import tracked
-from vmamba.explain.memory import peak_memory
+from vmamba.explain.memory import can_measure, peak_memory
 from vmamba.explain.resolution import at_size, sizes_from
 from vmamba.files import shown
 from vmamba.models.complexity import profile
@@ -207,5 +207,6 @@ def report(run: Explanation, photos: Sequence[str]) -> dict[str, Any]:
     """`vmamba explain --what scaling`: costs at one to four times the side that the model is meant for."""
     models = {shown(run.weights.source): run.model, **run.others}
     device = next(run.model.parameters()).device
-    found = scaling(models, sizes_from(run.model, (1, 1.5, 2, 3, 4)), rounds=5, device=device)
+    sizes = sizes_from(run.model, (1, 1.5, 2, 3, 4))
+    found = scaling(models, sizes, rounds=5, memory=can_measure(device), device=device)
     return {"figure": run.write(draw_scaling(found), "scaling"), "models": [each.numbers() for each in found]}

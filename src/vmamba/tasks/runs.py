@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +90,15 @@ class RunFolder:
         self._link()
 
     def _link(self) -> None:
-        """Point runs/latest here."""
+        """Point runs/latest here, where the file system has links."""
         LATEST.parent.mkdir(parents=True, exist_ok=True)
         target = self.path.resolve()
         inside = target.parent == LATEST.parent.resolve()
         temporary = LATEST.with_name(f".latest.{os.getpid()}.tmp")
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target.name if inside else target)
-        os.replace(temporary, LATEST)
+        with suppress(OSError):  # Windows gives not everybody the right to make one
+            temporary.symlink_to(target.name if inside else target)
+            os.replace(temporary, LATEST)
 
     def write_metrics(self, history: list[dict[str, float]]) -> None:
         """One row an epoch; a column is empty where an epoch has no such number."""

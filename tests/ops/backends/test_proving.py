@@ -8,6 +8,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,6 +226,15 @@ def test_what_says_nothing_of_the_kernels_is_not_kept(monkeypatch, tmp_path, cod
     agrees(monkeypatch, tmp_path)
     monkeypatch.setattr(proving, "_verdicts", {})
     assert proving.is_proven(CPU, FLOAT, "cross")
+
+
+def test_a_user_without_a_home_keeps_no_verdicts(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("could not determine home directory")))
+    count = agrees(monkeypatch, tmp_path)
+    assert proving.is_proven(CPU, FLOAT, "cross")
+    assert count() == 1
+    assert not [*tmp_path.rglob("*.json")]
 
 
 @interpreted

@@ -87,7 +87,7 @@ def _temporary_folder() -> Iterator[str]:
         place = Path("/tmp")
     for lock in place.glob(f"{_PREFIX}*/{_LOCK}"):
         try:
-            if lock.parent.lstat().st_uid == os.getuid():
+            if not hasattr(os, "getuid") or lock.parent.lstat().st_uid == os.getuid():
                 with FileLock(lock, timeout=0):
                     shutil.rmtree(lock.parent, ignore_errors=True)
         except (Timeout, OSError):  # in use, or gone in the meantime

@@ -111,7 +111,11 @@ def _look_up_or_prove(device: torch.device, dtype: torch.dtype, pattern: str | N
 
 def cache_folder() -> Path:
     """Where verdicts are kept: `$XDG_CACHE_HOME/vmamba/proofs`, by default in `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmamba" / "proofs"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        cache = Path(os.devnull)  # below which nothing can be written
+    return cache / "vmamba" / "proofs"
 
 
 def _read(file: Path) -> str | None:

@@ -51,7 +51,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if path is None:
         return None, (
             "the CPU kernel was not built; it needs a C++ compiler (GCC 12 or Clang 15, or newer) when the package is"
-            " installed: install one and run `pip install --force-reinstall --no-deps vmamba`"
+            " installed: install one, then this package again, from where it came, with `pip install --no-deps"
+            " --force-reinstall --no-cache-dir --verbose`, which shows what the compiler says"
         )
     try:
         library = ctypes.CDLL(str(path))
