@@ -16,7 +16,8 @@ from vmamba.explain.scans import record_scans
 from vmamba.explain.stage_maps import stage_maps
 from vmamba.models.checkpoints import save_checkpoint
 from vmamba.models.registry import load_model
-from vmamba.tasks.inference import padded
+from vmamba.tasks.inference import detect, padded
+from vmamba.tasks.segmenter import network_logits
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 
@@ -93,6 +94,22 @@ def test_a_detector_sees_pictures_filled_up_and_so_do_all_who_look_into_it():
     with torch.no_grad():
         expected = detector.eval().backbone(batch)
     assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+
+
+@pytest.mark.parametrize("size", [(3, 200), (200, 3)])
+def test_a_strip_is_seen_as_in_prediction(size):
+    picture = np.random.default_rng(1).integers(0, 255, (*size, 3), dtype=np.uint8)
+    backbone = {"backbone": "vmamba_femto_s2", "num_classes": 3, "channels": 8}
+    segmenter, detector = (vmamba.create_model(head, **backbone) for head in ("upernet", "maskrcnn"))
+    tensor, given = torch.as_tensor(picture).permute(2, 0, 1), []
+    hooks = [model.register_forward_pre_hook(lambda _, args: given.append(args[0])) for model in (segmenter, detector)]
+    with evaluating(segmenter), evaluating(detector), torch.inference_mode():
+        network_logits(segmenter, preprocessing_for(segmenter, size=64), [tensor])
+        detect(detector, [tensor], (64, 160))
+    for hook in hooks:
+        hook.remove()
+    for model, sides, images in zip((segmenter, detector), (64, (64, 160)), given, strict=True):
+        assert torch.equal(see(model, picture, size=sides).images, images)
 
 
 def test_a_model_sees_the_size_it_was_made_for():

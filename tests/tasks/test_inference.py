@@ -61,25 +61,25 @@ def test_ratios_bound_the_picture_and_keep_its_shape() -> None:
 
 def test_segmentation_resizes_logits_twice() -> None:
     model, shown = Seen(), picture(40, 60, 1)
-    logits = segment(model, shown, scale=(80, 30))
+    logits = segment(model, shown, scale=(80, 36))
     (seen,) = model.images
-    assert seen.shape == (1, 3, 30, 45)
+    assert seen.shape == (1, 3, 36, 54)
     assert torch.equal(logits, resized(seen * torch.tensor([1.0, -2.0, 0.5])[:, None, None], (40, 60))[0])
 
 
 def test_segmentation_at_several_scales_and_mirrored() -> None:
-    model, shown = Seen(), picture(41, 61, 2)
+    model, shown = Seen(), picture(81, 121, 2)
     scores = segment(model, shown, ratios=SEVERAL, flip=True)
     assert [tuple(x.shape[2:]) for x in model.images[::2]] == [
-        (21, 31), (31, 46), (41, 61), (51, 76), (62, 92), (72, 107),
+        (41, 61), (61, 91), (81, 121), (101, 151), (122, 182), (142, 212),
     ]  # fmt: skip
     assert all(torch.equal(a, b.flip(3)) for a, b in zip(model.images[::2], model.images[1::2], strict=True))
     torch.testing.assert_close(model.images[4][0], (shown.float() - MEAN[:, None, None]) / STD[:, None, None])
     expected = [
-        resized(x * torch.tensor([1.0, -2.0, 0.5])[:, None, None], (41, 61))[0].softmax(0) for x in model.images[::2]
+        resized(x * torch.tensor([1.0, -2.0, 0.5])[:, None, None], (81, 121))[0].softmax(0) for x in model.images[::2]
     ]
     torch.testing.assert_close(scores, torch.stack(expected).mean(0), atol=1e-5, rtol=0.0)
-    torch.testing.assert_close(scores.sum(0), torch.ones(41, 61))
+    torch.testing.assert_close(scores.sum(0), torch.ones(81, 121))
 
 
 def test_detection_pads_pictures_after_normalising_and_answers_in_their_own_pixels() -> None:
@@ -108,9 +108,10 @@ def test_detection_pads_pictures_after_normalising_and_answers_in_their_own_pixe
 def test_strips_of_a_few_pixels_get_an_answer(height: int, width: int) -> None:
     model, strip = Seen(), picture(height, width, 7)
     logits = segment(model, strip, scale=(256, 64))
-    (seen,) = model.images
-    assert min(seen.shape[2:]) >= 8
-    assert max(seen.shape[2:]) in (64, 256)
+    segment(model, strip, ratios=(1.0,))
+    (seen, at_its_own_size) = model.images
+    assert seen.shape[2:] == {(1, 500): (32, 256), (3000, 8): (256, 32), (1, 1): (64, 64)}[height, width]
+    assert at_its_own_size.shape[2:] == (max(height, 32), max(width, 32))
     assert logits.shape == (3, height, width)
     small = {"channels": 8, "depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}
     torch.manual_seed(0)

@@ -18,18 +18,16 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from vmamba.data.images import any_image
-from vmamba.data.transforms import Preprocessing, fitted_size, resize_bilinear_uint8
+from vmamba.data.transforms import Preprocessing, resize_bilinear_uint8
 from vmamba.errors import CheckpointError, RecipeError
 from vmamba.files import shown
 from vmamba.models.detection import MaskRCNN
 from vmamba.models.feature_maps import DenseModel
 from vmamba.models.segmentation import UPerNet
 from vmamba.tasks.detector import fitted_sides, sides_of
-from vmamba.tasks.inference import filled_up
+from vmamba.tasks.inference import LEAST, filled_up, seen_size
 from vmamba.tasks.prediction import preprocessing_of
 from vmamba.tasks.segmenter import segmentation_preprocessing
-
-_LEAST = 32  # pixels a side that dense networks take
 
 
 class Part(NamedTuple):
@@ -239,8 +237,8 @@ def _prepared(model: nn.Module, picture: Any, name: str, size: Any, pre: Preproc
     image = any_image(picture, pre.in_chans)
     own = image.height, image.width
     if isinstance(model, DenseModel):
-        height, width = fitted_size(*own, max(pre.img_size), min(pre.img_size))
-        pixels = resize_bilinear_uint8(pil_to_tensor(image), (max(height, _LEAST), max(width, _LEAST)))
+        pixels, least = pil_to_tensor(image), 1 if isinstance(model, MaskRCNN) else LEAST
+        pixels = resize_bilinear_uint8(pixels, seen_size(pixels, pre.img_size, least))
         part = Part(0, 0, image.width, image.height)
     else:
         pixels, part = _cropped(image, pre)

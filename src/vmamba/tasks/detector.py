@@ -24,13 +24,10 @@ from vmamba.models.class_names import COCO, COCO_CATEGORY_IDS
 from vmamba.models.detection import Detections, MaskRCNN
 from vmamba.models.registry import ENTRIES
 from vmamba.tasks import overlays
-from vmamba.tasks.inference import detect
+from vmamba.tasks.inference import LEAST, PUBLISHED_SIDES, detect
 from vmamba.tasks.prediction import Outcome, Predictor, Weights, class_names, each_file
 from vmamba.tasks.recipe import PredictConfig
 from vmamba.tasks.segmenter import output_names, window_starts
-
-PUBLISHED_SIDES = (800, 1333)  # what the short and the long side of a picture are fitted into
-_LEAST = 32  # pixels a side of a window
 
 
 @dataclass(frozen=True)
@@ -228,8 +225,8 @@ class Detector(Predictor):
                 smaller ones are filled up with has a say in what is found.
             threshold, window: see `detect`.
         """
-        if window is not None and window < _LEAST:
-            raise RecipeError(f"windows of {window} pixels are too small: give {_LEAST} or more")
+        if window is not None and window < LEAST:
+            raise RecipeError(f"windows of {window} pixels are too small: give {LEAST} or more")
         pictures = [picture.to(next(self.model.parameters()).device) for picture in pictures]
         found = detect(self.model, pictures, self.sides, least_score=threshold)
         for picture, whole in zip(pictures, found, strict=True):

@@ -12,26 +12,39 @@ from vmamba.data.transforms import Preprocessing, fitted_size, resize_bilinear_u
 from vmamba.models.detection import Detections, MaskRCNN
 from vmamba.models.segmentation import UPerNet, resized
 
+LEAST = 32  # pixels a side that every dense network takes
 MULTIPLE = 32  # of which the sides of a batch for a detector are
+PUBLISHED_SIDES = (800, 1333)  # what the short and the long side of a detector's pictures are fitted into
 SEVERAL = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # the ratios of the published multi-scale results
+
+
+def seen_size(picture: Tensor, sides: Sequence[int], least: int = LEAST) -> tuple[int, int]:
+    """Height and width at which a dense network sees a whole picture.
+
+    Args:
+        picture: (C, H, W).
+        sides: the short and the long side that it is fitted into.
+        least: pixels a side; a narrower strip becomes broader. 1 for detectors, whose pictures are filled up instead.
+    """
+    height, width = fitted_size(picture.shape[1], picture.shape[2], max(sides), min(sides))
+    return max(height, least), max(width, least)
 
 
 def segment(
     model: UPerNet,
     picture: Tensor,
-    scale: tuple[int, int] = (2048, 512),
+    scale: tuple[int, int] = (512, 2048),
     ratios: Sequence[float] = (),
     flip: bool = False,
 ) -> Tensor:
     """Scores of every class at every pixel of a picture; the class is that of the highest.
 
-    The logits are resized twice, to what the network saw and then to the picture. Nothing is padded. A strip that is
-    narrower than the network's coarsest cells is shown to it broadened to one of them.
+    The logits are resized twice, to what the network saw and then to the picture. Nothing is padded, see `seen_size`.
 
     Args:
         model: in evaluation mode.
         picture: uint8 (3, H, W), RGB.
-        scale: what the network sees has at most this long and this short side.
+        scale: what the network sees has at most this short and this long side.
         ratios: if given, the network sees the picture at each of these ratios of its own size instead, `SEVERAL` for
             the published multi-scale results; the scores are then the mean of the probabilities.
         flip: whether the network sees each of them mirrored as well; the scores are then the mean of the probabilities.
@@ -41,25 +54,23 @@ def segment(
     """
     height, width = picture.shape[1:]
     bounds = [(int(height * ratio + 0.5), int(width * ratio + 0.5)) for ratio in ratios] or [scale]
-    sizes = [fitted_size(height, width, max(sides), min(sides)) for sides in bounds]
     scores = torch.zeros(model.num_classes, height, width, device=picture.device)
-    least = model.backbone.strides[-1]
-    for rows, columns in sizes:
-        seen = resize_bilinear_uint8(picture, (max(rows, least), max(columns, least)))
+    for sides in bounds:
+        seen = resize_bilinear_uint8(picture, seen_size(picture, sides))
         images = _preprocessing_of(model).normalise(seen[None])
         for x in (images, images.flip(3)) if flip else (images,):
             logits = model(x)
             logits = resized((logits if x is images else logits.flip(3)).float(), (height, width))[0]
-            if len(sizes) == 1 and not flip:
+            if len(bounds) == 1 and not flip:
                 return logits
             scores += logits.softmax(0)
-    return scores / (len(sizes) * (1 + flip))
+    return scores / (len(bounds) * (1 + flip))
 
 
 def detect(
     model: MaskRCNN,
     pictures: Sequence[Tensor],
-    scale: tuple[int, int] = (1333, 800),
+    scale: tuple[int, int] = PUBLISHED_SIDES,
     multiple: int = MULTIPLE,
     least_score: float = 0.0,
 ) -> list[Detections]:
@@ -68,7 +79,7 @@ def detect(
     Args:
         model: in evaluation mode.
         pictures: uint8 (3, H, W), RGB; at least one.
-        scale: what the network sees has at most this long and this short side.
+        scale: what the network sees has at most this short and this long side.
         multiple: it is padded with zeros, after normalisation, to a multiple of this and to the largest picture's size.
         least_score: see `MaskRCNN.forward`.
 
@@ -76,7 +87,7 @@ def detect(
         What `MaskRCNN.forward` gives, for each picture.
     """
     file_sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
-    sizes = [fitted_size(height, width, max(scale), min(scale)) for height, width in file_sizes]
+    sizes = [seen_size(picture, scale, least=1) for picture in pictures]
     resized_pictures = [resize_bilinear_uint8(picture, size) for picture, size in zip(pictures, sizes, strict=True)]
     images, _ = padded(resized_pictures, _preprocessing_of(model), multiple)
     return model(images, sizes=sizes, file_sizes=file_sizes, least_score=least_score)

@@ -19,15 +19,15 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from typing_extensions import override
 
 from vmamba.data.images import any_image
-from vmamba.data.transforms import Preprocessing, fitted_size, resize_bilinear_uint8
+from vmamba.data.transforms import Preprocessing, resize_bilinear_uint8
 from vmamba.errors import CheckpointError, ImageError, RecipeError
 from vmamba.files import shown
 from vmamba.models.segmentation import UPerNet, resized
 from vmamba.tasks import overlays
+from vmamba.tasks.inference import LEAST, seen_size
 from vmamba.tasks.prediction import Outcome, Predictor, Weights, class_names, each_file, preprocessing_of
 from vmamba.tasks.recipe import PredictConfig
 
-_LEAST = 32  # pixels a side that every network takes
 _CHUNK = 16  # classes whose logits are enlarged at once
 
 
@@ -142,9 +142,9 @@ class Segmenter(Predictor):
         Raises:
             RecipeError: the window is too small.
         """
-        if window is not None and window < _LEAST:
-            raise RecipeError(f"windows of {window} pixels are too small: the model needs {_LEAST} or more")
-        if window is not None and min(picture.shape[1:]) >= _LEAST:
+        if window is not None and window < LEAST:
+            raise RecipeError(f"windows of {window} pixels are too small: the model needs {LEAST} or more")
+        if window is not None and min(picture.shape[1:]) >= LEAST:
             return _by_window(self.model, self.pre, picture.to(next(self.model.parameters()).device), window).cpu()
         return next(self.labels_together([picture]))
 
@@ -153,7 +153,7 @@ class Segmenter(Predictor):
         """`labels` of several whole pictures, one after another, in one forward pass.
 
         Args:
-            pictures: which the network sees at one size, see `seen_size`.
+            pictures: which the network sees at one size, see `vmamba.tasks.inference.seen_size`.
         """
         device = next(self.model.parameters()).device
         logits = network_logits(self.model, self.pre, [picture.to(device) for picture in pictures])
@@ -217,15 +217,9 @@ def class_shares(labels: NDArray[np.integer], class_names: Sequence[str]) -> tup
     return tuple(ClassShare(class_names[i], i, float(counts[i] / labels.size)) for i in order)
 
 
-def seen_size(pre: Preprocessing, picture: Tensor) -> tuple[int, int]:
-    """Height and width at which the network sees a whole picture (C, H, W)."""
-    height, width = fitted_size(picture.shape[1], picture.shape[2], max(pre.img_size), min(pre.img_size))
-    return max(height, _LEAST), max(width, _LEAST)  # a strip of a few pixels becomes broader
-
-
 def network_logits(model: torch.nn.Module, pre: Preprocessing, pictures: Sequence[Tensor]) -> Tensor:
     """Whole pictures, uint8 (C, H, W), that are seen at one size, to float32 logits (B, classes, h, w) of that size."""
-    seen = torch.stack([resize_bilinear_uint8(picture, seen_size(pre, picture)) for picture in pictures])
+    seen = torch.stack([resize_bilinear_uint8(picture, seen_size(picture, pre.img_size)) for picture in pictures])
     logits: Tensor = model(pre.normalise(seen))
     return logits.float()
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 from typing_extensions import override
 
-from vmamba.data.transforms import fitted_size
 from vmamba.deploy.batch.config import BatchConfig
 from vmamba.errors import BatchError, CheckpointError
 from vmamba.tasks import parts_of
 from vmamba.tasks.detector import Detector, Objects, encode_masks
+from vmamba.tasks.inference import seen_size
 from vmamba.tasks.prediction import Classifier, Weights, moved, preprocessing_of
-from vmamba.tasks.segmenter import Segmenter, class_shares, seen_size
+from vmamba.tasks.segmenter import Segmenter, class_shares
 
 _BATCH = 32  # images in one forward pass of a classifier
 _DENSE_BATCH = 8  # pictures in one of segmentation and detection, on a GPU
@@ -210,7 +210,7 @@ class Segmentation(_Dense):
 
     @override
     def kind(self, sample: Tensor) -> Hashable:
-        return seen_size(self.segmenter.pre, sample)
+        return seen_size(sample, self.segmenter.pre.img_size)
 
     @override
     def rows(self, samples: Sequence[Tensor]) -> list[dict[str, Any]]:
@@ -253,8 +253,7 @@ class Detection(_Dense):
 
     @override
     def kind(self, sample: Tensor) -> Hashable:
-        sides = self.detector.sides
-        return fitted_size(sample.shape[1], sample.shape[2], max(sides), min(sides))
+        return seen_size(sample, self.detector.sides, least=1)
 
     @override
     def rows(self, samples: Sequence[Tensor]) -> list[dict[str, Any]]:
