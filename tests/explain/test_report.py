@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import tarfile
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from PIL import Image
 
 import vmamba
 from vmamba.cli import main
+from vmamba.explain.config import ExplainConfig
+from vmamba.explain.scans import Recording
+from vmamba.explain.selectivity import selectivity
 from vmamba.models.checkpoints import save_checkpoint
 from vmamba.models.registry import load_model
 from vmamba.ops import PATTERNS
@@ -70,6 +75,13 @@ def test_figures_and_numbers_of_a_classifier(folder, capsys):
         assert sum(route["share"] for route in maps["routes"]) + maps["skip_share"] == pytest.approx(1, abs=1e-5)
     assert photo["class"]["target"] in ("“cat”", "“dog”")
     assert len(photo["stages"]["stages"]) == 2
+
+
+def test_the_same_counts_as_forgotten_from_python_and_by_the_command():
+    asked = [
+        inspect.signature(function).parameters["share"].default for function in (selectivity, Recording.selectivity)
+    ]
+    assert [*asked, ExplainConfig().share] == [math.exp(-1)] * 3
 
 
 def test_parts_blocks_and_several_photos(folder, capsys):

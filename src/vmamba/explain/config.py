@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from vmamba.errors import RecipeError
+
+FORGOTTEN = math.exp(-1)  # of a state what is left after the usual time constant
 
 
 @dataclass
@@ -25,7 +28,7 @@ class ExplainConfig:
     block: str | None = None
     """The block to look into, its name or its number in the order of computation, with commas between several; null for
     the last of each stage."""
-    share: float = 0.37
+    share: float = FORGOTTEN
     """For memory: a patch counts as forgotten once so much of it is left."""
     target: int | None = None
     """For class: the number of the class to explain, of a detector that of the object, 0 being the surest; null for

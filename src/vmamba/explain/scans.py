@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.errors import RecipeError
+from vmamba.explain.config import FORGOTTEN
 from vmamba.explain.images import AnyPictures, Seen, evaluating, see
 from vmamba.explain.scan_patterns import route_names
 from vmamba.models.feature_maps import DenseModel
@@ -204,7 +205,7 @@ class Recording:
             )
         return self._read("activation_maps:maps_of", block, [self.patch(place, block) for place in places])
 
-    def selectivity(self, block: int | str = -1, share: float = 0.36787944117144233) -> Any:
+    def selectivity(self, block: int | str = -1, share: float = FORGOTTEN) -> Any:
         """The step that each patch chooses, and how long it is remembered, as `vmamba.explain.Selectivity`."""
         return self._read("selectivity:selectivity_of", block, share)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.errors import RecipeError
+from vmamba.explain.config import FORGOTTEN
 from vmamba.explain.images import AnyPictures, Seen, in_pixels
 from vmamba.explain.scans import Recording, Scan, record_scans
 
@@ -99,7 +100,7 @@ def selectivity(
     model: nn.Module,
     pictures: AnyPictures,
     block: int | str = -1,
-    share: float = math.exp(-1),
+    share: float = FORGOTTEN,
     size: int | tuple[int, int] | None = None,
 ) -> Selectivity:
     """How large a step each patch chooses, what that leaves of the states, and how long each patch is remembered.
