@@ -6,7 +6,7 @@ the launches. Waiting (for memory, for other warps, for launches) is not in it, 
 
     python benchmarks/scan_counts.py                               # batch 1 and 128, stage 1 of VMamba-T
     python benchmarks/scan_counts.py --grid 28 --channels 192 --rank 12 --dtypes bfloat16
-    python benchmarks/scan_counts.py --tile 16,2,32,1,64           # other tiles than the default
+    python benchmarks/scan_counts.py --tile 16,32,2,64             # other tiles than the default
     python benchmarks/scan_counts.py --kernels                     # every launch by itself
 """
 
@@ -58,7 +58,7 @@ class Launch(NamedTuple):
     @property
     def constants(self) -> dict[str, Any]:
         """Arguments that the kernel is compiled for."""
-        return {n: v for n, v in self.given.items() if v is None or n == "groups" or (n.isupper() and n != "A")}
+        return {n: v for n, v in self.given.items() if v is None or (n.isupper() and n != "A")}
 
     @property
     def signature(self) -> dict[str, str]:
@@ -66,6 +66,13 @@ class Launch(NamedTuple):
             n: "constexpr" if n in self.constants else TYPES[v.dtype] if isinstance(v, torch.Tensor) else "i32"
             for n, v in self.given.items()
         }
+
+    @property
+    def routes(self) -> int:
+        """Those that it is for, as bits."""
+        if self.name == "walk":
+            return 1 << self.given["FORTH"] | 1 << self.given["BACK"]
+        return int(self.given["ROUTES"])
 
     @property
     def trips(self) -> int:
@@ -77,8 +84,7 @@ class Launch(NamedTuple):
     @property
     def bytes(self) -> int:
         """Of the tensors, each read or written once; of those with a part for each route, these routes' parts."""
-        routes = 2 if self.name == "walk" else self.constants["ROUTES"].bit_count()
-        share = routes / self.constants.get("K", 4)
+        share = self.routes.bit_count() / self.constants.get("K", 4)
         total = 0.0
         for name, value in self.given.items():
             if isinstance(value, torch.Tensor):
@@ -271,7 +277,7 @@ def detail(cells: list[str], launch: Launch, elements: int) -> list[str]:
     names = {5: "rows", 10: "columns", 1: "rows", 2: "columns", 4: "rows", 8: "columns"}
     tile = ", ".join(str(launch.given[n]) for n in ("RUN", "BLOCK", "length") if n in launch.given)
     return [
-        *cells, f"{launch.name}, {names[launch.given['ROUTES']]}", f"{tile}, {launch.warps}" if tile else "–",
+        *cells, f"{launch.name}, {names[launch.routes]}", f"{tile}, {launch.warps}" if tile else "–",
         str(launch.programs), str(code.registers), str(code.spills), str(resident),
         f"{min(resident * launch.warps, launch.programs * launch.warps / MULTIPROCESSORS):.1f}",
         f"{cost.instructions * 32 / elements:.1f}", f"{cost.special * 32 / elements:.1f}",
@@ -288,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--states", type=int, default=1)
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--passes", default="forward,backward")
-    parser.add_argument("--tile", help="run,runs,block,warps,segment of all kernels instead of the default")
+    parser.add_argument("--tile", help="run,block,warps,segment of all kernels instead of the default")
     parser.add_argument("--kernels", action="store_true", help="every launch by itself")
     given = parser.parse_args(arguments)
     configurations = None

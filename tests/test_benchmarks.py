@@ -486,6 +486,19 @@ def gpu_run(load, tmp_path_factory):
     return run
 
 
+def test_counts_tell_of_every_launch(load, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    scan_counts = load("scan_counts")
+    code = scan_counts.Code(("MUFU", "FADD"), registers=32, shared=0, stack=0)
+    monkeypatch.setattr(scan_counts, "compile_for_hopper", lambda launch: code)
+    # Enough of them for routes to be walked from end to end.
+    scan_counts.main(["--batches", "512", "--grid", "14", "--channels", "384", "--tile", "8,64,4,64", "--kernels"])
+    kernels = [line.split(" | ")[3] for line in capsys.readouterr().out.splitlines() if line.count("|") == 15]
+    assert [*dict.fromkeys(kernels)][2:] == [
+        "walk, rows", "walk, columns", "carry, rows", "gradient, rows", "carry, columns", "gradient, columns",
+    ]  # fmt: skip
+
+
 @pytest.mark.timeout(120)  # on one core it takes about fifteen seconds
 def test_gpu_benchmark_from_end_to_end(gpu_run, capsys):
     results, folder = gpu_run()
