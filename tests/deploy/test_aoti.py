@@ -323,3 +323,27 @@ def test_refusals(tmp_path, monkeypatch, capsys):
         assert main([*command, "--output", str(tmp_path / "model.pt2")]) == 1
     assert "a package of AOTInductor needs a C++ compiler" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_kernels_are_compiled_as_the_build_compiles_them():
+    """Both name the same sources and flags; where they differ is said here."""
+    build = (Path(__file__).parents[2] / "CMakeLists.txt").read_text()
+
+    def words(pattern):
+        return re.search(pattern, build, re.DOTALL)[1].split()
+
+    library = [Path(name).stem for name in words(r"add_library\(vmamba_native MODULE(.*?)\)")]
+    assert {*aoti._SOURCES} == {Path(name).stem for name in words(r"set\(kernels (.*?)\)")} | {*library, "package"}
+    flags = {flag for flag in words(r'set\(CMAKE_CXX_FLAGS\s+"\${CMAKE_CXX_FLAGS} (.*?)"') if flag[:2] != "-W"}
+    flags |= {*words(r'CMAKE_CXX_FLAGS_RELEASE "(.*?)"'), f"-std=c++{words(r'CMAKE_CXX_STANDARD (.*?)[)]')[0]}"}
+    flags |= {f"-fvisibility={words('CXX_VISIBILITY_PRESET (.*?)[)]')[0]}"}
+    assert words(r"POSITION_INDEPENDENT_CODE (.*?)\)") == ["ON"]
+    own = {"-c", "-w", "-fPIC", "-fopenmp", "-DVMAMBA_ISA=baseline", '-DEXPORT=extern "C"'}
+    assert {*aoti._FLAGS} - own == flags - {"-fno-exceptions"}  # package.cpp throws some
+    # A package has kernels for one instruction set, those for bfloat16 not among them.
+    avx512, avx2 = words(r"set\(avx512 (.*?)\)"), words(r'add_kernels\(avx2 "\${kernels}" (.*?)\)')
+    assert {"avx2": avx2, **dict.fromkeys(("avx512", "avx512_bf16", "amx_bf16"), avx512)} == aoti._INSTRUCTIONS
+    # Where the build has other flags for a file, no package calls what is in it.
+    files = [Path(name).stem for name in words(r"set_source_files_properties\((.*?) PROPERTIES")]
+    assert files == ["roi_align", "nms"]
+    assert aoti._DECLARATIONS.keys().isdisjoint(files)

@@ -36,7 +36,8 @@ _SOURCES = (
     "scan", "layers", "products", "roi_align", "enlarging", "nms", "winograd",
     "interface", "block", "convolution", "stem", "package",
 )  # fmt: skip
-# As in CMakeLists.txt, but with exceptions, which package.cpp throws; and what each instruction set needs.
+# As in CMakeLists.txt, but with exceptions, which package.cpp throws, and without what is there for the two files that
+# nothing in a package calls, roi_align and nms; and what each instruction set needs.
 _FLAGS = [
     "-c",
     "-O3",
