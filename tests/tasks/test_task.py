@@ -8,7 +8,7 @@ from tasks.toy import Toy, toy_recipe
 from timm.utils import ModelEmaV3
 
 from vmamba.errors import RecipeError
-from vmamba.tasks.task import LOSS, Means, Score
+from vmamba.tasks.task import LOSS, Means, Score, class_table, rounded
 
 
 class OneDevice:
@@ -24,6 +24,16 @@ def test_scores_rank_and_show_their_values():
     assert [accuracy.text(0.25), LOSS.text(0.25)] == ["25.00%", "0.2500"]
     assert sorted([0.2, math.nan, 0.9], key=accuracy.rank)[1:] == [0.2, 0.9]
     assert sorted([0.2, math.nan, 0.9], key=LOSS.rank)[1:] == [0.9, 0.2]
+
+
+def test_tables_of_classes_are_aligned_whatever_the_names():
+    rows = {"a": {"objects": 12, "AP": 0.5}, "bc": {"objects": 0, "AP": None}}
+    assert class_table(rows, ("objects", "box AP")) == [
+        "class    objects     box AP",
+        "a             12     50.00%",
+        "bc             0          –",
+    ]
+    assert [rounded(value) for value in (1 / 3, 0.0, math.nan, -1.0)] == [0.33333, 0.0, None, None]
 
 
 def test_means_are_sums_over_counts():

@@ -23,7 +23,7 @@ from vmamba.tasks import pictures
 from vmamba.tasks.prediction import Classifier, Weights, class_names, preprocessing_of
 from vmamba.tasks.recipe import TrainConfig, ValidateConfig
 from vmamba.tasks.runs import report
-from vmamba.tasks.task import Means, Score, Task, build_model
+from vmamba.tasks.task import Means, Score, Task, build_model, rounded
 from vmamba.tasks.training import is_first_process
 
 
@@ -172,7 +172,7 @@ class ClassificationTask(Task):
     @override
     def details(self) -> dict[str, Any]:
         totals, right = self.matrix.sum(1), self.matrix.diagonal()
-        shares = {n: round(float(r / t), 4) for n, r, t in zip(self.class_names, right, totals, strict=True) if t}
+        shares = {n: rounded(r / t) for n, r, t in zip(self.class_names, right, totals, strict=True) if t}
         return {"images": int(totals.sum()), "data": self.splits[0].where, "per_class": shares}
 
     @override

@@ -30,7 +30,7 @@ from vmamba.tasks.detector import Detector, drawn, encode_masks, fitted_sides
 from vmamba.tasks.inference import detect, padded
 from vmamba.tasks.prediction import Weights
 from vmamba.tasks.runs import report
-from vmamba.tasks.task import LOSS, Score, Task, build_model
+from vmamba.tasks.task import LOSS, Score, Task, build_model, class_table, rounded
 from vmamba.tasks.training import is_first_process
 
 # COCO's twelve numbers, in its order: average precision over overlaps of 0.50 to 0.95, at two overlaps, and of small
@@ -178,13 +178,13 @@ class DetectionTask(Task):
 
     @override
     def details(self) -> dict[str, Any]:
-        aps = {f"{kind}_AP": [*map(_rounded, found.per_class)] for kind, found in self.measured.items()}
+        aps = {f"{kind}_AP": [*map(rounded, found.per_class)] for kind, found in self.measured.items()}
         classes = zip(self.val.class_names, self._counts(), *aps.values(), strict=True)
         return {
             "images": len(self.val),
             "data": self.val.where,
             **{
-                kind: dict(zip(NUMBERS, map(_rounded, found.numbers), strict=True))
+                kind: dict(zip(NUMBERS, map(rounded, found.numbers), strict=True))
                 for kind, found in self.measured.items()
             },
             "per_class": {name: dict(zip(("objects", *aps), values, strict=True)) for name, *values in classes},
@@ -200,14 +200,8 @@ class DetectionTask(Task):
         totals = [
             ", ".join(f"{kind} {name} {results[f'{kind}_{name}']:.2%}" for name in NUMBERS[:3]) for kind in self.kinds
         ]
-        width = max(len("class"), *map(len, self.val.class_names))
-        titles = ["objects", *(f"{kind} AP" for kind in self.kinds)]
-        lines = [
-            f"{name:{width}}{count:>11}" + "".join(f"{'–' if v is None else f'{v:.2%}':>11}" for v in row)
-            for name, (count, *row) in ((name, row.values()) for name, row in results["per_class"].items())
-        ]
-        head = f"{'class':{width}}" + "".join(f"{title:>11}" for title in titles)
-        return "\n".join([f"{results['images']} images: {'; '.join(totals)}", "", head, *lines])
+        table = class_table(results["per_class"], ("objects", *(f"{kind} AP" for kind in self.kinds)))
+        return "\n".join([f"{results['images']} images: {'; '.join(totals)}", "", *table])
 
     @override
     def show(self, folder: Path) -> None:
@@ -382,8 +376,3 @@ def evaluate(truth: Objects, entries: Sequence[dict[str, Any]], kind: str) -> Me
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (overlap, recall, class)
     known_classes = precision[0, 0] > -1
     return Measured(np.asarray(evaluation.stats[:12]), np.where(known_classes, precision.mean((0, 1)), -1.0))
-
-
-def _rounded(value: float) -> float | None:
-    """A number for JSON: null where there is nothing that it could be the average of."""
-    return None if value < 0 else round(float(value), 5)

@@ -31,7 +31,7 @@ from vmamba.tasks.segmentation_recipe import (
     SegmentationValidateConfig,
 )
 from vmamba.tasks.segmenter import Segmenter, best_classes, network_logits, segmentation_preprocessing
-from vmamba.tasks.task import Means, Score, Task, build_model
+from vmamba.tasks.task import Means, Score, Task, build_model, class_table, rounded
 from vmamba.tasks.training import is_first_process
 
 _SHOWN = 5  # pictures of the validation split that are drawn
@@ -182,7 +182,7 @@ class SegmentationTask(Task):
             "images": len(self.splits[0]),
             "data": self.splits[0].where,
             "per_class": {
-                name: {"IoU": _rounded(iou), "accuracy": _rounded(accuracy), "share": _rounded(share)}
+                name: {"IoU": rounded(iou), "accuracy": rounded(accuracy), "share": rounded(share)}
                 for name, iou, accuracy, share in rows
             },
         }
@@ -191,13 +191,8 @@ class SegmentationTask(Task):
     def summary(self, results: dict[str, Any]) -> str:
         totals = ", ".join(f"{name} {results[name]:.2%}" for name in ("mIoU", "mAcc", "aAcc"))
         loss = f", loss {results['loss']:.4f}" if "loss" in results else ""
-        width = max(map(len, self.names))
-        lines = [
-            f"{name:{width}}" + "".join(f"{'–' if v is None else f'{v:.2%}':>11}" for v in row.values())
-            for name, row in results["per_class"].items()
-        ]
-        head = f"{'class':{width}}" + "".join(f"{title:>11}" for title in ("IoU", "accuracy", "of pixels"))
-        return "\n".join([f"{results['images']} images: {totals}{loss}", "", head, *lines])
+        table = class_table(results["per_class"], ("IoU", "accuracy", "of pixels"))
+        return "\n".join([f"{results['images']} images: {totals}{loss}", "", *table])
 
     @override
     def show(self, folder: Path) -> None:
@@ -248,10 +243,6 @@ def scores(matrix: NDArray[np.int64]) -> dict[str, float]:
     iou, accuracy, _ = class_scores(matrix)
     right = float(matrix.trace() / max(matrix.sum(), 1))
     return {"mIoU": float(np.nanmean(iou)), "mAcc": float(np.nanmean(accuracy)), "aAcc": right}
-
-
-def _rounded(value: float) -> float | None:
-    return None if np.isnan(value) else round(value, 4)
 
 
 def _open(data: SegmentationDataConfig, split: str) -> MaskedPictures:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -52,6 +53,21 @@ class Score:
     def rank(self, value: float) -> float:
         """The higher the better; what is no number is worst of all."""
         return -math.inf if math.isnan(value) else value if self.higher_is_better else -value
+
+
+def class_table(rows: dict[str, dict[str, Any]], titles: Sequence[str]) -> list[str]:
+    """Lines with numbers of each class: counts, and shares in percent; a dash for None."""
+    width = max(map(len, ("class", *rows)))
+    lines = [f"{'class':{width}}" + "".join(f"{title:>11}" for title in titles)]
+    for name, row in rows.items():
+        texts = ("–" if v is None else f"{v:.2%}" if isinstance(v, float) else str(v) for v in row.values())
+        lines.append(f"{name:{width}}" + "".join(f"{text:>11}" for text in texts))
+    return lines
+
+
+def rounded(value: float) -> float | None:
+    """A share for JSON: null where there is nothing that it could be of, which is NaN or below 0."""
+    return round(float(value), 5) if value >= 0 else None
 
 
 _REMEMBERED = 0.1  # share of the initial weights in the final average, above which it is of no use
