@@ -8,6 +8,7 @@ from tasks.toy import Toy, toy_recipe
 from timm.utils import ModelEmaV3
 
 from vmamba.errors import RecipeError
+from vmamba.tasks.progress import Progress
 from vmamba.tasks.task import LOSS, Means, Score, class_table, rounded
 
 
@@ -34,6 +35,13 @@ def test_tables_of_classes_are_aligned_whatever_the_names():
         "bc             0          –",
     ]
     assert [rounded(value) for value in (1 / 3, 0.0, math.nan, -1.0)] == [0.33333, 0.0, None, None]
+
+
+def test_time_left_is_in_hours_where_it_is_long(monkeypatch):
+    monkeypatch.setattr("time.monotonic", lambda: 3600.0)
+    progress = Progress(None)
+    progress.began, progress.skipped, progress.step, progress.steps = 0.0, 0, 1, 11
+    assert progress._left() == "about 10 h left"
 
 
 def test_means_are_sums_over_counts():

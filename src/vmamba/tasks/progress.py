@@ -12,6 +12,7 @@ from rich.progress import Progress as Bar
 from typing_extensions import override
 
 from vmamba.tasks.checkpointing import Recorder
+from vmamba.tasks.runs import span
 from vmamba.tasks.task import LOSS
 
 _QUIET_SECONDS = 60  # elsewhere than on a terminal: time between two lines within an epoch
@@ -93,9 +94,7 @@ class Progress(L.Callback):
     def _left(self) -> str:
         done = self.step - self.skipped
         seconds = (time.monotonic() - self.began) / max(done, 1) * (self.steps - self.step)
-        if seconds < 1:
-            return ""
-        return f"about {seconds / 60:.0f} min left" if seconds >= 120 else f"about {seconds:.0f} s left"
+        return f"about {span(seconds)} left" if seconds >= 1 else ""
 
 
 class ValidationProgress(L.Callback):

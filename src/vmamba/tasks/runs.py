@@ -26,6 +26,14 @@ def report(message: str) -> None:
     print("\n".join(map(shown, message.splitlines())), file=sys.stderr, flush=True)
 
 
+def span(seconds: float) -> str:
+    """A length of time in words, with about two digits."""
+    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{0 if seconds >= 10 * size else 1}f} {name}"
+    return f"{seconds:.0f} s"
+
+
 class RunFolder:
     """Names inside a run's folder.
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from vmamba.deploy.batch.journal import Journal, part_size_for
-from vmamba.deploy.batch.progress import Progress, span
+from vmamba.deploy.batch.progress import Progress
 from vmamba.deploy.batch.sources import Extent, Segment
 from vmamba.errors import BatchError
+from vmamba.tasks.runs import span
 
 from .conftest import files_in
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from vmamba.tasks.runs import span
+
 _QUIET_SECONDS = 60  # elsewhere than on a terminal: time between two lines
 
 
@@ -67,11 +69,3 @@ class Progress:
             return text
         left = (self.images - done) / self.rate
         return f"{text}, {self.rate:,.4g} a second, {span(left)} left"
-
-
-def span(seconds: float) -> str:
-    """A length of time in words, with about two digits."""
-    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.{0 if seconds >= 10 * size else 1}f} {name}"
-    return f"{seconds:.0f} s"
