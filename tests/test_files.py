@@ -1,3 +1,5 @@
+import json
+import math
 import os
 import socket
 import subprocess
@@ -6,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vmamba.files import shown, why_unwritable
+from vmamba.files import json_bytes, shown, why_unwritable
 
 
 def test_any_name_can_be_shown():
@@ -14,6 +16,14 @@ def test_any_name_can_be_shown():
     assert shown("two\nlines \x1b[31m\x7f") == r"two\x0alines \x1b[31m\x7f"
     for name in ("café 貓.png", "Screenshot 9.41\u202fAM.png", r"C:\xe9.png"):
         assert shown(name) == name
+
+
+def test_any_value_and_name_is_json():
+    value = {"name": os.fsdecode(b"caf\xe9"), "树": (1, [math.nan, {"deep": -math.inf}]), "share": 0.5}
+    text = json_bytes(value).decode()
+    assert "树" in text
+    expected = {"name": "caf\udce9", "树": [1, [None, {"deep": None}]], "share": 0.5}
+    assert json.loads(text, parse_constant=pytest.fail) == expected
 
 
 @pytest.mark.skipif(os.name != "posix", reason="such files are Unix's")

@@ -1,14 +1,16 @@
-"""Files: writing one whole or not at all, whatever happens meanwhile, and showing the name of any."""
+"""Files: writing one whole or not at all, whatever happens meanwhile, values as JSON, and showing the name of any."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -35,6 +37,23 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file whose content takes the place of what `path` held, all of it or nothing."""
     with replacing(Path(path)) as partial, partial.open("wb") as file:
         yield file
+
+
+def json_bytes(value: Any) -> bytes:
+    """A value as JSON for a file, with null for numbers that are not finite, which JSON has not.
+
+    What is left of names that are not UTF-8 becomes an escape, which JSON reads back.
+    """
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def why_unwritable(path: str | os.PathLike[str]) -> str | None:

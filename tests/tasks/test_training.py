@@ -120,9 +120,10 @@ def test_what_is_no_number_is_null_in_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(toy_recipe("runs/toy", epochs=2))
     monkeypatch.setattr(Toy, "results", lambda self: {"error": math.nan, "other": -math.inf, "more": 0.5})
+    monkeypatch.setattr(Toy, "details", lambda self: {"images": 5, "data": "", "each": {"a": [math.nan]}})
     assert math.isnan(validate(ToyValidateConfig(trainer=TrainerConfig(accelerator="cpu")))["error"])
     stored = json.loads(Path("runs/toy/metrics.json").read_text(), parse_constant=pytest.fail)
-    assert (stored["error"], stored["other"], stored["more"]) == (None, None, 0.5)
+    assert (stored["error"], stored["other"], stored["more"], stored["each"]) == (None, None, 0.5, {"a": [None]})
 
 
 def test_what_the_command_line_says_counts_even_where_it_is_the_default(tmp_path, monkeypatch, capsys):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vmamba.files import atomic_write
+from vmamba.files import atomic_write, json_bytes
 
 
 class Table:
@@ -48,9 +47,9 @@ def write(result: Any, path: str | None = None) -> None:
     if isinstance(result, Table) and path is None and sys.stdout.isatty():
         result.draw()
         return
-    text = str(result) if isinstance(result, str | Table) else json.dumps(result, indent=2, ensure_ascii=False)
-    # What is left of a file name that is no UTF-8 becomes an escape, which JSON reads back.
-    data = f"{text}\n".encode(errors="backslashreplace")
+    # What is left of a file name that is no UTF-8 becomes an escape.
+    is_text = isinstance(result, str | Table)
+    data = (str(result).encode(errors="backslashreplace") if is_text else json_bytes(result)) + b"\n"
     if path is None:
         sys.stdout.write(data.decode())
         return

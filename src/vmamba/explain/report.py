@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +16,7 @@ from vmamba.explain.config import ExplainConfig, listed
 from vmamba.explain.images import Seen
 from vmamba.explain.run import Explanation, Step
 from vmamba.explain.scans import Recording, record_scans
-from vmamba.files import atomic_write, shown
+from vmamba.files import atomic_write, json_bytes, shown
 from vmamba.models.feature_maps import DenseModel
 from vmamba.nn import SS2D
 from vmamba.tasks.prediction import Weights, load_weights, moved
@@ -147,22 +145,13 @@ def explain(config: ExplainConfig, photos: Sequence[str]) -> Iterator[Step]:
 
 
 def _save(run: Explanation, found: list[dict[str, Any]], whole: dict[str, Any]) -> None:
-    """Write explain.json, with null for numbers that are not finite."""
+    """Write explain.json."""
     path = Path(run.config.output) / "explain.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     variant = str(getattr(run.model, "variant", None) or type(run.model).__name__)
     about = {"model": variant, "weights": shown(run.weights.source)} if run.weights.source else {}
-    result = _finite({**about, "photos": found, **whole})
     with atomic_write(path) as file:
-        file.write(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace"))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        file.write(json_bytes({**about, "photos": found, **whole}))
 
 
 def _possible(model: nn.Module) -> list[str]:

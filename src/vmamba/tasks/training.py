@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 
 from vmamba.errors import RecipeError
-from vmamba.files import atomic_write
+from vmamba.files import atomic_write, json_bytes
 from vmamba.tasks import parts_of
 from vmamba.tasks.memory import memory_kept
 from vmamba.tasks.prediction import load_weights
@@ -124,15 +122,9 @@ def validate(config: BaseValidateConfig, given: Collection[str] = ()) -> dict[st
     if trainer.is_global_zero:
         output.mkdir(parents=True, exist_ok=True)
         with atomic_write(output / "metrics.json") as file:
-            # What is left of names that are not UTF-8 becomes an escape, which JSON reads back; it has no NaN.
-            known = {name: None if _is_no_number(value) else value for name, value in results.items()}
-            file.write(json.dumps(known, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
+            file.write(json_bytes(results))
         task.show(output)
     return {**results, "output": str(output), "summary": task.summary(results)}
-
-
-def _is_no_number(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _part(config: BaseTrainConfig | BaseValidateConfig, settings: str, part: str) -> Any:
