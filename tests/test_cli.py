@@ -120,6 +120,8 @@ def test_predict_reports_bad_files_and_goes_on(model, capsys):
 @pytest.mark.parametrize(("arguments", "words"), [
     (("predict", "a.png", "--topk", "-1"), "topk is -1; expected 1 or more"),
     (("predict", "a.png", "--batch_size", "0"), "batch_size is 0; expected 1 or more"),
+    (("predict", "a.png", "--threshold", "30"), "threshold is 30.0; expected 0 to 1"),
+    (("predict", "a.png", "--window", "0"), "window is 0; expected 32 or more"),
     (("predict", "a.png", "--workers", "-1"), "workers is -1; expected 0 or more"),
     (("predict", "a.png", "--img_size", "4"), "img_size is 4×4; the model needs at least 8 a side"),
     (("predict", "a.png", "--checkpoint", "model.safetensors", "--pretrained", "vmamba_nano"), "both a file, model"),

@@ -19,7 +19,7 @@ from vmamba.tasks.recipe import (
     InfoConfig,
     ModelsConfig,
     PredictConfig,
-    check_ranges,
+    check_prediction,
 )
 from vmamba.tasks.runs import report
 
@@ -57,8 +57,7 @@ def predict(config: PredictConfig, paths: Sequence[str]) -> int:
     from vmamba.data.images import find_images
     from vmamba.tasks.prediction import load_predictor
 
-    check_ranges("", config, 1, None, "topk", "batch_size")
-    check_ranges("", config, 0, None, "workers")
+    check_prediction(config)
     if config.output and (reason := why_unwritable(config.output)):
         raise OSError(reason)
     files, problems = find_images(paths)

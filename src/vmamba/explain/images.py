@@ -25,8 +25,9 @@ from vmamba.models.detection import MaskRCNN
 from vmamba.models.feature_maps import DenseModel
 from vmamba.models.segmentation import UPerNet
 from vmamba.tasks.detector import fitted_sides, sides_of
-from vmamba.tasks.inference import LEAST, filled_up, seen_size
+from vmamba.tasks.inference import filled_up, seen_size
 from vmamba.tasks.prediction import preprocessing_of
+from vmamba.tasks.recipe import LEAST
 from vmamba.tasks.segmenter import segmentation_preprocessing
 
 

@@ -24,9 +24,9 @@ from vmamba.models.class_names import COCO, COCO_CATEGORY_IDS
 from vmamba.models.detection import Detections, MaskRCNN
 from vmamba.models.registry import ENTRIES
 from vmamba.tasks import overlays
-from vmamba.tasks.inference import LEAST, PUBLISHED_SIDES, detect
+from vmamba.tasks.inference import PUBLISHED_SIDES, detect
 from vmamba.tasks.prediction import Outcome, Predictor, Weights, class_names, each_file
-from vmamba.tasks.recipe import PredictConfig
+from vmamba.tasks.recipe import LEAST, PredictConfig
 from vmamba.tasks.segmenter import output_names, window_starts
 
 

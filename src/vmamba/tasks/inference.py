@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from vmamba.data.transforms import Preprocessing, fitted_size, resize_bilinear_uint8
 from vmamba.models.detection import Detections, MaskRCNN
 from vmamba.models.segmentation import UPerNet, resized
+from vmamba.tasks.recipe import LEAST
 
-LEAST = 32  # pixels a side that every dense network takes
 MULTIPLE = 32  # of which the sides of a batch for a detector are
 PUBLISHED_SIDES = (800, 1333)  # what the short and the long side of a detector's pictures are fitted into
 SEVERAL = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # the ratios of the published multi-scale results

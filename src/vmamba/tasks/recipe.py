@@ -18,6 +18,8 @@ from vmamba.data.config import INTERPOLATIONS, STREAMS, AugmentConfig, DataConfi
 from vmamba.errors import RecipeError
 from vmamba.files import shown
 
+LEAST = 32  # pixels a side that every network for segmentation or detection takes
+
 
 @dataclass
 class ModelConfig:
@@ -366,6 +368,18 @@ def check_data(data: Any) -> None:
     """
     check_ranges("data", data, 1, None, "batch_size", "val_batch_size")
     check_ranges("data", data, 0, None, "workers")
+
+
+def check_prediction(settings: Any) -> None:
+    """Refuse impossible settings of `PredictConfig` or of `vmamba.deploy.batch.BatchConfig`.
+
+    Raises:
+        RecipeError: naming the setting.
+    """
+    check_ranges("", settings, 1, None, "topk", "batch_size", "part_size", "actors", "cpus")
+    check_ranges("", settings, 0, None, "workers", "gpus")
+    check_ranges("", settings, 0, 1, "threshold")
+    check_ranges("", settings, LEAST, None, "window")
 
 
 def plain(value: Any) -> Any:

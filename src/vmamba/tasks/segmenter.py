@@ -24,9 +24,9 @@ from vmamba.errors import CheckpointError, ImageError, RecipeError
 from vmamba.files import shown
 from vmamba.models.segmentation import UPerNet, resized
 from vmamba.tasks import overlays
-from vmamba.tasks.inference import LEAST, seen_size
+from vmamba.tasks.inference import seen_size
 from vmamba.tasks.prediction import Outcome, Predictor, Weights, class_names, each_file, preprocessing_of
-from vmamba.tasks.recipe import PredictConfig
+from vmamba.tasks.recipe import LEAST, PredictConfig
 
 _CHUNK = 16  # classes whose logits are enlarged at once
 

@@ -23,7 +23,7 @@ from vmamba.cli import main, make_parser
 from vmamba.deploy.batch.config import BatchConfig
 from vmamba.deploy.batch.run import run_batch
 from vmamba.deploy.batch.worker import Worker
-from vmamba.errors import BatchError
+from vmamba.errors import BatchError, RecipeError
 from vmamba.tasks.prediction import Classifier
 
 from .conftest import FAKES, files_in
@@ -258,12 +258,14 @@ def test_a_killed_job_goes_on_where_it_was(nodes, pictures, weights, tmp_path, c
         ({"address": "ray://10.0.0.1:10001"}, r"^ray://10\.0\.0\.1:10001 is a door for clients outside of a cluster"),
         ({"address": "auto"}, r"^ray://10\.0\.0\.2:10001 is a door for clients outside of a cluster"),
         ({"part_size": 0}, "part_size is 0; expected 1 or more"),
+        ({"threshold": 30.0}, "threshold is 30.0; expected 0 to 1"),
+        ({"window": 8}, "window is 8; expected 32 or more"),
         ({"gpus": -1.0}, "gpus is -1.0; expected 0 or more"),
     ],
 )
 def test_settings_that_are_wrong_are_refused(settings, message, pictures, weights, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.2:10001")
-    with pytest.raises(BatchError, match=message):
+    with pytest.raises((BatchError, RecipeError), match=message):
         run_batch([pictures], BatchConfig(str(tmp_path), checkpoint=weights, **settings))
 
 

@@ -30,6 +30,7 @@ from vmamba.deploy.batch.worker import Done, LostError, Worker
 from vmamba.errors import BatchError
 from vmamba.files import shown
 from vmamba.tasks.prediction import load_weights
+from vmamba.tasks.recipe import check_prediction
 from vmamba.tasks.runs import report
 
 _MOST_DEATHS = 12  # of workers over one unit, or of one after another before they begin
@@ -71,11 +72,12 @@ def run_batch(sources: Sequence[str | os.PathLike[str]], config: BatchConfig) ->
     Raises:
         BatchError: sources that are not there or hold no images; a folder that holds another job's results, or at
             which another process is at work; no cluster, or one without room; workers that die again and again.
-        CheckpointError, RecipeError: the model cannot be used; see `vmamba.tasks.prediction.load_predictor`.
+        CheckpointError, RecipeError: the model cannot be used, see `vmamba.tasks.prediction.load_predictor`; a setting
+            is wrong.
         ImportError: a package that is needed is missing.
         OSError: the results cannot be written.
     """
-    _check(config)
+    check_prediction(config)
     weights = load_weights(config.checkpoint, config.pretrained, config.ema)
     work = work_for(weights, config)
     digest = work.digest()
@@ -107,15 +109,6 @@ def run_batch(sources: Sequence[str | os.PathLike[str]], config: BatchConfig) ->
                 extents, config.part_size or part_size_for(images, work.part_size, share.most, work.batch_size)
             )
         return _work(ray, journal, config, work, share, f"{os.path.basename(work.source)} {digest[:12]}")
-
-
-def _check(config: BatchConfig) -> None:
-    for name in ("topk", "batch_size", "part_size", "actors", "cpus"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise BatchError(f"{name} is {value}; expected 1 or more")
-    if config.gpus is not None and config.gpus < 0:
-        raise BatchError(f"gpus is {config.gpus}; expected 0 or more")
 
 
 def _lock(stack: ExitStack, journal: Journal) -> None:
