@@ -67,6 +67,10 @@ def test_components_energy_and_strongest_channels_by_hand():
     for k in range(3):
         assert abs(torch.corrcoef(torch.stack([found[:, k], wanted[:, k]]))[0, 1]) > 0.98
     assert (found.std(0).diff() < 0).all()
+    low, high = np.quantile(found.numpy(), (0.02, 0.98), axis=0)
+    colours = np.clip((found.numpy() - low) / (high - low), 0, 1).reshape(2, 12, 10, 3)
+    for image in range(2):
+        np.testing.assert_allclose(maps.colours(image)[0].movedim(0, 2).numpy(), colours[image], atol=1e-5)
     shifted = StageMaps("x", maps.seen, (x + 100,))
     torch.testing.assert_close(shifted.energy()[0], maps.energy()[0], rtol=1e-3, atol=1e-3)
     scaled = x * torch.tensor([1.0, 1, 1, 900, 1, 40]).view(1, 6, 1, 1)

@@ -15,7 +15,7 @@ from vmamba.app.session import Session
 from vmamba.app.texts import ROUTES, both
 from vmamba.explain.activation_maps import maps_of
 from vmamba.explain.class_maps import NothingFoundError, class_maps
-from vmamba.explain.receptive_field import receptive_field, untrained
+from vmamba.explain.receptive_field import FLOOR, receptive_field, untrained
 from vmamba.explain.scaling import scaling
 from vmamba.explain.scans import Scan
 from vmamba.explain.stage_maps import stage_maps
@@ -106,10 +106,13 @@ def route_name(name: str) -> str:
 
 def prediction(session: Session) -> str:
     """What the network says of the picture, in its own task's way."""
+    predictor: Any = session.loaded.predictor
     with session.loaded.lock, torch.inference_mode():
         if session.loaded.choice.task == "classification":
-            return views.panel(views.say("prediction"), views.classes(_best(session, 6)))
-        predictor: Any = session.loaded.predictor
+            confidences = session.loaded.model(session.recording.seen.images)[0].float().softmax(0)
+            best = predictor.best(confidences, _CLASSES)
+            pairs = [(found.name, found.confidence) for found in best]
+            return views.panel(views.say("prediction"), views.classes(pairs))
         find = predictor.segment if session.loaded.choice.task == "segmentation" else predictor.detect
         found = find(session.picture)
     height, width = session.recording.seen.drawn()
@@ -117,32 +120,16 @@ def prediction(session: Session) -> str:
     return views.panel(say, views.wide(found.overlay(), session.loaded.choice.task))
 
 
-def _best(session: Session, number: int) -> list[tuple[str, float]]:
-    """The most likely classes with their probabilities, best first."""
-    predictor: Any = session.loaded.predictor
-    best = (
-        session.loaded.model(session.recording.seen.images)[0]
-        .float()
-        .softmax(0)
-        .topk(min(number, predictor.num_classes))
-    )
-    names = [predictor.class_names[index] for index in best.indices.tolist()]
-    return list(zip(names, best.values.tolist(), strict=True))
-
-
 def stages(session: Session) -> str:
     """What each stage puts out."""
     with session.loaded.lock:
         found = stage_maps(session.loaded.model, session.recording.seen)
-    components, energy, numbers = found.components(), found.energy(), found.numbers()
     colours, strong = [], []
-    for number, colour, length, cell in zip(numbers, components, energy, found.cells, strict=True):
+    for number, rgb, length, cell in zip(found.numbers(), found.colours(), found.energy(), found.cells, strict=True):
         title = both("stage", stage=number["stage"])
-        low, high = (colour[0].flatten(1).quantile(q, dim=1).view(-1, 1, 1) for q in (0.02, 0.98))
-        rgb = ((colour[0] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).movedim(0, 2)
         channels, rows, columns = number["shape"]
         place = (rows, columns), cell, session.seen.size
-        image = views.picture(drawing.png((rgb * 255).round().byte().numpy()), *place)
+        image = views.picture(drawing.png((rgb.movedim(0, 2) * 255).round().byte().numpy()), *place)
         colours.append((title, image, both("stage_of", rows=rows, columns=columns, channels=channels)))
         image = views.stack(*place, "still", views.heat((length[0] - length[0].min()).numpy()))
         strong.append((title, image, both("edges", edges=number["edges"])))
@@ -189,7 +176,7 @@ def field(session: Session) -> str:
     items, lines = [], []
     for (key, one), colour in zip(found.items(), drawing.ROUTE_COLOURS[1::-1][-len(found) :], strict=True):
         shares = one.contributions / one.contributions.max()
-        heat = drawing.heat_rgba(np.log10(np.maximum(shares, 1e-4)) / 4 + 1, power=1)
+        heat = drawing.heat_rgba(1 - np.log10(np.maximum(shares, FLOOR)) / math.log10(FLOOR), power=1)
         image = views.picture(drawing.png(heat[..., :3]), shares.shape, (1, 1), session.seen.size)
         half, most = one.side(0.5), one.side(0.9)
         items.append((both(key), image, both("field_of", half=half, most=most, area=one.area(0.9))))
@@ -232,6 +219,7 @@ def order(session: Session) -> str:
     return views.panel(*parts)
 
 
+_CLASSES = 6  # the most likely, whose probabilities are shown
 _RIVAL, _SIDES = "deit_tiny_patch16_224", (64, 128, 256, 384)
 _LONGEST = 26  # letters of a name in a table
 _GRID = 8  # rows and columns on which patterns are drawn

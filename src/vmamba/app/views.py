@@ -17,7 +17,7 @@ from vmamba.data.images import IMAGE_EXTENSIONS
 
 _MOST_LINES = 16  # of a grid that does not hide the picture
 
-# From where to where a route's arrow goes, by the first two patches that it visits and the last: (Δrow, Δcolumn).
+# An arrow to the right, to be turned into a route's direction.
 _ARROW = '<svg width="16" height="16" viewBox="0 0 16 16" aria-hidden="true"><g transform="rotate({turn} 8 8)">'
 _ARROW += '<path d="M2 8h10M8.5 4l4 4-4 4" fill="none" stroke="{colour}" stroke-width="2.4"/></g></svg>'
 

@@ -52,6 +52,17 @@ class StageMaps:
         """
         return [_components(x, number) for x in self.maps]
 
+    def colours(self, image: int = 0) -> list[Tensor]:
+        """The first three components of each stage's map of one picture as red, green and blue: (3, H, W), 0 to 1.
+
+        0 and 1 are the 2nd and the 98th percentile of a component over the patches of all pictures.
+        """
+        found = []
+        for x in self.components():
+            low, high = (x.transpose(0, 1).flatten(1).quantile(q, dim=1).view(3, 1, 1) for q in (0.02, 0.98))
+            found.append(((x[image] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1))
+        return found
+
     def energy(self) -> list[Tensor]:
         """(B, H, W) of each stage: the Euclidean length of each patch, less what is the same everywhere.
 
@@ -97,7 +108,7 @@ class StageMaps:
         """
         from vmamba.explain import figures as f
 
-        components, energy, strongest, edges = self.components(), self.energy(), self.strongest(), self.edges()
+        colours, energy, strongest, edges = self.colours(image), self.energy(), self.strongest(), self.edges()
         kinds = 2 + (len(channels) if channels is not None else _STRONGEST)
         size, stages = self.seen.size, len(self.maps)
         first = "picture; components →"
@@ -116,10 +127,7 @@ class StageMaps:
         for i, (x, cell) in enumerate(zip(self.maps, self.cells, strict=True)):
             spread = functools.partial(in_pixels, cell=cell, size=size)
             column = panels[:, i + 1]
-            colours = components[i].movedim(1, 3)
-            low, high = (colours.flatten(0, 2).quantile(q, dim=0).view(3, 1, 1) for q in (0.02, 0.98))
-            rgb = ((components[i][image] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-            f.show(column[0], f.array(spread(rgb).movedim(0, 2)), titles[i])
+            f.show(column[0], f.array(spread(colours[i]).movedim(0, 2)), titles[i])
             f.show(column[1], f.array(spread(energy[i][image])), f"follows edges: {edges[image, i]:.2f}", cmap=f.HEAT)
             chosen = list(channels) if channels is not None else strongest[i].tolist()
             for axes, channel in zip(column[2:], chosen, strict=False):
