@@ -605,8 +605,10 @@ def test_clear_errors():
         model(torch.zeros(1, 3, 31, 64))
     with pytest.raises(ValueError, match="img_size is 16×16; this model needs at least 32"):
         model.set_input_size(16)
-    with pytest.raises(ValueError, match="there is no variant 'vmamba_huge'; expected one of vmamba_tiny_s1l8"):
-        vmamba.create_model("vmamba_huge")
+    with pytest.raises(ValueError, match=r"no model 'vmamba_tiny'; expected one such as .*vmamba_tiny_s1l8.*: see `"):
+        vmamba.create_model("vmamba_tiny")
+    with pytest.raises(ValueError, match="no model '2'; expected one such as vmamba_tiny_s1l8, vmamba_small_s1l20, "):
+        vmamba.create_model("2")
     with pytest.raises(ValueError, match="stem is 'mlp'; expected one of 'conv', 'wide', 'small', 'patch'"):
         vmamba.VMamba(stem="mlp")
     with pytest.raises(ValueError, match="differ in length"):

@@ -1,11 +1,11 @@
 """Models by name: ours and timm's registries, and models rebuilt from a file alone.
 
 A family joins by `register`, called when its module is imported; `vmamba.models` imports every such module. For
-instance, at the end of segmentation.py:
+instance, much as dense.py does:
 
     for backbone, release in RELEASES.items():
         build = functools.partial(_build, backbone)
-        register(Entry(f"upernet_{backbone}", "segmentation", build, (512, 512), backbone, release.url,
+        register(Entry(f"upernet_{backbone}", "segmentation", build, (512, 2048), backbone, release.url,
                        params=release.params, flops=release.flops, published={"mIoU": release.miou}))
 
 The builder takes `num_classes`, `in_chans`, `img_size`, `pretrained_cfg_overlay` and whatever else `create_model` is
@@ -13,12 +13,13 @@ given, and makes the model without weights. The model has the attributes `task`,
 `in_chans`, `img_size` and `pretrained_cfg`: a dictionary with timm's keys "mean", "std" and, above all, "classifier"
 and "first_conv", the layers that another number of classes or channels replaces. Its VMamba and its heads lie side by
 side. When a file is loaded, the backbone's tensors get the model's names for them; those beside it keep the names that
-mmsegmentation and mmdetection give them ("decode_head.…", "backbone.outnorm0.…"), unless the class has a static method
+mmsegmentation and mmdetection give them ("decode_head.…", "backbone.outnorm0.…"), unless the class has a method
 `from_released`, which is given them all in one dictionary and returns it with other names.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -122,7 +123,8 @@ def create_model(
     if is_source(name):
         model = _from_folder(ModelFolder(name, kwargs.pop("cache_dir", None)), pretrained, kwargs)
     elif name not in ENTRIES:
-        raise ValueError(f"there is no variant {name!r}; expected one of {', '.join(ENTRIES)}")
+        alike = difflib.get_close_matches(name, ENTRIES, n=5) or VARIANTS
+        raise ValueError(f"there is no model {name!r}; expected one such as {', '.join(alike)}: see `vmamba models`")
     elif (entry := ENTRIES[name]).task == "classification":
         if checkpoint is not None and kwargs.get("features_only"):
             kwargs["pretrained_cfg_overlay"] = {**kwargs.get("pretrained_cfg_overlay", {}), "file": str(checkpoint)}
