@@ -143,10 +143,10 @@ def test_exports_to_plain_torch(sizes):
     ("position", "value", "message"),
     [
         (0, torch.zeros(2, 3, 4), r"u has shape \(2, 3, 4\); expected 4 dimensions \(B, H, W, D\)"),
-        (1, torch.zeros(4, 5, 3), r"x_proj_weight has shape \(4, 5, 3\); expected \(4, R \+ 2N, D\) = \(4, 5, 4\)"),
-        (2, torch.zeros(3, 4, 1), r"dt_proj_weight has shape \(3, 4, 1\); expected \(4, D, R\) = \(4, 4, 1\)"),
-        (3, torch.zeros(16), r"dt_proj_bias has shape \(16,\); expected \(4, D\) = \(4, 4\)"),
-        (4, torch.zeros(16, 2), r"A has shape \(16, 2\); expected 3 dimensions \(4, D, N\)"),
+        (1, torch.zeros(4, 5, 3), r"x_proj_weight has shape \(4, 5, 3\); expected \(K, R \+ 2N, D\) = \(4, 5, 4\)"),
+        (2, torch.zeros(3, 4, 1), r"dt_proj_weight has shape \(3, 4, 1\); expected \(K, D, R\) = \(4, 4, 1\)"),
+        (3, torch.zeros(16), r"dt_proj_bias has shape \(16,\); expected \(K, D\) = \(4, 4\)"),
+        (4, torch.zeros(16, 2), r"A has shape \(16, 2\); expected 3 dimensions \(K, D, N\)"),
         (5, torch.zeros(4, 4, device="meta"), r"D is on meta but u is on cpu"),
     ],
 )  # fmt: skip

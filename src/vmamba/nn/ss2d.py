@@ -45,11 +45,11 @@ class SS2D(nn.Module):
         norm: "layer", as in the paper, or "batch" for a BatchNorm after the depthwise convolution and one after the
             last projection too, which begins as 0. The scans' results have their LayerNorm in either case.
 
-    Parameters of the scan, with R = ⌈C / 16⌉:
-        x_proj_weight: (4, R + 2N, D), makes dt_low, B and C of each route.
-        dt_proj_weight, dt_proj_bias: (4, D, R) and (4, D), make the step Δ.
-        A_log: (4, D, N), A = -exp(A_log).
-        D: (4, D), the skip.
+    Parameters of the scan along K routes, with R = ⌈C / 16⌉:
+        x_proj_weight: (K, R + 2N, D), makes dt_low, B and C of each route.
+        dt_proj_weight, dt_proj_bias: (K, D, R) and (K, D), make the step Δ.
+        A_log: (K, D, N), A = -exp(A_log).
+        D: (K, D), the skip.
     """
 
     PARTS: ClassVar = {
@@ -151,7 +151,7 @@ class SS2D(nn.Module):
         return ss2d_scan(u, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self.decay(), self.D, pattern)
 
     def decay(self) -> Tensor:
-        """A, (4, D, N)."""
+        """A, (K, D, N)."""
         return -torch.exp(self.A_log.to(state_dtype(self.A_log)))
 
     def scans_at_once(self, x: Tensor) -> bool:

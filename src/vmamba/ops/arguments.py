@@ -85,19 +85,19 @@ class SS2DArguments(NamedTuple):
     def check(self) -> None:
         """Require shapes that belong together, and a known pattern."""
         routes, size = self.check_parameters()
-        checks.shape("projected", self.projected, (*self.u.shape[:3], routes, size), "(B, H, W, 4, R + 2N)")
+        checks.shape("projected", self.projected, (*self.u.shape[:3], routes, size), "(B, H, W, K, R + 2N)")
 
     def check_parameters(self) -> tuple[int, int]:
         """Require the same of all but `projected`; K and R + 2N."""
         u, _, weight, bias, A, D, pattern = self
         checks.ndim("u", u, 4, "(B, H, W, D)")
-        checks.ndim("A", A, 3, "(4, D, N)")
-        checks.ndim("dt_proj_weight", weight, 3, "(4, D, R)")
+        checks.ndim("A", A, 3, "(K, D, N)")
+        checks.ndim("dt_proj_weight", weight, 3, "(K, D, R)")
         K, channels, R, N = count_routes(pattern), u.shape[3], weight.shape[2], A.shape[2]
-        checks.shape("dt_proj_weight", weight, (K, channels, R), "(4, D, R)")
-        checks.shape("dt_proj_bias", bias, (K, channels), "(4, D)")
-        checks.shape("A", A, (K, channels, N), "(4, D, N)")
-        checks.shape("D", D, (K, channels), "(4, D)")
+        checks.shape("dt_proj_weight", weight, (K, channels, R), "(K, D, R)")
+        checks.shape("dt_proj_bias", bias, (K, channels), "(K, D)")
+        checks.shape("A", A, (K, channels, N), "(K, D, N)")
+        checks.shape("D", D, (K, channels), "(K, D)")
         return K, R + 2 * N
 
     def empty_results(self) -> Tensor:

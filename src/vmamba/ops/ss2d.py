@@ -58,11 +58,11 @@ def ss2d_scan(
 
     Args:
         u: (B, H, W, D), float16, bfloat16, float32 or float64.
-        x_proj_weight: (4, R + 2N, D).
-        dt_proj_weight: (4, D, R).
-        dt_proj_bias: (4, D).
-        A: (4, D, N), negative.
-        D: (4, D).
+        x_proj_weight: (K, R + 2N, D), for K routes: four, or as many as the pattern has.
+        dt_proj_weight: (K, D, R).
+        dt_proj_bias: (K, D).
+        A: (K, D, N), negative.
+        D: (K, D).
         pattern: the routes, a name in `PATTERNS` or a function from (H, W) to four orders (`register_pattern`).
         backend: "auto", or a name from `available_backends()`; None leaves the choice to `use_backend`, the environment
             variable VMAMBA_BACKEND and the device, in that order.
@@ -78,7 +78,7 @@ def ss2d_scan(
     """
     given = SS2DArguments(u, u, dt_proj_weight, dt_proj_bias, A, D, name_of(pattern))
     routes, size = given.check_parameters()
-    checks.shape("x_proj_weight", x_proj_weight, (routes, size, u.shape[-1]), "(4, R + 2N, D)")
+    checks.shape("x_proj_weight", x_proj_weight, (routes, size, u.shape[-1]), "(K, R + 2N, D)")
     checks.real_on_one_device(
         u=u, x_proj_weight=x_proj_weight, dt_proj_weight=dt_proj_weight, dt_proj_bias=dt_proj_bias, A=A, D=D
     )
