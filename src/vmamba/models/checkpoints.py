@@ -514,13 +514,13 @@ def _classes_and_channels(state: State, heads: Iterable[str], convs: Iterable[st
     head, conv = (
         next((state[f"{name}weight"] for name in names if f"{name}weight" in state), None) for names in (heads, convs)
     )
-    return None if head is None or not head.ndim else len(head), None if conv is None or conv.ndim != 4 else conv.shape[
-        1
-    ]
+    classes = None if head is None or not head.ndim else len(head)
+    channels = None if conv is None or conv.ndim != 4 else conv.shape[1]
+    return classes, channels
 
 
 def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
-    """The metadata that `_default_metadata` describes, from its text in a file."""
+    """The metadata that `default_metadata` describes, from its text in a file."""
     try:
         metadata = json.loads(text)
         written = metadata["format"]
