@@ -77,7 +77,7 @@ CONTENDERS: dict[str, Callable[[], nn.Module]] = {
     "ResNet": lambda: resnet((32, 64, 128)),
 }
 
-RECIPE = COLOUR_RECIPE = Recipe(batch=128, rate=1.4e-2)
+RECIPE = Recipe(batch=128, rate=1.4e-2)
 CLOCKS = {"wall": "perf_counter", "processor": "process_time"}  # by name, what of `time` tells the seconds
 SMOOTHING, SLICE = 0.05, 10.0  # of the labels; seconds in a row
 
@@ -189,7 +189,7 @@ def fashion_mnist(split: str) -> Subject:
 
 def cifar10(root: str, split: str) -> Subject:
     """Ten kinds of animals and vehicles in colour."""
-    lesson = Classes.open(DataConfig(root=root), COLOUR, COLOUR_RECIPE, 4, split)
+    lesson = Classes.open(DataConfig(root=root), COLOUR, RECIPE, 4, split)
     return Subject("learning_cifar10", "CIFAR-10", {name: partial(coloured, name) for name in COLOURED}, lesson)
 
 

@@ -331,7 +331,6 @@ def products_alone(shelf: Shelf, subject: Subject, threads: int) -> tuple[Call, 
     with torch.inference_mode(), Noting():
         network(subject, shelf.options.get(subject.name, {}))(images)
     dtype = torch.bfloat16 if subject.precision == BFLOAT16 else torch.float32
-    dtype = torch.bfloat16 if subject.precision == BFLOAT16 else torch.float32
     buffer = torch.randn(max(math.prod(shapes[0]) for _, shapes in found)).to(dtype)
     calls: list[Call] = []
     linear, convolution = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._convolution_pointwise

@@ -12,10 +12,8 @@ import numpy as np
 from PIL import Image
 
 from vmamba.explain import figures
-from vmamba.explain.scan_patterns import COLOURS, pattern_figure, save_patterns, scan_pattern
+from vmamba.explain.scan_patterns import pattern_figure, save_patterns, scan_pattern
 from vmamba.ops import PATTERNS
-
-__all__ = ["COLOURS", "TITLES"]
 
 HERE = Path(__file__).parent
 TITLES = ("rows", "columns", "rows, backwards", "columns, backwards")

@@ -64,7 +64,7 @@ def lesson_of(learning, images, labels, batch):
 def test_networks_that_were_kept_see_what_they_learned_from(learning, tmp_path):
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
     samples = (images, torch.arange(8) % 2)
-    recipe = dataclasses.replace(learning.COLOUR_RECIPE, batch=4)
+    recipe = dataclasses.replace(learning.RECIPE, batch=4)
     lesson = learning.Classes(samples, samples, tuple("abcdefghij"), learning.COLOUR, recipe, 4)
     subject = learning.Subject("x", "X", {"VMamba": partial(learning.coloured, "VMamba")}, lesson)
     contenders = learning.run(subject, 0.1, seed=0)
