@@ -67,6 +67,7 @@ LAYOUT = {
     "kernels": ("The longest kernels, ours", "pass;mode;size;kernel;kind;calls;ms"),
 }
 KERNELS_SHOWN = 20
+PROFILED = 3  # calls of which the kernels are timed
 MODELS_APART = 0.1  # allowed distance of one model's results, computed in different ways in bfloat16
 KEPT = 2e9  # bytes of the card that a process may keep between its turns
 PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between attempts of a process to find memory
@@ -484,12 +485,12 @@ def kind_of(name: str, kinds: Mapping[str, tuple[str, ...]]) -> str:
     return next((kind for kind, words in kinds.items() if any(word in name for word in words)), "the rest")
 
 
-def profile_calls(bench: Bench, call: Call, kinds: Mapping[str, tuple[str, ...]], rounds: int = 3) -> list[Row]:
+def profile_calls(bench: Bench, call: Call, kinds: Mapping[str, tuple[str, ...]]) -> list[Row]:
     """The device's time in each kernel of a call, the longest first; on the CPU in each of torch's operators."""
     on_card = bench.settings.device == "cuda"
     call()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * on_card)]) as recorded:
-        for _ in range(rounds):
+        for _ in range(PROFILED):
             call()
         if on_card:
             torch.cuda.synchronize()
@@ -499,8 +500,8 @@ def profile_calls(bench: Bench, call: Call, kinds: Mapping[str, tuple[str, ...]]
             continue
         microseconds = event.self_device_time_total if on_card else event.self_cpu_time_total
         rows.append({
-            "kernel": event.key[:120], "kind": kind_of(event.key, kinds), "calls": event.count / rounds,
-            "seconds": microseconds / 1e6 / rounds,
+            "kernel": event.key[:120], "kind": kind_of(event.key, kinds), "calls": event.count / PROFILED,
+            "seconds": microseconds / 1e6 / PROFILED,
         })  # fmt: skip
     return sorted(rows, key=lambda row: -row["seconds"])
 

@@ -30,6 +30,7 @@ from vmamba.files import replacing, shown
 
 PADDING = -1  # the label of samples that only fill up the last validation batches of a distributed run, or have none
 
+_NAMED = 8  # of several names in an error
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation", "test")}
 
 _TORCH_FOLDERS = {  # what torchvision expects in data.root
@@ -387,8 +388,8 @@ def _class_names(source: Any) -> list[str] | None:
     return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
 
 
-def _some(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

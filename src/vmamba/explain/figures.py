@@ -31,6 +31,7 @@ except ImportError as error:
 __all__ = ["BLUE", "GREY", "HEAT", "INK", "ORANGE", "PALE", "SIGNED", "Figure"]
 
 HEAT, SIGNED = "inferno", "RdBu_r"  # colours of what is 0 or more, and of what has a sign
+_BRIGHT = "#00E5FF"  # of marks on pictures, which have few such colours
 _LEAST_BAR = 1.3  # inches of a colour bar, for its numbers
 _LETTERS = 125  # to the inch, in letters of the size 1, at their usual width
 COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for lines
@@ -56,18 +57,16 @@ def text_of(text: str) -> str:
     return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
-def bare(axes: Axes, title: str = "", x: str = "", y: str = "", grid: bool = True) -> None:
-    """Axes of a curve: a title, labels, and as few lines as will do."""
+def bare(axes: Axes, title: str = "", x: str = "") -> None:
+    """Axes of a curve: a title, a label, and as few lines as will do."""
     axes.set_title(text_of(title), fontsize=11, color=INK, loc="left")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GREY)
     axes.tick_params(colors=GREY, length=0)
     axes.set_xlabel(x, color=GREY)
-    axes.set_ylabel(y, color=GREY)
-    if grid:
-        axes.grid(axis="y", color=PALE)
-        axes.set_axisbelow(True)
+    axes.grid(axis="y", color=PALE)
+    axes.set_axisbelow(True)
 
 
 def show(axes: Axes, picture: NDArray[Any], title: str = "", **style: Any) -> Any:
@@ -222,19 +221,19 @@ def array(values: Tensor) -> NDArray[Any]:
     return values.detach().float().cpu().numpy()
 
 
-def mark(axes: Axes, left: float, top: float, width: float, height: float, colour: str = "#00E5FF") -> None:
+def mark(axes: Axes, left: float, top: float, width: float, height: float) -> None:
     """A frame around the patch that is asked about, visible on any ground."""
-    shape = Rectangle((left, top), width, height, fill=False, edgecolor=colour, lw=1.6, zorder=5)
+    shape = Rectangle((left, top), width, height, fill=False, edgecolor=_BRIGHT, lw=1.6, zorder=5)
     shape.set_path_effects([patheffects.withStroke(linewidth=3.4, foreground="black")])
     axes.add_patch(shape)
 
 
-def outline(axes: Axes, region: NDArray[Any], colour: str = "#00E5FF") -> None:
+def outline(axes: Axes, region: NDArray[Any]) -> None:
     """The outline of a region, bool (H, W), in pixels."""
     height, width = region.shape
     edge = np.pad(region.astype(np.float32), 1)
     grid = np.arange(-0.5, width + 1), np.arange(-0.5, height + 1)
-    for ink, line in (("black", 2.2), (colour, 1.0)):
+    for ink, line in (("black", 2.2), (_BRIGHT, 1.0)):
         axes.contour(*grid, edge, levels=[0.5], colors=[ink], linewidths=line)
     axes.set(xlim=(0, width), ylim=(height, 0))
 

@@ -18,13 +18,11 @@ from vmamba.ops.nms import nms
 
 NEGATIVE, LEFT_OUT = -1, -2  # in place of the number of a true box
 _MAX_LOG_RATIO = math.log(1000 / 16)  # a box is at most this much larger or smaller than the one it is relative to
+_SCALE, _RATIOS = 8.0, (0.5, 1.0, 2.0)  # of anchors: a square one's side in strides, and heights over widths
 _ONE_RUN_BELOW = 10_000  # boxes that are suppressed in one run over all classes
 
 
-def anchors(
-    size: Sequence[int], stride: int, scale: float = 8.0, ratios: Sequence[float] = (0.5, 1.0, 2.0),
-    device: torch.device | None = None,
-) -> Tensor:  # fmt: skip
+def anchors(size: Sequence[int], stride: int, device: torch.device | None = None) -> Tensor:
     """The boxes from which proposals are predicted on one map, (H·W·ratios, 4): by row, column and ratio.
 
     Centred on (x·stride, y·stride), and neither shifted by half a pixel nor rounded, as torchvision's are.
@@ -32,20 +30,18 @@ def anchors(
     Args:
         size: of the map.
         stride: pixels of the picture a step on the map.
-        scale: side of a square anchor in strides.
-        ratios: height over width.
         device: where to make them.
     """
-    root = torch.tensor(ratios, device=device).sqrt()
-    half = torch.stack([1 / root, root], 1) * (stride * scale) * 0.5
+    root = torch.tensor(_RATIOS, device=device).sqrt()
+    half = torch.stack([1 / root, root], 1) * (stride * _SCALE) * 0.5
     y, x = torch.meshgrid(*(torch.arange(n, device=device) * stride for n in size), indexing="ij")
     centres = torch.stack([x, y], 2)[:, :, None]
     return torch.cat([centres - half, centres + half], 3).view(-1, 4)
 
 
-def inside(size: Sequence[int], stride: int, picture: Sequence[int], ratios: int = 3) -> Tensor:
+def inside(size: Sequence[int], stride: int, picture: Sequence[int]) -> Tensor:
     """Which of a map's `anchors` are centred in a picture that is smaller than the padded one, (H·W·ratios,) bool."""
-    within = torch.zeros(*size, ratios, dtype=torch.bool)
+    within = torch.zeros(*size, len(_RATIOS), dtype=torch.bool)
     within[: math.ceil(picture[0] / stride), : math.ceil(picture[1] / stride)] = True
     return within.flatten()
 
@@ -147,7 +143,7 @@ def _choice(among: Tensor, count: int) -> Tensor:
     return indices[torch.randperm(len(indices), device=indices.device)[:count]] if len(indices) > count else indices
 
 
-def paste_masks(probabilities: Tensor, boxes: Tensor, size: Sequence[int], threshold: float = 0.5) -> Tensor:
+def paste_masks(probabilities: Tensor, boxes: Tensor, size: Sequence[int]) -> Tensor:
     """Masks of a whole picture from what was predicted inside boxes.
 
     Sampled bilinearly at the centre of every pixel, with the box as it is and zero around it; torchvision rounds the
@@ -157,10 +153,9 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: Sequence[int], thres
         probabilities: (n, h, w), stretched over the boxes.
         boxes: (n, 4).
         size: of the picture.
-        threshold: at least this probability sets a pixel.
 
     Returns:
-        (n, H, W) bool.
+        (n, H, W) bool: where the probability is 0.5 or more.
     """
     height, width = size
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
@@ -174,5 +169,5 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: Sequence[int], thres
         x, y = (x - box[0]) / (box[2] - box[0]) * 2 - 1, (y - box[1]) / (box[3] - box[1]) * 2 - 1
         grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], 2)
         sampled = F.grid_sample(probability[None, None], grid[None], align_corners=False)
-        mask[top:bottom, left:right] = sampled[0, 0] >= threshold
+        mask[top:bottom, left:right] = sampled[0, 0] >= 0.5
     return masks

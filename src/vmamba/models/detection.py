@@ -384,10 +384,10 @@ def rpn_losses(
     return {"rpn_cls": cls / max(count, 1), "rpn_reg": reg / max(count, 1)}
 
 
-def _mask_targets(masks: Tensor, boxes: Tensor, which: Tensor, side: int = 28) -> Tensor:
-    """What of the true masks (m, H, W) is inside boxes (n, 4): (n, side, side) of 0 and 1, of mask `which` (n,)."""
+def _mask_targets(masks: Tensor, boxes: Tensor, which: Tensor) -> Tensor:
+    """What of the true masks (m, H, W) is inside boxes (n, 4): (n, 28, 28) of 0 and 1, of mask `which` (n,)."""
     rows = torch.cat([which[:, None].to(boxes), boxes], 1)
-    return (roi_align(masks[:, None].to(boxes), rows, side, 1.0)[:, 0] >= 0.5).to(boxes)
+    return (roi_align(masks[:, None].to(boxes), rows, 28, 1.0)[:, 0] >= 0.5).to(boxes)
 
 
 def _own_class(logits: Tensor, labels: Tensor) -> Tensor:

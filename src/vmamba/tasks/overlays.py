@@ -18,6 +18,8 @@ Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 INK, GREY, WHITE = (34, 34, 34), (118, 118, 118), (255, 255, 255)
 
+_TINT = 0.45  # share of an object's colour in the mixture with the picture
+_LONGEST = 28  # letters of a class's name
 _SMALLEST, _LARGEST = 720, 1600  # what the long side of a drawing is brought between
 
 
@@ -158,7 +160,6 @@ def boxed(
     colours: Sequence[Colour],
     texts: Sequence[str],
     masks: NDArray[np.bool_] | None = None,
-    share: float = 0.45,
 ) -> Image.Image:
     """The image with objects: tinted and outlined masks, boxes in their colours, and on each a label with its text.
 
@@ -170,7 +171,6 @@ def boxed(
         boxes: (n, 4), x and y of two corners.
         colours, texts: one an object.
         masks: (n, H, W).
-        share: of the tint in the mixture.
     """
     order = np.argsort(-np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), kind="stable").tolist()
     scale = np.array([image.width / size[0], image.height / size[1]] * 2)
@@ -179,7 +179,7 @@ def boxed(
     if masks is not None:
         pixels = np.array(image, np.float32)
         for i in order:
-            _tint(pixels, masks[i], edges[i], colours[i], share, width)
+            _tint(pixels, masks[i], edges[i], colours[i], _TINT, width)
         image = Image.fromarray(pixels.round().astype(np.uint8))
     draw = ImageDraw.Draw(image)
     points = min(max(image.width // 72, 11), 20)
@@ -323,7 +323,7 @@ def save(image: Image.Image, path: Path) -> None:
         image.save(file, "png")
 
 
-def name_of(name: str, longest: int = 28) -> str:
+def name_of(name: str) -> str:
     """A class name as a picture can show it: any bytes, no longer than so many letters."""
     name = shown(name).encode(errors="backslashreplace").decode()
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 BLUE, ORANGE, INK, GREY, PALE = "#0072B2", "#D55E00", "#222222", "#767676", "#E4E4E4"
 
 _MOST_CLASSES_NAMED = 40
+_MISTAKES = 20  # listed beside a confusion matrix
+_COLUMNS = 8  # of sample images
 
 
 @dataclass(frozen=True)
@@ -151,34 +153,34 @@ def confusion_matrix(
     _save(figure, path)
 
 
-def _list_mistakes(axes: Axes, matrix: NDArray[np.int64], class_names: Sequence[str], most: int = 20) -> None:
+def _list_mistakes(axes: Axes, matrix: NDArray[np.int64], class_names: Sequence[str]) -> None:
     axes.axis("off")
     axes.set_title("most frequent mistakes", fontsize=11, color=INK, loc="left")
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
-    for place, flat in enumerate(np.argsort(-wrong, axis=None, kind="stable")[:most]):
+    for place, flat in enumerate(np.argsort(-wrong, axis=None, kind="stable")[:_MISTAKES]):
         true, predicted = np.unravel_index(flat, wrong.shape)
         if wrong[true, predicted]:
             names = [_named(class_names[c], 22) for c in (true, predicted)]
             text = f"{wrong[true, predicted]:>4}  {names[0]} → {names[1]}"
-            axes.text(0, 1 - (place + 0.7) / most, text, fontsize=9, color=INK, transform=axes.transAxes)
+            axes.text(0, 1 - (place + 0.7) / _MISTAKES, text, fontsize=9, color=INK, transform=axes.transAxes)
 
 
-def predictions(samples: Sequence[Sample], mistakes: Sequence[Sample], path: Path, columns: int = 8) -> None:
+def predictions(samples: Sequence[Sample], mistakes: Sequence[Sample], path: Path) -> None:
     """Sample images with true class, predicted class and confidence; below them, the mistakes made most confidently."""
     blocks = [("Images taken at random", list(samples)), ("The most confident mistakes", list(mistakes))]
     blocks = [(title, block) for title, block in blocks if block]
     if not blocks:
         return
-    rows = [-(-len(block) // columns) for _, block in blocks]
-    figure = Figure(figsize=(1.6 * columns, sum(2.15 * r + 0.5 for r in rows)), layout="constrained")
+    rows = [-(-len(block) // _COLUMNS) for _, block in blocks]
+    figure = Figure(figsize=(1.6 * _COLUMNS, sum(2.15 * r + 0.5 for r in rows)), layout="constrained")
     panels = figure.subfigures(len(blocks), 1, height_ratios=[2.15 * r + 0.5 for r in rows], squeeze=False)[:, 0]
     for panel, (title, block), n in zip(panels, blocks, rows, strict=True):
         right = sum(sample.true == sample.predicted for sample in block)
         panel.suptitle(
             f"{title}: {right} of {len(block)} right" if right else title, fontsize=13, color=INK, x=0.01, ha="left"
         )
-        for position, axes in enumerate(panel.subplots(n, columns, squeeze=False).flat):
+        for position, axes in enumerate(panel.subplots(n, _COLUMNS, squeeze=False).flat):
             axes.axis("off")
             if position < len(block):
                 _show(axes, block[position])

@@ -217,19 +217,14 @@ _WARPS = 1024
 # gradients.
 _GRADIENT = {2: (2, 6, 168), 4: (4, 4, 128)}
 
-_override: tuple[Tile, ...] | None = None
+_override: Tile | None = None
 
 
 @contextmanager
-def use_tiles(image: Tile, gradient: Tile | None = None) -> Iterator[None]:
-    """Use these in the `with` block, in all threads (backward passes have their own), for tuning and tests.
-
-    Args:
-        image: for convolutions, of the image and of its gradient.
-        gradient: for the parameters' gradients; None for the same.
-    """
+def use_tiles(tile: Tile) -> Iterator[None]:
+    """Use this in the `with` block, in all threads (backward passes have their own), for tuning and tests."""
     global _override
-    before, _override = _override, (image, gradient or image)
+    before, _override = _override, tile
     try:
         yield
     finally:
@@ -289,20 +284,20 @@ def _parameters(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]
 
 
 @functools.lru_cache(512)
-def _plan(shape: Sequence[int], flip: bool, silu: bool, override: tuple[Tile, ...] | None) -> tuple[int, Numbers]:
+def _plan(shape: Sequence[int], flip: bool, silu: bool, override: Tile | None) -> tuple[int, Numbers]:
     """Programs of a convolution and what its kernel is given beside tensors."""
-    blocks, tile, places = _cut(shape, TILES if override is None else override[:1])
+    blocks, tile, places = _cut(shape, TILES if override is None else (override,))
     count = places.pop("tiles") * blocks
     return count, Numbers(places, FLIP=flip, SILU=silu, **_constants(tile, shape[-1]))
 
 
 @functools.lru_cache(512)
 def _plan_gradient(
-    shape: Sequence[int], size: int, cores: int, is_nvidia: bool, override: tuple[Tile, ...] | None
+    shape: Sequence[int], size: int, cores: int, is_nvidia: bool, override: Tile | None
 ) -> tuple[int, int, Numbers]:
     """The same for the parameters' gradients of numbers of so many bytes, and how many parts they come in."""
     warps, resident, registers = _GRADIENT[size]
-    tiles = tuple(replace(tile, warps=warps) for tile in TILES) if override is None else override[1:]
+    tiles = tuple(replace(tile, warps=warps) for tile in TILES) if override is None else (override,)
     blocks, tile, places = _cut(shape, tiles)
     share = max(ceiling(places["tiles"] * blocks, resident * cores), 1)
     programs = ceiling(places["tiles"], share)
