@@ -22,6 +22,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
 
+from vmamba.errors import first_line
+
 PATIENCE, PATIENCE_IN_TURNS = 900, 120  # seconds for one answer, and for one of what stands ready
 
 
@@ -39,8 +41,7 @@ def brief(error: Exception) -> str:
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":
         return "out of memory"
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {first}"[:300]
+    return f"{type(error).__name__}: {first_line(error)}"[:300]
 
 
 def serve(descriptor: int) -> None:

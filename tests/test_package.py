@@ -204,3 +204,21 @@ def test_no_two_files_import_each_other():
                 modules = {f"{node.module}.{alias.name}" for alias in node.names} & {*paths}
                 graph[name] |= modules or {node.module} & {*paths} - {name, "vmamba"}
     list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_every_error_of_ours_is_a_vmamba_error():
+    from vmamba import errors
+
+    ours = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    assert len(ours) > 8
+    assert all(issubclass(error, errors.VmambaError) for error in ours)
+    assert (errors.in_one_line(ValueError("one\n two")), errors.first_line(ValueError("\none\ntwo"))) == (
+        "one two",
+        "one",
+    )
+    assert errors.in_one_line(KeyError()) == errors.first_line(KeyError()) == "KeyError"
+    with (
+        pytest.raises(ImportError, match=r'^figures need one more package \(no x\): pip install "vmamba\[explain\]"$'),
+        errors.needing("explain", "figures need one more package"),
+    ):
+        raise ImportError("no x")

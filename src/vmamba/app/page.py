@@ -17,14 +17,12 @@ from vmamba.app.models import Catalogue
 from vmamba.app.session import RefusedError, Session, kept_picture, received_picture
 from vmamba.app.tabs import TABS, routes
 from vmamba.app.texts import Language, both, plain
-from vmamba.errors import CheckpointError, RecipeError
+from vmamba.errors import CheckpointError, RecipeError, needing
 from vmamba.tasks.runs import report
 
-try:
+with needing("explore", "the page needs one more package"):
     import gradio as gr
     from starlette.middleware import Middleware
-except ImportError as error:
-    raise ImportError(f'the page needs one more package ({error}): pip install "vmamba[explore]"') from error
 
 _HERE = Path(__file__).parent
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans", "PingFang SC", "Noto Sans CJK SC", "sans-serif"]

@@ -20,26 +20,12 @@ from vmamba.app import ExploreConfig
 from vmamba.cli import commands
 from vmamba.deploy.batch.config import BatchConfig
 from vmamba.deploy.config import ExportConfig, QuantizeConfig, ShareConfig
-from vmamba.errors import (
-    BatchError,
-    CheckpointError,
-    DataError,
-    ExportError,
-    HubError,
-    ImageError,
-    NonFiniteError,
-    RecipeError,
-)
+from vmamba.errors import VmambaError
 from vmamba.explain.config import ExplainConfig
 from vmamba.files import shown
 from vmamba.tasks import settings_of
 from vmamba.tasks.recipe import InfoConfig, ModelsConfig, PredictConfig, TrainConfig, ValidateConfig, load_recipe
 from vmamba.tasks.runs import report
-
-# Errors that are for the person at the keyboard: their message says it all, a traceback would bury it.
-_EXPECTED = (
-    BatchError, CheckpointError, DataError, ExportError, HubError, ImageError, ImportError, NonFiniteError, RecipeError
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -219,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = next((word for word in argv if word in COMMANDS), "")
     try:
         return _run(argv, name)
-    except _EXPECTED as error:
+    except (VmambaError, ImportError) as error:
         # From a loader's worker the message arrives inside the worker's traceback.
         report(f"vmamba {name}: {str(error).rsplit(f'{type(error).__name__}: ', 1)[-1].strip()}")
         return 1

@@ -20,7 +20,7 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, Mask
 
 from vmamba.data.images import read_image
 from vmamba.data.sources import refuse, repeated
-from vmamba.errors import DataError, ImageError
+from vmamba.errors import DataError, ImageError, needing
 from vmamba.files import shown
 
 _MOST_PIXELS = 100_000_000  # of a picture that could be read
@@ -114,10 +114,8 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     Raises:
         ValueError: it is not of this size, or damaged.
     """
-    try:
+    with needing("dense", "masks need one more package"):
         from faster_coco_eval.core import mask as rle
-    except ImportError as error:
-        raise ImportError(f'masks need one more package ({error}): pip install "vmamba[dense]"') from error
     if isinstance(segmentation, dict) and list(segmentation["size"]) != [height, width]:
         raise ValueError(f"run lengths of size {segmentation['size']} in a picture of {height}×{width}")
     try:

@@ -23,7 +23,7 @@ import vmamba
 from vmamba.data.transforms import Preprocessing
 from vmamba.deploy.export import TOLERANCE, Exported, Network, checked, metadata_of, preprocessing_for, surrounded
 from vmamba.deploy.graphs import Images, check_target, outputs_of, prepared, traced
-from vmamba.errors import ExportError
+from vmamba.errors import ExportError, first_line
 from vmamba.files import replacing
 from vmamba.ops.backends.native.library import kernels
 from vmamba.ops.backends.native.products import multiplies_fast
@@ -149,7 +149,7 @@ def export_aoti(
         try:
             aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)
         except Exception as error:  # whatever inductor or the compiler says
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            said = first_line(error)
             raise ExportError(f"{type(model).__name__} could not be compiled by inductor: {said}") from error
         run = aoti_load_package(str(package))
         first = int(embed)  # where two classes are almost equal, rounding decides the label

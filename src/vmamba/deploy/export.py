@@ -29,7 +29,7 @@ from vmamba.deploy.graphs import (
     traced,
     traced_from_one,
 )
-from vmamba.errors import ExportError
+from vmamba.errors import ExportError, needing
 from vmamba.files import replacing, shown
 from vmamba.models.checkpoints import default_metadata, per_channel
 from vmamba.models.detection import MaskRCNN
@@ -158,13 +158,11 @@ def export_onnx(
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
     start, target = time.perf_counter(), check_target(path, ".onnx")
-    try:
+    with needing("deploy", "ONNX needs more packages"):
         import onnxruntime  # type: ignore[import-untyped]
         import onnxscript.optimizer
 
         from vmamba.deploy import onnx_detection, onnx_scans
-    except ImportError as error:
-        raise ImportError(f'ONNX needs more packages ({error}): pip install "vmamba[deploy]"') from error
     detects = isinstance(model, MaskRCNN)
     limits = (_UNMATCHED, _UNMATCHED_HALF) if detects else (TOLERANCE, _TOLERANCE_HALF)
     limit = limits[half] if tolerance is None else tolerance

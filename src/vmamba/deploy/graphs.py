@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
-from vmamba.errors import ExportError
+from vmamba.errors import ExportError, first_line
 from vmamba.files import shown, why_unwritable
 from vmamba.models.checkpoints import default_metadata
 from vmamba.nn import SS2D
@@ -165,8 +165,8 @@ def traced(model: nn.Module, example: Tensor, images: Images) -> torch.export.Ex
         raise
     except Exception as error:  # whatever the model's own code raises, or torch says of it
         advice = "; a network that takes images of one size alone needs sizes='batch'" if images.is_open else ""
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(f"{type(model).__name__} cannot be written as a graph: {first}{advice}") from error
+        said = first_line(error)
+        raise ExportError(f"{type(model).__name__} cannot be written as a graph: {said}{advice}") from error
 
 
 def traced_from_one(model: nn.Module, images: Images) -> tuple[torch.export.ExportedProgram, list[Tensor]]:

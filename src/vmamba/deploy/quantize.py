@@ -22,7 +22,7 @@ from vmamba.deploy.calibration import Calibration, Pictures, gather
 from vmamba.deploy.detection import drift
 from vmamba.deploy.export import export_onnx, metadata_of, preprocessing_for, task_of
 from vmamba.deploy.graphs import Images, check_target, outputs_of, prepared, traced, traced_from_one
-from vmamba.errors import DataError, ExportError
+from vmamba.errors import DataError, ExportError, needing
 from vmamba.files import replacing, shown
 from vmamba.models.registry import ENTRIES, create_model, load_model
 from vmamba.ops.exporting import operators_kept
@@ -190,10 +190,8 @@ def _write_onnx(
     embed: bool,
     **options: Any,
 ) -> tuple[_Damage, Calibration, int]:
-    try:
+    with needing("deploy", "ONNX needs more packages"):
         from vmamba.deploy import int8_onnx
-    except ImportError as error:
-        raise ImportError(f'ONNX needs more packages ({error}): pip install "vmamba[deploy]"') from error
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(source, Path):
             whole = int8_onnx.read(source)
@@ -276,10 +274,8 @@ def _only(images: Images) -> _Size:
 
 
 def _int8_torch() -> Any:
-    try:
+    with needing("int8", "int8 in torch needs one more package"):
         from vmamba.deploy import int8_torch
-    except ImportError as error:
-        raise ImportError(f'int8 in torch needs one more package ({error}): pip install "vmamba[int8]"') from error
     return int8_torch
 
 

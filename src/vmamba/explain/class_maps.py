@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vmamba.errors import RecipeError
+from vmamba.errors import RecipeError, needing
 from vmamba.explain.images import AnyPictures, Seen, evaluating, in_patches, see
 from vmamba.explain.resolution import seeing
 from vmamba.models.detection import MaskRCNN
@@ -158,10 +158,8 @@ def class_maps(
         NothingFoundError: a detector finds no object at all, and none was asked for.
         ImageError: a file cannot be used.
     """
-    try:
+    with needing("explain", "class maps need one more package"):
         from captum.attr import LayerGradCam, LayerGradientXActivation
-    except ImportError as error:
-        raise ImportError(f'class maps need one more package ({error}): pip install "vmamba[explain]"') from error
     seen = see(model, pictures, size)
     names = class_names or getattr(model, "class_names", None) or ()
     at = None if place is None else place if isinstance(pictures, Seen) else seen.locate(*place)

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vmamba.errors import needing
 from vmamba.files import atomic_write, shown
 
-try:
+with needing("explain", "figures need one more package"):
     from matplotlib import colormaps, patheffects
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
@@ -25,8 +26,6 @@ try:
     from matplotlib.ticker import FixedLocator
 
     from vmamba.tasks.pictures import BLUE, GREY, INK, ORANGE, PALE
-except ImportError as error:
-    raise ImportError(f'figures need one more package ({error}): pip install "vmamba[explain]"') from error
 
 __all__ = ["BLUE", "GREY", "HEAT", "INK", "ORANGE", "PALE", "SIGNED", "Figure"]
 

@@ -27,7 +27,7 @@ from timm.layers import to_2tuple
 from timm.models._hub import save_config_for_hf  # save_for_hf without the weights
 from torch import nn
 
-from vmamba.errors import CheckpointError, HubError
+from vmamba.errors import CheckpointError, HubError, in_one_line
 from vmamba.files import atomic_write
 from vmamba.models.checkpoints import INPUT_KEYS, default_metadata, named_pattern, per_channel, save_checkpoint
 from vmamba.models.feature_maps import DenseModel
@@ -137,10 +137,9 @@ def push_to_hub(
             commit_message=message,
         )
     except Exception as error:  # the client's, the server's, or the network's
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise HubError(
-            f"{repository} could not be uploaded: {reason}. Check the name, the network and, with `hf auth whoami`, who"
-            " you are to the hub."
+            f"{repository} could not be uploaded: {in_one_line(error)}. Check the name, the network and, with `hf auth"
+            " whoami`, who you are to the hub."
         ) from error
     return str(commit.pr_url or commit.commit_url)
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vmamba.errors import CheckpointError, CheckpointNotFoundError
+from vmamba.errors import CheckpointError, CheckpointNotFoundError, first_line
 from vmamba.models.torch_pickle import MAX_OPERATIONS, Described, Machine, Pairs, RefusedError, Storage
 
 StrPath = str | os.PathLike[str]
@@ -139,7 +139,7 @@ def _told(path: Path) -> Iterator[None]:
     except Exception as error:  # a hostile or damaged file can fail anywhere in the reader
         line = str(error)
         if not isinstance(error, RefusedError):
-            reason = line.strip().partition("\n")[0][:200] or type(error).__name__
+            reason = first_line(error)[:200]
             line = (
                 f"is damaged, cut short, or in a format that is not read here ({reason}). Fetch it again, or save it"
                 " again with torch.save and its defaults."

@@ -21,7 +21,7 @@ from vmamba.data.coco import Objects, decode_mask, open_objects
 from vmamba.data.loading import EpochLoader, Samples
 from vmamba.data.sources import check_all
 from vmamba.data.transforms import Preprocessing, detection_transform
-from vmamba.errors import DataError, RecipeError
+from vmamba.errors import DataError, RecipeError, needing
 from vmamba.files import shown
 from vmamba.models.detection import Losses, MaskRCNN, Target
 from vmamba.tasks import overlays
@@ -361,10 +361,8 @@ def evaluate(truth: Objects, entries: Sequence[dict[str, Any]], kind: str) -> Me
         entries: COCO's results, with "segmentation" for masks.
         kind: "box" or "mask".
     """
-    try:
+    with needing("dense", "COCO's metric needs one more package"):
         from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError as error:
-        raise ImportError(f'COCO\'s metric needs one more package ({error}): pip install "vmamba[dense]"') from error
     # By its mask, not by its box, a mask is small or large: without a box, the area is that of the mask.
     left_out = "bbox" if kind == "mask" else "segmentation"
     found = [{name: value for name, value in entry.items() if name != left_out} for entry in entries]

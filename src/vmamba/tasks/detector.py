@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from typing_extensions import override
 
 from vmamba.data.images import any_image
-from vmamba.errors import CheckpointError, ImageError, RecipeError
+from vmamba.errors import CheckpointError, ImageError, RecipeError, needing
 from vmamba.files import shown
 from vmamba.models import boxes as bx
 from vmamba.models.class_names import COCO, COCO_CATEGORY_IDS
@@ -164,10 +164,8 @@ def drawn(
 
 def encode_masks(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
     """Masks (n, H, W) as COCO's compressed run lengths, with text that JSON can hold."""
-    try:
+    with needing("dense", "masks need one more package"):
         from faster_coco_eval.core import mask as rle
-    except ImportError as error:
-        raise ImportError(f'masks need one more package ({error}): pip install "vmamba[dense]"') from error
     runs = rle.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))) if len(masks) else []
     return [{"size": [int(s) for s in run["size"]], "counts": run["counts"].decode()} for run in runs]
 

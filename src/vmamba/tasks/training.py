@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vmamba.errors import RecipeError
+from vmamba.errors import RecipeError, needing
 from vmamba.files import atomic_write, json_bytes
 from vmamba.tasks import parts_of
 from vmamba.tasks.memory import memory_kept
@@ -24,7 +24,7 @@ from vmamba.tasks.prediction import load_weights
 from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, TrainerConfig, load_recipe
 from vmamba.tasks.runs import LATEST, RunFolder, report
 
-try:
+with needing("train", "training and validation need more packages"):
     import lightning as L
     from lightning.pytorch.accelerators import CPUAccelerator
     from lightning.pytorch.callbacks import LambdaCallback
@@ -36,8 +36,6 @@ try:
     from vmamba.tasks.checkpointing import AtomicCheckpointIO, Recorder
     from vmamba.tasks.progress import Progress, ValidationProgress
     from vmamba.tasks.task import Task
-except ImportError as error:
-    raise ImportError(f'training and validation need more packages ({error}): pip install "vmamba[train]"') from error
 
 
 def train(config: BaseTrainConfig) -> Path:

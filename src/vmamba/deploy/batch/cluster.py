@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from vmamba.errors import BatchError
+from vmamba.errors import BatchError, in_one_line, needing
 
 # Set before Ray is imported. Ray sends statistics of use to its makers unless it is told not to. Its services listen on
 # every network of the machine unless it is told that there is no cluster (the variable is named after the two systems
@@ -56,10 +56,8 @@ def cluster(address: str | None, cores: int | None = None, weights: int = 0) -> 
     if address is None:
         for name, value in {**_ALONE, "RAY_AUTH_TOKEN": secrets.token_hex(16)}.items():
             os.environ.setdefault(name, value)
-    try:
+    with needing("scale", "many images need one more package"):
         import ray
-    except ImportError as error:
-        raise ImportError(f'many images need one more package ({error}): pip install "vmamba[scale]"') from error
     if ray.is_initialized():
         yield ray
         return
@@ -75,7 +73,7 @@ def cluster(address: str | None, cores: int | None = None, weights: int = 0) -> 
             ray.init(address=address or "local", **quiet)
         except (OSError, RuntimeError, ValueError) as error:
             which = "a Ray cluster cannot be started here" if address is None else f"no Ray cluster at {address!r}"
-            raise BatchError(f"{which}: {' '.join(str(error).split()) or type(error).__name__}") from error
+            raise BatchError(f"{which}: {in_one_line(error)}") from error
         yield ray
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vmamba.errors import BatchError
+from vmamba.errors import BatchError, in_one_line, needing
 from vmamba.files import atomic_write, shown
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -35,10 +35,8 @@ def file_system(address: str) -> Any:
         ImportError: the package that reads such addresses is missing.
         BatchError: there are no such addresses.
     """
-    try:
+    with needing("scale", "addresses need one more package"):
         import fsspec
-    except ImportError as error:
-        raise ImportError(f'addresses need one more package ({error}): pip install "vmamba[scale]"') from error
     protocol = address.partition("://")[0]
     try:
         return fsspec.filesystem(protocol)
@@ -165,4 +163,4 @@ def reason(error: Exception) -> str:
         return error.strerror[0].lower() + error.strerror[1:]
     if isinstance(error, FileNotFoundError):  # fsspec's, which hold nothing but the name
         return "no such file"
-    return shown(" ".join(str(error).split()) or type(error).__name__)
+    return shown(in_one_line(error))

@@ -22,7 +22,7 @@ from vmamba.deploy.batch import places
 from vmamba.deploy.batch.journal import Journal
 from vmamba.deploy.batch.sources import Item, images_of
 from vmamba.deploy.batch.work import Work
-from vmamba.errors import BatchError, ImageError
+from vmamba.errors import BatchError, ImageError, in_one_line
 from vmamba.files import shown
 
 _FETCHING = 16  # files that are asked for at the same time, where each answer takes a while
@@ -97,9 +97,9 @@ class Worker:
         try:
             return self._done(unit, deaths)
         except MemoryError as error:
-            raise LostError(f"memory ran short: {_brief(error)}") from None
+            raise LostError(f"memory ran short: {in_one_line(error)[:300]}") from None
         except torch.AcceleratorError as error:
-            raise LostError(f"its accelerator failed: {_brief(error)}") from None
+            raise LostError(f"its accelerator failed: {in_one_line(error)[:300]}") from None
 
     def _done(self, unit: int, deaths: int) -> Done:
         part = self.journal.part(unit)
@@ -163,7 +163,8 @@ class Worker:
         except torch.AcceleratorError:  # after which nothing works any more
             raise
         except (RuntimeError, MemoryError, ValueError) as error:
-            reason, is_short = _brief(error), isinstance(error, MemoryError) or bool(_SHORT.search(str(error)))
+            reason = in_one_line(error)[:300]
+            is_short = isinstance(error, MemoryError) or bool(_SHORT.search(str(error)))
         # Not above, where the error holds on to what was in memory.
         if len(samples) > 1:
             half = len(samples) // 2
@@ -203,10 +204,6 @@ class Worker:
             rows |= self._error(sample, sample.value) if is_bad else self._batch([sample])
         places.remove(notes)
         return [*rows.values()]
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def ahead(

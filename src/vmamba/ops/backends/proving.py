@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
+from vmamba.errors import first_line
 from vmamba.files import atomic_write
 from vmamba.ops.arguments import ScanArguments, SS2DArguments
 from vmamba.ops.backends import eager, triton
@@ -374,6 +375,6 @@ def main(device: str, dtype: str, pattern: str, share: str = "0", shares: str = 
     try:
         fault = compare(torch.device(device), getattr(torch, dtype), pattern, int(share), int(shares))
     except Exception as error:
-        fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        fault = f"{type(error).__name__}: {first_line(error)}"
         lasts = not (isinstance(error, torch.OutOfMemoryError | MemoryError) or _FOR_NOW.search(fault))
     print(json.dumps({"fault": fault, "lasts": lasts}), flush=True)
