@@ -16,12 +16,11 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from vmamba.models import boxes as bx
-from vmamba.models.detection import _BOX_STDS, Detections, MaskRCNN
+from vmamba.models.detection import BOX_CELLS, BOX_STDS, MASK_CELLS, PROPOSALS, PROPOSALS_IOU, Detections, MaskRCNN
 from vmamba.ops.nms import nms
 from vmamba.tasks.inference import filled_up
 
 OUTPUTS = ("boxes", "scores", "labels", "picture", "masks")
-_PROPOSALS = 1000  # of each map for the suppression, and of each picture after it
 
 
 @torch.library.custom_op("vmamba::suppress_all", mutates_args=())
@@ -93,18 +92,20 @@ class DetectionGraph(nn.Module):
         maps = model.neck(model.backbone(filled_up(images).to(self.dtype)))
         boxes, scores, levels = self._candidates(maps, limits)
         maps = [x.float() for x in maps]
-        chosen = suppress_all(_apart(boxes, levels, scores >= 0), scores[:, None], _PROPOSALS, 0.7)
+        largest = torch.where(scores >= 0, boxes.amax(2), -1.0).amax(1)
+        shifted = bx.apart(boxes, levels, largest[:, None])
+        chosen = suppress_all(shifted, scores[:, None], PROPOSALS, PROPOSALS_IOU)
         picture, number = chosen[:, 0], chosen[:, 2]
         regions = boxes[picture, number]
 
-        logits, deltas = model.roi_head.bbox_head(self._pool(maps, picture, regions, 7))
+        logits, deltas = model.roi_head.bbox_head(self._pool(maps, picture, regions, BOX_CELLS))
         probabilities = logits.softmax(1)[:, :-1]
         region, label = (probabilities > model.score_thr).nonzero(as_tuple=True)
         score, picture = probabilities[region, label], picture[region]
-        found = _clipped(bx.decode(regions[region], deltas[region, label], _BOX_STDS), limits)
+        found = _clipped(bx.decode(regions[region], deltas[region, label], BOX_STDS), limits)
         # Pictures are kept apart as classes of the suppression, and classes, as in the model, by a shift.
         largest = torch.zeros(images.shape[:1]).scatter_reduce(0, picture, found.amax(1), "amax")[picture]
-        shifted = found + (label.to(found) * (largest + 1))[:, None]
+        shifted = bx.apart(found, label, largest)
         of_picture = torch.arange(images.shape[0])[:, None] == picture
         kept = suppress_all(
             shifted[None], torch.where(of_picture, score, -1.0)[None], model.max_per_img, model.nms_iou
@@ -112,7 +113,7 @@ class DetectionGraph(nn.Module):
         found, score, label, picture = found[kept], score[kept], label[kept], picture[kept]
         if model.roi_head.mask_head is None:
             return found, score, label, picture
-        masks = model.roi_head.mask_head(self._pool(maps, picture, found, 14))
+        masks = model.roi_head.mask_head(self._pool(maps, picture, found, MASK_CELLS))
         own = masks[torch.arange(label.shape[0]), label].float()
         return found, score, label, picture, paste_all(own.sigmoid(), found, images)
 
@@ -122,9 +123,9 @@ class DetectionGraph(nn.Module):
         for level, (x, stride) in enumerate(zip(maps, self.model.strides, strict=True)):
             score, delta = self.model.rpn_head(x)
             # As many more without area, since a small map may have fewer than are to be taken.
-            score = F.pad(score.sigmoid(), (0, _PROPOSALS), value=-1.0)
-            delta, anchors = (F.pad(value, (0, 0, 0, _PROPOSALS)) for value in (delta, bx.anchors(x.shape[2:], stride)))
-            best, order = score.topk(_PROPOSALS, dim=1)
+            score = F.pad(score.sigmoid(), (0, PROPOSALS), value=-1.0)
+            delta, anchors = (F.pad(value, (0, 0, 0, PROPOSALS)) for value in (delta, bx.anchors(x.shape[2:], stride)))
+            best, order = score.topk(PROPOSALS, dim=1)
             delta = delta.gather(1, order[:, :, None].expand(-1, -1, 4))
             moved = bx.decode(anchors[order].flatten(0, 1), delta.flatten(0, 1))
             boxes.append(_clipped(moved, limits).view(best.shape[0], -1, 4))
@@ -151,12 +152,6 @@ class DetectionGraph(nn.Module):
 def _clipped(boxes: Tensor, limits: Tensor) -> Tensor:
     """Boxes (n, 4) inside a picture; limits are its width, height, width and height."""
     return torch.minimum(boxes.clamp(min=0), limits)
-
-
-def _apart(boxes: Tensor, classes: Tensor, taking_part: Tensor) -> Tensor:
-    """Boxes (B, n, 4), shifted by class (n,) so that none overlaps one of another: see `boxes.suppress`."""
-    largest = torch.where(taking_part, boxes.amax(2), -1.0).amax(1)
-    return boxes + (classes * (largest[:, None] + 1))[:, :, None]
 
 
 def in_rows(detections: Sequence[Detections]) -> list[Tensor]:

@@ -94,19 +94,26 @@ def region_levels(boxes: Tensor, levels: int, finest: float = 56.0) -> Tensor:
 def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, iou: float) -> Tensor:
     """Non-maximum suppression within each class: indices of the boxes that stay, by falling score.
 
-    A box goes if its intersection over union with a better one of its class is above `iou`. Classes are kept apart by
-    shifting each by more than the largest coordinate, in float32: the rounding decides in close cases, so it is part of
-    the published models.
+    A box goes if its intersection over union with a better one of its class is above `iou`.
     """
     if not len(boxes):
         return classes.new_zeros(0)
     boxes, scores = boxes.float(), scores.float()
-    shifted = boxes + (classes.to(boxes) * (boxes.max() + 1))[:, None]
+    shifted = apart(boxes, classes, boxes.max())
     if len(boxes) < _ONE_RUN_BELOW:
         return nms(shifted, scores, iou)
     members = [(classes == label).nonzero().flatten() for label in classes.unique()]
     kept = torch.cat([group[nms(shifted[group], scores[group], iou)] for group in members]).sort().values
     return kept[scores[kept].argsort(descending=True)]
+
+
+def apart(boxes: Tensor, classes: Tensor, largest: Tensor) -> Tensor:
+    """Boxes (..., n, 4), each shifted by its class (..., n), so that none overlaps one of another class.
+
+    By more than the largest coordinate, in float32: the rounding decides in close cases, so it is part of the published
+    models. The largest may be of fewer boxes than these, and is then of any shape that goes with the classes'.
+    """
+    return boxes + (classes.to(boxes) * (largest + 1))[..., None]
 
 
 def match(boxes: Tensor, truths: Tensor, positive: float, negative: float, rescue: float) -> Tensor:

@@ -23,7 +23,9 @@ Losses = dict[str, Tensor]
 Detections = dict[str, Tensor]
 Target = Mapping[str, Tensor]
 
-_BOX_STDS = (0.1, 0.1, 0.2, 0.2)
+BOX_STDS = (0.1, 0.1, 0.2, 0.2)  # units of what the box head says of a region
+PROPOSALS, PROPOSALS_IOU = 1000, 0.7  # of a picture after their suppression, and before it of each map
+BOX_CELLS, MASK_CELLS = 7, 14  # a side of what the two heads see of a region
 
 
 class FPN(nn.Module):
@@ -68,7 +70,7 @@ class RPNHead(nn.Module):
 class BoxHead(nn.Module):
     """What is in this region, and where exactly."""
 
-    def __init__(self, num_classes: int, channels: int = 256, hidden: int = 1024, side: int = 7) -> None:
+    def __init__(self, num_classes: int, channels: int = 256, hidden: int = 1024, side: int = BOX_CELLS) -> None:
         super().__init__()
         sides = (channels * side**2, hidden, hidden)
         self.shared_fcs = nn.ModuleList(Linear(*pair) for pair in itertools.pairwise(sides))
@@ -210,7 +212,7 @@ class MaskRCNN(DenseModel):
         scores, deltas = zip(*predicted, strict=True)
         anchors = [bx.anchors(x.shape[2:], s, device=x.device) for x, s in zip(maps, self.strides, strict=True)]
         maps = [laid_out(x) for x in maps]  # once for both heads
-        keep = 1000 if targets is None else 2000
+        keep = PROPOSALS if targets is None else 2 * PROPOSALS
         with torch.no_grad():
             proposals = [
                 self.propose([s[i] for s in scores], [d[i] for d in deltas], anchors, size, keep)[0]
@@ -222,7 +224,7 @@ class MaskRCNN(DenseModel):
         losses = rpn_losses(torch.cat(scores, 1), torch.cat(deltas, 1), torch.cat(anchors), inside, targets)
         return losses | self._roi_losses(maps, proposals, targets)
 
-    def forward_fixed(self, images: Tensor, regions: int = 1000, masks: int = 100) -> None:
+    def forward_fixed(self, images: Tensor, regions: int = PROPOSALS, masks: int = 100) -> None:
         """Run every layer on fixed numbers of proposals and detections in all, which is what published costs count.
 
         Args:
@@ -234,9 +236,9 @@ class MaskRCNN(DenseModel):
         for x in maps:
             self.rpn_head(x)
         channels = maps[0].shape[1]
-        self.roi_head.bbox_head(maps[0].new_empty(regions, channels, 7, 7))
+        self.roi_head.bbox_head(maps[0].new_empty(regions, channels, BOX_CELLS, BOX_CELLS))
         if self.roi_head.mask_head is not None:
-            self.roi_head.mask_head(maps[0].new_empty(masks, channels, 14, 14))
+            self.roi_head.mask_head(maps[0].new_empty(masks, channels, MASK_CELLS, MASK_CELLS))
 
     def _inside(self, maps: Sequence[Tensor], size: Size) -> Tensor:
         """Which anchors of all maps lie in a picture, padded to a multiple of the coarsest stage's stride."""
@@ -266,7 +268,7 @@ class MaskRCNN(DenseModel):
         boxes, probabilities, levels = (torch.cat(parts) for parts in zip(*found, strict=True))
         valid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1).nonzero().flatten()
         boxes, probabilities, levels = boxes[valid], probabilities[valid], levels[valid]
-        kept = bx.suppress(boxes, probabilities, levels, 0.7)[:1000]
+        kept = bx.suppress(boxes, probabilities, levels, PROPOSALS_IOU)[:PROPOSALS]
         return boxes[kept], probabilities[kept]
 
     def pool(self, maps: Sequence[Tensor], regions: Sequence[Tensor], side: int) -> Tensor:
@@ -297,7 +299,7 @@ class MaskRCNN(DenseModel):
         least_score: float,
     ) -> list[Detections]:
         counts = [len(boxes) for boxes in proposals]
-        logits, deltas = self.roi_head.bbox_head(self.pool(maps, proposals, 7))
+        logits, deltas = self.roi_head.bbox_head(self.pool(maps, proposals, BOX_CELLS))
         detections, regions = [], []
         for i, (logit, delta) in enumerate(zip(logits.split(counts), deltas.split(counts), strict=True)):
             found, at = self._classify(proposals[i], logit, delta, sizes[i], file_sizes[i], least_score)
@@ -305,7 +307,7 @@ class MaskRCNN(DenseModel):
             regions.append(at)
         if self.roi_head.mask_head is not None:
             labels = torch.cat([found["labels"] for found in detections])
-            masks = _own_class(self.roi_head.mask_head(self.pool(maps, regions, 14)), labels).sigmoid()
+            masks = _own_class(self.roi_head.mask_head(self.pool(maps, regions, MASK_CELLS)), labels).sigmoid()
             for i, mask in enumerate(masks.split([len(at) for at in regions])):
                 found = detections[i]
                 found["masks"] = bx.paste_masks(mask, found["boxes"], file_sizes[i])
@@ -318,7 +320,7 @@ class MaskRCNN(DenseModel):
         scores = logits.softmax(1)[:, :-1]
         region, label = ((scores > self.score_thr) & (scores >= least_score)).nonzero(as_tuple=True)
         scores = scores[region, label]
-        boxes = bx.decode(proposals[region], deltas[region, label], _BOX_STDS, size)
+        boxes = bx.decode(proposals[region], deltas[region, label], BOX_STDS, size)
         kept = bx.suppress(boxes, scores, label, self.nms_iou)[: self.max_per_img]
         # Of the rounded sizes: the two factors of a picture differ.
         factor = boxes.new_tensor([size[1] / file_size[1], size[0] / file_size[0]]).repeat(2)
@@ -337,14 +339,14 @@ class MaskRCNN(DenseModel):
             label = target["labels"][which]
             regions.append(torch.cat([chosen, candidates[negative]]))
             labels += [label, label.new_full((len(negative),), self.num_classes)]
-            deltas.append(bx.encode(chosen, truths[which], _BOX_STDS))
+            deltas.append(bx.encode(chosen, truths[which], BOX_STDS))
             known = len(chosen) if "masks" in target else 0
             masked.append(chosen[:known])
             mask_labels.append(label[:known])
             if known:
                 shapes.append(_mask_targets(target["masks"], chosen, which))
 
-        logits, predicted = self.roi_head.bbox_head(self.pool(maps, regions, 7))
+        logits, predicted = self.roi_head.bbox_head(self.pool(maps, regions, BOX_CELLS))
         label = torch.cat(labels)
         positive = (label < self.num_classes).nonzero().flatten()
         count = max(len(label), 1)
@@ -353,7 +355,7 @@ class MaskRCNN(DenseModel):
             "reg": F.l1_loss(predicted[positive, label[positive]], torch.cat(deltas), reduction="sum") / count,
         }
         if shapes and self.roi_head.mask_head is not None:
-            own = _own_class(self.roi_head.mask_head(self.pool(maps, masked, 14)), torch.cat(mask_labels))
+            own = _own_class(self.roi_head.mask_head(self.pool(maps, masked, MASK_CELLS)), torch.cat(mask_labels))
             losses["mask"] = F.binary_cross_entropy_with_logits(own, torch.cat(shapes))
         return losses
 
