@@ -7,9 +7,11 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_eval
 
+from vmamba.data import config
 from vmamba.data.config import AugmentConfig
 from vmamba.data.seeding import derive_seed, seed_sample, seed_step
 from vmamba.data.transforms import BatchAugment, Preprocessing, crop_and_flip, train_transform
+from vmamba.models import limits
 
 
 def test_normalise_is_timms():
@@ -61,6 +63,11 @@ def test_eval_transform_is_timms_also_of_what_is_long(pre, short):
             assert found.shape == wanted.shape == (3, *pre.img_size)
             assert (found.int() - wanted.int()).abs().max() <= most
     assert transform(Image.new("L", (200, 2), 7)).tolist() == torch.full((1, *pre.img_size), 7).tolist()
+
+
+def test_files_may_say_of_pictures_what_pictures_can_be_prepared_by():
+    assert limits.INTERPOLATIONS == config.INTERPOLATIONS
+    assert limits.CROP_MODES == config.CROP_MODES
 
 
 @pytest.mark.parametrize("mode", ["squash", "border"])

@@ -321,7 +321,7 @@ def test_a_folder_is_read_by_transformers(tmp_path: Path) -> None:
     [
         ("mean", ["a"]), ("mean", [math.nan] * 3), ("mean", 5), ("std", None), ("std", [0, 0, 0]), ("std", 5),
         ("interpolation", "x"), ("interpolation", 5), ("crop_pct", -1), ("crop_pct", 1e-9),
-        ("crop_pct", math.inf), ("crop_pct", "x"),
+        ("crop_pct", math.inf), ("crop_pct", "x"), ("crop_mode", "x"), ("crop_mode", ["center"]),
         ("img_size", [100_000, 100_000]), ("img_size", [32.5, 32]), ("img_size", [32, 32, 32]), ("img_size", [-8, -8]),
         ("img_size", ["a", "b"]), ("class_names", 5),
         ("class_names", {"a": 1}), ("class_names", [["x"], ["y"], ["z"]]),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 STREAMS = ("wds/", "hfids/", "tfds/")  # data sets that can only be read in a row, as timm's factory names them
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")  # as timm names them
+CROP_MODES = ("center", "squash", "border")  # likewise
 
 
 @dataclass

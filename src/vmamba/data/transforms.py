@@ -23,13 +23,18 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from vmamba.data.config import INTERPOLATIONS, AugmentConfig, DetectionAugmentConfig, SegmentationAugmentConfig
+from vmamba.data.config import (
+    CROP_MODES,
+    INTERPOLATIONS,
+    AugmentConfig,
+    DetectionAugmentConfig,
+    SegmentationAugmentConfig,
+)
 from vmamba.data.images import check_channels
 from vmamba.errors import RecipeError
 
 IGNORED = -1  # the label of pixels that neither loss nor metrics count
 
-_CROP_MODES = ("center", "squash", "border")  # timm's
 _LONG = 20  # times as long as wide, up to which a picture is resized whole
 
 ImageTransform = Callable[[Image.Image], Tensor]
@@ -59,8 +64,8 @@ class Preprocessing:
             raise ValueError(f"interpolation is {self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}")
         if min(self.img_size) < 1 or min(self.std) <= 0 or not 0 < self.crop_pct <= 1:
             raise ValueError(f"sides must be at least 1, std above 0 and crop_pct in (0, 1]; got {self}")
-        if self.crop_mode not in _CROP_MODES:
-            raise ValueError(f"crop_mode is {self.crop_mode!r}; expected one of {', '.join(_CROP_MODES)}")
+        if self.crop_mode not in CROP_MODES:
+            raise ValueError(f"crop_mode is {self.crop_mode!r}; expected one of {', '.join(CROP_MODES)}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:

@@ -187,11 +187,11 @@ def _untold(model: nn.Module, told: Mapping[str, Any]) -> list[str]:
     name, options = told.get("variant"), told.get("model_kwargs") or {}
     if not isinstance(name, str) or not timm.is_model(name):
         return []
-    limit = 2 * len(model.state_dict()) + 1024
+    tensors = len(model.state_dict())
     try:
         check_metadata(told)
         check_arguments(options)
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"), at_most(limit):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"), at_most(tensors):
             warnings.simplefilter("ignore")
             given = {key: told[key] for key in ("num_classes", "in_chans") if key in told}
             built = timm.create_model(name, **{**options, **given})

@@ -17,6 +17,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from vmamba.errors import listed
 
+# As in `vmamba.data.config`, which is above this room; a test holds them together.
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+CROP_MODES = ("center", "squash", "border")
 _LARGEST = 1 << 22  # sum of all numbers among a model's arguments that a file may ask for
 _LARGEST_IMAGE = 1 << 26  # pixels, likewise
 
@@ -49,7 +52,8 @@ def check_metadata(stored: Mapping[str, Any]) -> None:
     sound: dict[str, Callable[[Any], bool]] = {
         "mean": lambda values: all(math.isfinite(value) for value in values),
         "std": lambda values: all(math.isfinite(value) and value > 0 for value in values),
-        "interpolation": lambda name: name in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"),
+        "interpolation": lambda name: name in INTERPOLATIONS,
+        "crop_mode": lambda name: name in CROP_MODES,
         "crop_pct": lambda share: 0.01 <= share <= 1,
         "img_size": _is_size,
         "sides": _is_size,
@@ -85,9 +89,9 @@ def _keys_and_numbers(value: object) -> Iterator[str | float]:
 
 
 @contextmanager
-def at_most(limit: int) -> Iterator[None]:
-    """Stop building a model, in this thread, once it has more parameters than `limit`."""
-    count, builder = 0, threading.get_ident()
+def at_most(tensors: int) -> Iterator[None]:
+    """Stop building a model, in this thread, once it has far more parameters than so many tensors could fill."""
+    count, limit, builder = 0, 2 * tensors + 1024, threading.get_ident()
 
     def note(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         nonlocal count

@@ -175,7 +175,7 @@ def load_model(path: str | PathLike[str], ema: bool = False) -> tuple[nn.Module,
     try:
         build = functools.partial(create_model if name in ENTRIES else timm.create_model, name)
         build = functools.partial(build, **_options(checkpoint, stored, ours=name in ENTRIES))
-        with at_most(2 * len(checkpoint.tensors) + 1024), torch.device("meta"):
+        with at_most(len(checkpoint.tensors)), torch.device("meta"):
             sketch = build()
     except Exception as error:  # the arguments come from the file, and may fail anywhere
         raise CheckpointError(f"{path} describes a model that cannot be built: {error}") from error
@@ -231,7 +231,7 @@ def _from_folder(folder: ModelFolder, pretrained: bool, kwargs: dict[str, Any]) 
             options = stored["model_kwargs"] | options
         else:  # timm reads the configuration once more, for all that it knows of it
             build, options = functools.partial(timm.create_model, f"local-dir:{folder.path}"), {}
-        with at_most(2 * (len(checkpoint.tensors) if checkpoint else MAX_TENSORS) + 1024), torch.device("meta"):
+        with at_most(len(checkpoint.tensors) if checkpoint else MAX_TENSORS), torch.device("meta"):
             sketch = build(**options)
     except Exception as error:  # the arguments come from the folder, and may fail anywhere
         raise CheckpointError(f"{folder.name} describes a model that cannot be built: {error}") from error
