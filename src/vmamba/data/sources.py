@@ -7,7 +7,6 @@ import functools
 import gzip
 import io
 import os
-import posixpath
 import shutil
 import tarfile
 from collections import Counter
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vmamba.data.config import STREAMS, DataConfig
 from vmamba.data.images import check_channels, image_files, is_hidden, is_image, read_image, standard_image
+from vmamba.data.tars import members
 from vmamba.errors import DataError, ImageError
 from vmamba.files import replacing, shown
 
@@ -264,9 +264,8 @@ def _tar_places(root: str, wrappers: set[str]) -> tuple[dict[str, tuple[int, int
     folders: set[str] = set()
 
     def scan(tar: Any, prefix: str, start: int) -> None:
-        while (member := tar.next()) is not None:
-            tar.members = []  # they would fill the memory: there may be millions
-            path = prefix + posixpath.normpath(member.name).lstrip("/")
+        for name, member in members(tar, start):
+            path = prefix + name
             if member.isdir() and not is_hidden(path):
                 folders.add(path)
             elif member.isreg() and is_image(path):
@@ -274,9 +273,6 @@ def _tar_places(root: str, wrappers: set[str]) -> tuple[dict[str, tuple[int, int
             elif member.isreg() and path.lower().endswith(".tar") and not (prefix or is_hidden(path)):
                 with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
                     scan(inner, f"{path[:-4]}/", start + member.offset_data)
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes this for the end
-            raise tarfile.ReadError(f"damaged or cut off at byte {start + tar.offset}")
 
     try:
         with tarfile.open(root, "r:") as tar:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vmamba.data.images import image_files, is_hidden, is_image, read_image
+from vmamba.data.tars import members
 from vmamba.deploy.batch import places
 from vmamba.errors import BatchError, ImageError
 from vmamba.files import shown
@@ -218,7 +219,7 @@ def _tar_extents(path: str) -> list[Extent]:
     error = None
     with places.open_file(path) as file:
         try:
-            for member in _members(file):
+            for _, member in _tar_images(file):
                 starts.append(member.offset)  # of a long name's own header, where there is one
         except _TAR_ERRORS as problem:
             error = f"{shown(path)} cannot be read to its end as a .tar file: {places.reason(problem)}"
@@ -226,31 +227,23 @@ def _tar_extents(path: str) -> list[Extent]:
     return [*extents, Extent(Segment("bad", path, error=error))] if error else extents
 
 
-def _members(file: Any) -> Iterator[tarfile.TarInfo]:
-    """The images of a .tar file from where it stands on.
+def _tar_images(file: Any) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """The images of a .tar file from where it stands on, by their paths.
 
     Raises:
         tarfile.TarError, OSError, ValueError: it is damaged.
     """
     with tarfile.open(fileobj=file, mode="r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # they would fill the memory: there may be millions
-            if member.isreg() and is_image(_inner_name(member)):
-                yield member
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes this for the end
-            raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}")
-
-
-def _inner_name(member: tarfile.TarInfo) -> str:
-    return posixpath.normpath(member.name).lstrip("/")
+        for path, member in members(tar):
+            if member.isreg() and is_image(path):
+                yield path, member
 
 
 def _tar_items(segment: Segment) -> Iterator[Item]:
     with places.open_file(segment.path) as file:
         file.seek(segment.start)
-        for member in _members(file):
-            name = places.join(segment.path, _inner_name(member))
+        for path, member in _tar_images(file):
+            name = places.join(segment.path, path)
             if member.size > _MOST_BYTES:
                 yield Item(name, _too_large(name, member.size))
                 continue
