@@ -32,7 +32,7 @@ from runner import RESULTS, Bench, Benchmark, Figures, Part, Results, Section, S
 from torch import Tensor, nn
 
 import vmamba
-from vmamba.data.coco import Objects, open_objects
+from vmamba.data.coco import Objects, encode_masks, open_objects
 from vmamba.data.config import DataConfig
 from vmamba.data.masks import MaskedPictures, open_masks
 from vmamba.data.sources import open_split
@@ -40,7 +40,6 @@ from vmamba.data.transforms import IGNORED, Preprocessing
 from vmamba.deploy import export_onnx, int8_onnx, load_quantized, quantize
 from vmamba.models.registry import load_model
 from vmamba.tasks.detection import evaluate
-from vmamba.tasks.detector import encode_masks
 from vmamba.tasks.prediction import preprocessing_of
 from vmamba.tasks.segmentation import scores
 

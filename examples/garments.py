@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from rich.progress import track
 
-from vmamba.tasks.detector import encode_masks
+from vmamba.data.coco import encode_masks
 from vmamba.tasks.overlays import palette
 
 CLASSES = ("top", "trousers", "dress", "shoe", "bag")

@@ -16,14 +16,14 @@ from tasks.small import distributed, history
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmamba.cli import main, make_parser
-from vmamba.data.coco import open_objects
+from vmamba.data.coco import encode_masks, open_objects
 from vmamba.data.transforms import Preprocessing
 from vmamba.errors import CheckpointError, DataError, RecipeError
 from vmamba.models.checkpoints import read_metadata
 from vmamba.models.registry import ENTRIES
 from vmamba.tasks.detection import NUMBERS, DetectionTask, evaluate
 from vmamba.tasks.detection_recipe import DetectionDataConfig, DetectionTrainConfig, DetectionValidateConfig
-from vmamba.tasks.detector import Detector, _with_windows, drawn, encode_masks
+from vmamba.tasks.detector import Detector, _with_windows, drawn
 from vmamba.tasks.inference import padded
 from vmamba.tasks.overlays import INK, palette
 from vmamba.tasks.prediction import Classifier

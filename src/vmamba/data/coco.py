@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, Mask
@@ -126,6 +127,14 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
         return rle.decode(segmentation)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
+
+
+def encode_masks(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
+    """Masks (n, H, W) as COCO's compressed run lengths, with text that JSON can hold."""
+    with needing("dense", "masks need one more package"):
+        from faster_coco_eval.core import mask as rle
+    runs = rle.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))) if len(masks) else []
+    return [{"size": [int(s) for s in run["size"]], "counts": run["counts"].decode()} for run in runs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from typing_extensions import override
 
-from vmamba.data.coco import Objects, decode_mask, open_objects
+from vmamba.data.coco import Objects, decode_mask, encode_masks, open_objects
 from vmamba.data.loading import EpochLoader, Samples
 from vmamba.data.sources import check_all
 from vmamba.data.transforms import Preprocessing, detection_transform
@@ -26,7 +26,7 @@ from vmamba.files import shown
 from vmamba.models.detection import Losses, MaskRCNN, Target
 from vmamba.tasks import overlays
 from vmamba.tasks.detection_recipe import DetectionDataConfig, DetectionTrainConfig, DetectionValidateConfig
-from vmamba.tasks.detector import Detector, drawn, encode_masks, fitted_sides
+from vmamba.tasks.detector import Detector, drawn, fitted_sides
 from vmamba.tasks.inference import detect, padded
 from vmamba.tasks.prediction import Weights
 from vmamba.tasks.runs import report

@@ -16,8 +16,9 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from typing_extensions import override
 
+from vmamba.data.coco import encode_masks
 from vmamba.data.images import any_image
-from vmamba.errors import CheckpointError, ImageError, RecipeError, needing
+from vmamba.errors import CheckpointError, ImageError, RecipeError
 from vmamba.files import shown
 from vmamba.models import boxes as bx
 from vmamba.models.class_names import COCO, COCO_CATEGORY_IDS
@@ -160,14 +161,6 @@ def drawn(
     if scores is not None:
         texts = [f"{text} {score:.0%}" for text, score in zip(texts, scores, strict=True)]
     return overlays.boxed(overlays.easel(picture), picture.size, boxes, [colours[i] for i in labels], texts, masks)
-
-
-def encode_masks(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
-    """Masks (n, H, W) as COCO's compressed run lengths, with text that JSON can hold."""
-    with needing("dense", "masks need one more package"):
-        from faster_coco_eval.core import mask as rle
-    runs = rle.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))) if len(masks) else []
-    return [{"size": [int(s) for s in run["size"]], "counts": run["counts"].decode()} for run in runs]
 
 
 @dataclass

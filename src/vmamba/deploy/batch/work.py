@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 from typing_extensions import override
 
+from vmamba.data.coco import encode_masks
 from vmamba.deploy.batch.config import BatchConfig
 from vmamba.errors import BatchError, CheckpointError
 from vmamba.tasks import parts_of
-from vmamba.tasks.detector import Detector, Objects, encode_masks
+from vmamba.tasks.detector import Detector, Objects
 from vmamba.tasks.inference import seen_size
 from vmamba.tasks.prediction import Classifier, Weights, moved, preprocessing_of
 from vmamba.tasks.segmenter import Segmenter, class_shares
