@@ -34,7 +34,7 @@ from runner import RESULTS
 from side_by_side import Page, Recipe, learn_in_turns
 from torch import Tensor, nn
 
-from vmamba.data.coco import Objects, open_objects
+from vmamba.data.coco import ObjectDataset, open_objects
 from vmamba.data.config import DetectionAugmentConfig, SegmentationAugmentConfig
 from vmamba.data.images import read_image
 from vmamba.data.loading import EpochLoader, Samples
@@ -168,8 +168,8 @@ class Streets:
 class BloodCells:
     """Detection: where are which cells."""
 
-    known: Objects
-    judged: Objects
+    known: ObjectDataset
+    judged: ObjectDataset
     seed: int
     augment: DetectionAugmentConfig
     recipe = Recipe(batch=4, rate=5e-3)

@@ -32,7 +32,7 @@ from runner import RESULTS, Bench, Benchmark, Figures, Part, Results, Section, S
 from torch import Tensor, nn
 
 import vmamba
-from vmamba.data.coco import Objects, encode_masks, open_objects
+from vmamba.data.coco import ObjectDataset, encode_masks, open_objects
 from vmamba.data.config import DataConfig
 from vmamba.data.masks import MaskedPictures, open_masks
 from vmamba.data.sources import open_split
@@ -206,7 +206,7 @@ def segmented(call: Whole, pictures: MaskedPictures) -> Row:
     return {"mIoU": scores(counts.reshape(number, number))["mIoU"]}
 
 
-def detected(call: Whole, pictures: Objects) -> Row:
+def detected(call: Whole, pictures: ObjectDataset) -> Row:
     """How well a file detects."""
     entries = []
     for index, about in enumerate(pictures.pictures):

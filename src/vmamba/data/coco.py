@@ -28,7 +28,7 @@ _MOST_PIXELS = 100_000_000  # of a picture that could be read
 
 
 @dataclass(frozen=True)
-class Objects:
+class ObjectDataset:
     """A data set for detection and instance segmentation, opened and checked.
 
     Attributes:
@@ -143,7 +143,7 @@ def encode_masks(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
 
 def open_objects(
     annotations: str | os.PathLike[str], folder: str | os.PathLike[str], class_names: Sequence[str] | None = None
-) -> Objects:
+) -> ObjectDataset:
     """Open a COCO file, or a folder of Pascal VOC files, and check every annotation.
 
     Boxes that are empty or lie outside of the picture are dropped, as is the field's custom, those that reach out are
@@ -217,7 +217,7 @@ def open_objects(
     if maskless:
         file = shown(pictures[maskless[0]["image_id"]]["file_name"])
         words += f", the first in {file}, annotation {maskless[0]['id']}"
-    return Objects(
+    return ObjectDataset(
         root, where, names, ids,
         [{key: pictures[i][key] for key in ("id", "file_name", "height", "width")} for i in order],
         [json.dumps(kept[i]).encode() for i in order],

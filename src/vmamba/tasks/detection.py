@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from typing_extensions import override
 
-from vmamba.data.coco import Objects, decode_mask, encode_masks, open_objects
+from vmamba.data.coco import ObjectDataset, decode_mask, encode_masks, open_objects
 from vmamba.data.loading import EpochLoader, Samples
 from vmamba.data.sources import check_all
 from vmamba.data.transforms import Preprocessing, detection_transform
@@ -67,8 +67,8 @@ class DetectionTask(Task):
         model: MaskRCNN,
         sides: tuple[int, int],
         data: DetectionDataConfig,
-        val: Objects,
-        train: Objects | None = None,
+        val: ObjectDataset,
+        train: ObjectDataset | None = None,
         recipe: DetectionTrainConfig | None = None,
     ) -> None:
         super().__init__(model, recipe)
@@ -265,7 +265,7 @@ class DetectionTask(Task):
 class TrainingPictures:
     """The pictures of a split that show objects, uint8 (3, H, W), and their objects, augmented."""
 
-    def __init__(self, objects: Objects | None, transform: Callable[..., Any]) -> None:
+    def __init__(self, objects: ObjectDataset | None, transform: Callable[..., Any]) -> None:
         assert objects is not None
         self.objects, self.transform = objects, transform
         self.indices = objects.with_objects()
@@ -286,7 +286,7 @@ class TrainingPictures:
 class WholePictures:
     """All pictures of a split, uint8 (3, H, W), and their numbers in it; that of a filler is -1."""
 
-    def __init__(self, objects: Objects) -> None:
+    def __init__(self, objects: ObjectDataset) -> None:
         self.objects = objects
 
     def __len__(self) -> int:
@@ -300,7 +300,7 @@ class WholePictures:
 # Data
 
 
-def _opened(data: DetectionDataConfig, training: bool, class_names: Sequence[str] | None = None) -> Objects:
+def _opened(data: DetectionDataConfig, training: bool, class_names: Sequence[str] | None = None) -> ObjectDataset:
     """Open and check one split, and say what of it is left out."""
     objects = open_objects(*_places(data, training), class_names)
     if not objects.with_objects():
@@ -353,7 +353,7 @@ class Measured:
     per_class: NDArray[np.float64]
 
 
-def evaluate(truth: Objects, entries: Sequence[dict[str, Any]], kind: str) -> Measured:
+def evaluate(truth: ObjectDataset, entries: Sequence[dict[str, Any]], kind: str) -> Measured:
     """Compare what was found in the pictures of a data set to what is in them.
 
     Args:
