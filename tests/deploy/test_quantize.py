@@ -18,7 +18,7 @@ from vmamba.deploy import export_onnx, int8_onnx, load_quantized, quantize
 from vmamba.deploy.calibration import gather, open_pictures
 from vmamba.deploy.int8 import computes_in_int8, is_excluded
 from vmamba.deploy.quantize import _damage, _overflows
-from vmamba.errors import DataError, ExportError
+from vmamba.errors import CheckpointError, DataError, ExportError
 from vmamba.models.checkpoints import save_checkpoint
 from vmamba.models.vmamba import VMamba
 
@@ -396,7 +396,7 @@ def test_refusals(whole, eighth, tmp_path, monkeypatch):
         quantize(whole, program, pictures, format="torch")
     with pytest.raises(ExportError, match="embed is for ONNX"):
         quantize(whole, program, pictures, format="torch", embed=True)
-    with pytest.raises(ExportError, match="has no published weights"):
+    with pytest.raises(CheckpointError, match="has no published weights"):
         quantize("vmamba_femto", path, pictures)
     detector = vmamba.create_model("maskrcnn", backbone="vmamba_femto", num_classes=2, channels=8, hidden=8)
     with pytest.raises(ExportError, match="for which ONNX alone has a graph, in float32, float16 or int8"):

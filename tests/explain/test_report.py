@@ -20,6 +20,7 @@ from vmamba.explain.config import ExplainConfig
 from vmamba.explain.scans import Recording
 from vmamba.explain.selectivity import selectivity
 from vmamba.models.checkpoints import save_checkpoint
+from vmamba.models.hub import save_folder
 from vmamba.models.registry import load_model
 from vmamba.ops import PATTERNS
 from vmamba.tasks.detector import Detector
@@ -262,15 +263,15 @@ def test_depth_beside_another_model(folder, capsys):
             path = folder / "data" / split / ("dark" if number % 2 else "light") / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (32, 32), (200 - 120 * (number % 2) + number,) * 3).save(path)
-    Path("other.safetensors").write_bytes(Path("model.safetensors").read_bytes())
+    save_folder(load_model("model.safetensors")[0], "other")
     code, out, err = run(
         capsys, "--checkpoint", "model.safetensors", "--what", "depth", "--labelled", "data", "--beside",
-        "other.safetensors", "--output", "out",
+        "local-dir:other", "--output", "out",
     )  # fmt: skip
     assert code == 0, err
     assert out == ["out/depth.png"]
     found = numbers()["depth"]["models"]
-    assert [model["name"] for model in found] == ["model.safetensors", "other.safetensors"]
+    assert [model["name"] for model in found] == ["model.safetensors", "local-dir:other"]
     assert found[0]["pictures"] == 16
     assert found[0]["accuracy"][0] == 1.0
     assert len(found[0]["edges"]) == 2

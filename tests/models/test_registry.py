@@ -233,7 +233,7 @@ def test_a_network_on_a_vmamba_is_rebuilt_from_a_file(openmmlab: bool, toy: str,
 
 def test_a_published_head_of_another_size_is_drawn_anew(toy: str, tmp_path: Path, monkeypatch: Any) -> None:
     torch.save({"state_dict": as_openmmlab(published := vmamba.create_model(toy))}, path := tmp_path / "released.pth")
-    with pytest.raises(RuntimeError, match=f"{toy} has no published weights"):
+    with pytest.raises(CheckpointError, match=f"{toy} has no published weights"):
         vmamba.create_model(toy, pretrained=True)
     monkeypatch.setattr(registry, "_published", lambda name, url: path)
     assert_equal(vmamba.create_model(toy, pretrained=True), published.state_dict())

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
-from urllib.parse import unquote
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from torch import nn
 from vmamba.app.texts import Language, plain
 from vmamba.errors import CheckpointError, RecipeError
 from vmamba.files import shown
-from vmamba.models.download import download
+from vmamba.models.download import download, path_of
 from vmamba.models.folders import task_of
 from vmamba.models.registry import ENTRIES, create_model, list_models
 from vmamba.tasks import parts_of
@@ -169,4 +168,4 @@ def _of_variant(name: str, origin: Origin) -> Choice:
 def _is_cached(name: str) -> bool:
     """Whether a variant's published file has been downloaded already."""
     url = ENTRIES[name].url
-    return bool(url) and (Path(torch.hub.get_dir()) / "checkpoints" / unquote(str(url)).rpartition("/")[2]).exists()
+    return url is not None and path_of(url).exists()

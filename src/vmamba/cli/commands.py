@@ -136,20 +136,15 @@ def export(config: ExportConfig, name: str) -> int:
     """Write a model for other programs, and say how near to the model it is."""
     from vmamba.deploy import export_aoti, export_onnx, export_torch
     from vmamba.deploy.graphs import check_target
-    from vmamba.models.registry import ENTRIES, create_model, load_model
+    from vmamba.models.registry import open_model
 
     # Before anything is downloaded.
     check_target(config.output, ".onnx" if config.format == "onnx" else ".pt2", source=name)
     if (config.half and config.format != "onnx") or (config.embed and config.format == "torch"):
         raise ExportError("--half is for --format onnx, --embed for onnx and aoti; a torch program is as the model is")
-    if name in ENTRIES:
-        if config.pretrained and ENTRIES[name].url is None:
-            raise ExportError(f"{name} has no published weights; give a file, or --pretrained false for random ones")
-        model, names = create_model(name, pretrained=config.pretrained), None
-    else:
-        model, metadata = load_model(name)
-        names = metadata.get("class_names")
-    options: dict[str, Any] = {"sizes": config.sizes, "tolerance": config.tolerance, "class_names": names}
+    model, told = open_model(name, config.pretrained)
+    options: dict[str, Any] = {"sizes": config.sizes, "tolerance": config.tolerance}
+    options["class_names"] = told.get("class_names")
     if config.format == "onnx":
         written = export_onnx(model, config.output, half=config.half, embed=config.embed, **options)
     elif config.format == "aoti":

@@ -24,7 +24,7 @@ from vmamba.deploy.export import export_onnx, metadata_of, preprocessing_for, ta
 from vmamba.deploy.graphs import Images, check_target, outputs_of, prepared, traced, traced_from_one
 from vmamba.errors import DataError, ExportError, needing
 from vmamba.files import replacing, shown
-from vmamba.models.registry import ENTRIES, create_model, load_model
+from vmamba.models.registry import open_model
 from vmamba.ops.exporting import operators_kept
 
 _Size = tuple[int, int] | None  # height and width that a graph takes alone; None of any
@@ -347,10 +347,6 @@ def _is_quantised(model: nn.Module) -> bool:
 
 def _opened(name: str) -> tuple[nn.Module | Path, list[str] | None]:
     """A model by its name or file with the names of its classes; an ONNX file as it is."""
-    if name in ENTRIES:
-        if ENTRIES[name].url is None:
-            raise ExportError(f"{name} has no published weights; give a file of trained ones")
-        return create_model(name, pretrained=True), None
     if name.lower().endswith(".onnx"):
         if not os.path.isfile(name):
             raise ExportError(f"{shown(name)}: no such file")
@@ -359,7 +355,7 @@ def _opened(name: str) -> tuple[nn.Module | Path, list[str] | None]:
         raise ExportError(
             f"{shown(name)} is a torch program, which is finished; give the file of weights it was made from"
         )
-    model, metadata = load_model(name)
+    model, metadata = open_model(name)
     return model, metadata.get("class_names")
 
 

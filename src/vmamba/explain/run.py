@@ -12,6 +12,7 @@ from torch import nn
 from vmamba.explain.config import ExplainConfig, listed
 from vmamba.explain.images import Seen, preprocessing_for, see
 from vmamba.files import shown
+from vmamba.models.folders import is_source
 from vmamba.tasks.prediction import Weights, class_names, load_weights, moved
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Explanation:
         """The networks to put beside this one."""
         found = {}
         for other in listed(self.config.beside):
-            weights = load_weights(other) if Path(other).exists() else load_weights(name=other)
+            weights = load_weights(other) if is_source(other) or Path(other).exists() else load_weights(name=other)
             found[shown(other)] = moved(weights.model, self.config.device)
         return found
 

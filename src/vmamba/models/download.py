@@ -15,7 +15,7 @@ from vmamba.errors import CheckpointError
 from vmamba.files import replacing
 from vmamba.models.weight_files import StrPath, container_of
 
-__all__ = ["download"]
+__all__ = ["download", "path_of"]
 
 _DROPPED = (ConnectionError, TimeoutError, HTTPException)
 _ATTEMPTS = 4
@@ -40,17 +40,13 @@ def download(url: str, folder: StrPath | None = None, *, progress: bool = True, 
     Raises:
         CheckpointError: the file cannot be had, or what came is no weight file.
     """
-    address = urllib.parse.urlsplit(url)
-    name = urllib.parse.unquote(address.path).rpartition("/")[2]
-    if address.scheme not in ("http", "https") or not name.strip("."):
-        raise ValueError(f"url is {url!r}; expected http(s)://.../FILE")
-    path = Path(folder if folder is not None else Path(torch.hub.get_dir()) / "checkpoints") / name
+    path = path_of(url, folder)
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         try:
-            _fetch(url, partial, name, progress, timeout)
+            _fetch(url, partial, path.name, progress, timeout)
             container_of(partial)
         except (urllib.error.URLError, CheckpointError, *_DROPPED) as error:
             reason = str(error).replace(str(partial), "what the server sent")
@@ -59,6 +55,19 @@ def download(url: str, folder: StrPath | None = None, *, progress: bool = True, 
                 f" instance, and put it at {path}, or anywhere and pass checkpoint=PATH instead of pretrained=True."
             ) from error
     return path
+
+
+def path_of(url: str, folder: StrPath | None = None) -> Path:
+    """Where `download` puts the file of an address, or has put it.
+
+    Raises:
+        ValueError: it is no address of a file.
+    """
+    address = urllib.parse.urlsplit(url)
+    name = urllib.parse.unquote(address.path).rpartition("/")[2]
+    if address.scheme not in ("http", "https") or not name.strip("."):
+        raise ValueError(f"url is {url!r}; expected http(s)://.../FILE")
+    return Path(folder if folder is not None else Path(torch.hub.get_dir()) / "checkpoints") / name
 
 
 def _fetch(url: str, partial: Path, name: str, progress: bool, timeout: float) -> None:

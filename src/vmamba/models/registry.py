@@ -23,7 +23,7 @@ import difflib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any
 
 import timm
@@ -114,8 +114,8 @@ def create_model(
 
     Raises:
         ValueError: no model has that name, or both weights and checkpoint are asked for.
-        RuntimeError: published weights are asked for, and the model has none.
-        CheckpointError: the file does not fit, see `load_checkpoint`; or the folder holds no model that is known here.
+        CheckpointError: published weights are asked for, and the model has none; the file does not fit, see
+            `load_checkpoint`; or the folder holds no model that is known here.
     """
     if pretrained and checkpoint is not None:
         raise ValueError("pretrained=True and checkpoint= are both given; choose one source of weights")
@@ -184,6 +184,24 @@ def load_model(path: str | PathLike[str], ema: bool = False) -> tuple[nn.Module,
     model = build()
     checkpoint.load(model, ema)
     return model.eval(), {**default_metadata(model), **stored}
+
+
+def open_model(source: str | PathLike[str], pretrained: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of one of `list_models()`, with its published weights, or what `load_model` makes of a file or folder.
+
+    Args:
+        source: a name, a file, or a folder.
+        pretrained: whether the weights of a name are the published ones, not random.
+
+    Returns:
+        The model, in evaluation mode on the CPU, and what is known of it beside what it knows itself.
+
+    Raises:
+        CheckpointError: there are no published weights; or see `load_checkpoint`.
+    """
+    if (name := fspath(source)) in ENTRIES:
+        return create_model(name, pretrained=pretrained).eval(), {}
+    return load_model(source)
 
 
 def _options(checkpoint: Checkpoint, stored: Mapping[str, Any], ours: bool) -> dict[str, Any]:
@@ -266,9 +284,9 @@ def _from_folder(folder: ModelFolder, pretrained: bool, kwargs: dict[str, Any]) 
 def _published(name: str, url: str | None) -> str:
     """The file with a model's published weights."""
     if not url:
-        raise RuntimeError(
-            f"{name} has no published weights; create it with pretrained=False, or load your own with"
-            " vmamba.create_model(..., checkpoint=PATH)"
+        raise CheckpointError(
+            f"{name} has no published weights: give a file of trained ones (in Python as checkpoint=PATH), or take"
+            " random ones (pretrained=False)"
         )
     return str(download(url))
 
@@ -349,4 +367,6 @@ for _name, _variant in VARIANTS.items():
             _name, "classification", functools.partial(timm.create_model, _name), _variant.img_size, _name, **_numbers
         )
     )
-__all__ = ["ENTRIES", "Entry", "create_model", "list_models", "load_model", "register"]  # timm added its entrypoints
+__all__ = [  # timm added its entrypoints
+    "ENTRIES", "Entry", "create_model", "list_models", "load_model", "open_model", "register",
+]  # fmt: skip
