@@ -26,7 +26,7 @@ from page import Row, curves, sentence
 from runner import RESULTS, Bench, Benchmark, Figures, Part, Results, Section, Settings, Tables
 
 import vmamba
-from vmamba.deploy import export_onnx
+from vmamba.deploy import export_onnx, onnx_runtime
 
 MINE, SWIN = "VMamba-T", "Swin-T"
 ORT, OPENVINO, FIXED = "ONNX Runtime", "OpenVINO", "OpenVINO, fixed size"
@@ -65,10 +65,8 @@ def runner(mode: str, model: str, size: int) -> Callable[[], object]:
     image = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
     path = str(file(model, size))
     if mode == ORT:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = THREADS, 3
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return lambda: session.run(None, {"images": image})
+        run = onnx_runtime.runner(path, THREADS)
+        return lambda: run(image)
     core = openvino.Core()
     graph = core.read_model(path)
     if mode == FIXED:

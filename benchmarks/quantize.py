@@ -13,7 +13,6 @@ holds train and val, each a folder or a .tar file of class folders.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ from vmamba.data.config import DataConfig
 from vmamba.data.masks import MaskedPictures, open_masks
 from vmamba.data.sources import open_split
 from vmamba.data.transforms import IGNORED, Preprocessing
-from vmamba.deploy import export_onnx, int8_onnx, load_quantized, quantize
+from vmamba.deploy import export_onnx, int8_onnx, load_quantized, onnx_runtime, quantize
 from vmamba.models.registry import load_model
 from vmamba.tasks.detection import evaluate
 from vmamba.tasks.prediction import preprocessing_of
@@ -115,11 +114,7 @@ def pictures(name: str) -> Any:
 
 
 def outputs_in_onnx(file: Path, threads: int) -> Whole:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # while others have their turn
-    session = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})
+    return onnx_runtime.runner(file, threads, spins=False)  # while others have their turn
 
 
 def in_onnx(file: Path, threads: int) -> Call:

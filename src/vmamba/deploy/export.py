@@ -159,10 +159,9 @@ def export_onnx(
     """
     start, target = time.perf_counter(), check_target(path, ".onnx")
     with needing("deploy", "ONNX needs more packages"):
-        import onnxruntime  # type: ignore[import-untyped]
         import onnxscript.optimizer
 
-        from vmamba.deploy import onnx_detection, onnx_scans
+        from vmamba.deploy import onnx_detection, onnx_runtime, onnx_scans
     detects = isinstance(model, MaskRCNN)
     limits = (_UNMATCHED, _UNMATCHED_HALF) if detects else (TOLERANCE, _TOLERANCE_HALF)
     limit = limits[half] if tolerance is None else tolerance
@@ -195,10 +194,8 @@ def export_onnx(
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it names this machine's files
 
     def runner(file: Path) -> Callable[[Tensor], list[Any]]:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
-        return lambda batch: session.run(None, {"images": batch.numpy()})[first:]
+        run = onnx_runtime.runner(file)
+        return lambda batch: run(batch.numpy())[first:]
 
     found: list[int] = []
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime  # type: ignore[import-untyped]
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static  # type: ignore[import-untyped]
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata  # type: ignore[import-untyped]
 
@@ -111,16 +109,6 @@ def write(
     tell(written, told | dict([note]))
     onnx.save(written, path)
     return len(chosen)
-
-
-def runner(model: os.PathLike[str] | onnx.ModelProto) -> Callable[[Any], list[Any]]:
-    """A call of ONNX Runtime on the CPU: from an array to the outputs' arrays."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else os.fspath(model)
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    (given,) = session.get_inputs()
-    return lambda batch: session.run(None, {given.name: batch})
 
 
 def _forget_origins(graph: onnx.GraphProto) -> None:

@@ -191,7 +191,7 @@ def _write_onnx(
     **options: Any,
 ) -> tuple[_Damage, Calibration, int]:
     with needing("deploy", "ONNX needs more packages"):
-        from vmamba.deploy import int8_onnx
+        from vmamba.deploy import int8_onnx, onnx_runtime
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(source, Path):
             whole = int8_onnx.read(source)
@@ -212,12 +212,12 @@ def _write_onnx(
             calibration = gathered(images.chans, _only(images), pre, task, embed)
             exported = export_onnx(source, Path(folder) / "whole.onnx", embed=embed, **options)
             whole = int8_onnx.read(exported.path)
-        expected = int8_onnx.runner(whole)
+        expected = onnx_runtime.runner(whole.SerializeToString())
     shown_batches = (batch.numpy() for batch in calibration.batches(calibration.seen, "calibrating"))
     note = NOTE, _note(len(calibration.seen), reduce_range)
     with replacing(target) as partial:
         layers = int8_onnx.write(whole, partial, shown_batches, exclude, reduce_range, note)
-        found = int8_onnx.runner(partial)
+        found = onnx_runtime.runner(partial)
         damage = _damage(lambda batch: found(batch.numpy()), lambda batch: expected(batch.numpy()), calibration, task)
         _accept(damage, tolerance, target, len(calibration.held_back))
     return damage, calibration, layers
