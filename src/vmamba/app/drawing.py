@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-# Okabe and Ito's colours, as in the figures of the documentation: people with any colour vision can tell them apart.
-ROUTE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+from vmamba.tasks.overlays import OKABE_ITO
+
+ROUTE_COLOURS = OKABE_ITO[:4]
 
 # From dark violet over red to light yellow, evenly bright to the eye: each colour at its place from 0 to 1.
 _HEAT = np.array([

@@ -32,8 +32,7 @@ from vmamba.data.config import (
 )
 from vmamba.data.images import check_channels
 from vmamba.errors import RecipeError
-
-IGNORED = -1  # the label of pixels that neither loss nor metrics count
+from vmamba.models.segmentation import IGNORED
 
 _LONG = 20  # times as long as wide, up to which a picture is resized whole
 

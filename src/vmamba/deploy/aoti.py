@@ -180,7 +180,7 @@ def _compiler() -> str:
 def _compiled_kernels(compiler: str, folder: Path) -> list[Path]:
     """This package's kernels and operators as object files."""
     rows = (
-        f'{{"{name}", {{{", ".join(str(route.columns + 2 * route.backwards) for route in routes)}}}}}'
+        f'{{"{name}", {{{", ".join(str(route.bits) for route in routes)}}}}}'
         for name, routes in PATTERNS.items()
         if isinstance(routes, tuple)
     )

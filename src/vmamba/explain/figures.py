@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vmamba.errors import needing
 from vmamba.files import atomic_write, shown
+from vmamba.tasks.overlays import LUMA, OKABE_ITO
 
 with needing("explain", "figures need one more package"):
     from matplotlib import colormaps, patheffects
@@ -29,11 +30,11 @@ with needing("explain", "figures need one more package"):
 
 __all__ = ["BLUE", "GREY", "HEAT", "INK", "ORANGE", "PALE", "SIGNED", "Figure"]
 
+COLOURS = OKABE_ITO  # for lines
 HEAT, SIGNED = "inferno", "RdBu_r"  # colours of what is 0 or more, and of what has a sign
 _BRIGHT = "#00E5FF"  # of marks on pictures, which have few such colours
 _LEAST_BAR = 1.3  # inches of a colour bar, for its numbers
 _LETTERS = 125  # to the inch, in letters of the size 1, at their usual width
-COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for lines
 
 
 def new_figure(width: float, height: float, title: str, note: str = "") -> Figure:
@@ -121,7 +122,7 @@ def overlay(
         cell: of a map in patches, height and width of each in pixels, to blend between them; else it is in pixels.
     """
     height, width = picture.shape[:2]
-    grey = picture @ np.array([0.299, 0.587, 0.114]) / 255
+    grey = picture @ np.array(LUMA) / 255
     share = np.clip(np.asarray(norm(np.nan_to_num(values)), dtype=np.float64), 0, 1)
     rgba = colormaps[colours](share)
     strength = np.abs(2 * share - 1) if colours == SIGNED else share

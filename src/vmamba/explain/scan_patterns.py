@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from vmamba.errors import RecipeError
 from vmamba.files import atomic_write, shown
 from vmamba.nn import SS2D
-from vmamba.ops.routes import PATTERNS, Pattern, check_pattern, scan_orders
+from vmamba.ops.routes import PATTERNS, ROUTES, Pattern, check_pattern, scan_orders
+from vmamba.tasks.overlays import OKABE_ITO
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ ROUTE_NAMES = {
     "hilbert": ("Hilbert curve →", "Hilbert curve ↓", "Hilbert curve ← back", "Hilbert curve ↑ back"),
     "spiral": ("clockwise in", "counter-clockwise in", "counter-clockwise out", "clockwise out"),
 }
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of the routes, Okabe and Ito's
+COLOURS = OKABE_ITO[:ROUTES]  # of the routes
 # Of an animation.
 _MARGIN, _LABEL = 12, 20  # pixels
 _GREYS, _SHADES = 16, 12  # places in the palette: from white to ink for words, and then of each route

@@ -17,6 +17,7 @@ from vmamba.errors import RecipeError
 from vmamba.explain.images import AnyPictures, Seen, evaluating, in_patches, in_pixels, name_of, see
 from vmamba.explain.resolution import seeing
 from vmamba.models.feature_maps import DenseModel
+from vmamba.tasks.overlays import LUMA
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,7 +83,7 @@ class StageMaps:
         differences between neighbours, (x[i+1] - x[i-1]) / 2.
         """
         pictures = torch.as_tensor(self.seen.pictures).float().permute(0, 3, 1, 2) / 255
-        grey = (pictures * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        grey = (pictures * torch.tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
         steep = _slope(grey).square()
         rows = []
         for x, cell in zip(self.maps, self.cells, strict=True):

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from vmamba.ops.routes import ROUTES
+
 __all__ = ["to_our_names", "without_wrappers"]
 
-_ROUTES = 4  # the leading dimension of the scan's parameters
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
 _RENAMED: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
     (re.compile(theirs), ours)
@@ -78,13 +79,13 @@ def _in_our_shape(name: str, ours: str, tensor: Tensor) -> Tensor:
     shape = tensor.shape
     if _LINEAR.search(ours) and shape[2:] == (1, 1):
         return tensor[:, :, 0, 0]
-    if ".ss2d." not in ours or tensor.ndim == 0 or shape[0] % _ROUTES:
+    if ".ss2d." not in ours or tensor.ndim == 0 or shape[0] % ROUTES:
         return tensor
     leaf = ours.rpartition(".")[2]
     if leaf in ("D", "dt_proj_bias") and tensor.ndim == 1:
-        return tensor.reshape(_ROUTES, -1)
+        return tensor.reshape(ROUTES, -1)
     if leaf == "A_log" and tensor.ndim == 2:
-        return tensor.reshape(_ROUTES, -1, shape[1])
+        return tensor.reshape(ROUTES, -1, shape[1])
     if name.endswith((".x_proj.weight", ".dt_projs.weight")) and shape[2:] == (1,):
-        return tensor.reshape(_ROUTES, -1, shape[1])
+        return tensor.reshape(ROUTES, -1, shape[1])
     return tensor

@@ -25,7 +25,7 @@ from vmamba.ops.layers import product
 
 # Products that are enlarged at a time, 16 MB.
 _STRETCH = 2**22
-IGNORED = -1  # the label of pixels that belong to no class
+IGNORED = -1  # the label of pixels that belong to no class, and that neither loss nor metrics count
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ from vmamba.ops import ss2d_scan
 from vmamba.ops.backends.native.block import Scan
 from vmamba.ops.exporting import keeps_layers
 from vmamba.ops.precision import state_dtype
-from vmamba.ops.routes import Pattern, check_pattern, name_of
+from vmamba.ops.routes import ROUTES, Pattern, check_pattern, name_of
 from vmamba.ops.ss2d import scans_natively
 
 # One node each in a torch.fx graph, as timm's and torchvision's feature extractors make them.
@@ -24,7 +24,6 @@ torch.fx.wrap("ss2d_scan")
 torch.fx.wrap("state_dtype")
 
 _SCAN = ss2d_scan  # as it is here, before anybody puts another function in its place
-_ROUTES = 4
 _STEP_RANGE, _STEP_FLOOR = (1e-3, 1e-1), 1e-4  # of the initial Δ
 
 
@@ -88,11 +87,11 @@ class SS2D(nn.Module):
             if norm == "layer"
             else ConvNormSiLU(inner, conv_bias, **dd)
         )
-        self.x_proj_weight = nn.Parameter(torch.empty(_ROUTES, rank + 2 * d_state, inner, **dd))
-        self.dt_proj_weight = nn.Parameter(torch.empty(_ROUTES, inner, rank, **dd))
-        self.dt_proj_bias = nn.Parameter(torch.empty(_ROUTES, inner, **dd))
-        self.A_log = nn.Parameter(torch.empty(_ROUTES, inner, d_state, **dd))
-        self.D = nn.Parameter(torch.empty(_ROUTES, inner, **dd))
+        self.x_proj_weight = nn.Parameter(torch.empty(ROUTES, rank + 2 * d_state, inner, **dd))
+        self.dt_proj_weight = nn.Parameter(torch.empty(ROUTES, inner, rank, **dd))
+        self.dt_proj_bias = nn.Parameter(torch.empty(ROUTES, inner, **dd))
+        self.A_log = nn.Parameter(torch.empty(ROUTES, inner, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(ROUTES, inner, **dd))
         self.norm = LayerNorm(inner, **dd)
         self.out_proj = Linear(inner, dim, bias=False, **dd)
         self.proj_norm = nn.Identity() if norm == "layer" else BatchNorm(dim, **dd)

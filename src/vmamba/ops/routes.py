@@ -29,6 +29,11 @@ class Route(NamedTuple):
     columns: bool
     backwards: bool
 
+    @property
+    def bits(self) -> int:
+        """As the kernels know it: 1 by columns, 2 backwards."""
+        return self.columns + 2 * self.backwards
+
 
 OrderFunction = Callable[[int, int], Any]
 """From height and width to four orders, (4, H·W): see `register_pattern`."""
@@ -52,7 +57,7 @@ _BUILT_IN = frozenset(PATTERNS)
 _UNNAMED: WeakValueDictionary[str, OrderFunction] = WeakValueDictionary()
 # A compiler makes functools.partial objects anew and drops them as soon as it has their name.
 _RECENT: deque[OrderFunction] = deque(maxlen=64)
-_ROUTES = 4
+ROUTES = 4  # of a scan that is not of one sequence
 _KEPT = 64  # tables of orders: sixteen sizes of image, of four grids each
 
 
@@ -138,7 +143,7 @@ def get_routes(pattern: Pattern) -> tuple[Route, ...]:
 
 def count_routes(pattern: Pattern) -> int:
     """How many routes a pattern has."""
-    return len(get_routes(pattern)) if is_along_axes(pattern) else _ROUTES
+    return len(get_routes(pattern)) if is_along_axes(pattern) else ROUTES
 
 
 # --- orders ----------------------------------------------------------------------------------------------------------
@@ -209,7 +214,7 @@ def _kept(function: OrderFunction, height: int, width: int, device: torch.device
 
 def _computed(function: OrderFunction, height: int, width: int, device: torch.device) -> Orders:
     if not height * width:
-        empty = torch.empty(_ROUTES, 0, dtype=torch.int64, device=device)
+        empty = torch.empty(ROUTES, 0, dtype=torch.int64, device=device)
         return Orders(empty, empty)
     visited = _permutations(function(height, width), function, height, width)
     return Orders(visited.to(device), _inverse(visited).to(device))
@@ -230,7 +235,7 @@ def _permutations(given: Any, function: OrderFunction, height: int, width: int) 
     except (TypeError, ValueError) as error:
         raise ValueError(f"{said} what is no table of numbers, {error}; expected (4, {size}) integers") from error
     if (
-        orders.shape != (_ROUTES, size)
+        orders.shape != (ROUTES, size)
         or orders.is_floating_point()
         or orders.is_complex()
         or orders.dtype == torch.bool
@@ -294,7 +299,7 @@ def _copied(pattern: str, height: int, width: int, device: torch.device) -> tupl
 
 @_copied.register_fake
 def _(pattern: str, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    visited, steps = (torch.empty((_ROUTES, height * width), dtype=torch.int64, device=device) for _ in range(2))
+    visited, steps = (torch.empty((ROUTES, height * width), dtype=torch.int64, device=device) for _ in range(2))
     return visited, steps
 
 
@@ -337,7 +342,7 @@ def cross_scan(x: Tensor, pattern: Pattern = "cross") -> Tensor:
         return torch.stack([_flattened(x, route) for route in get_routes(pattern)], dim=1)
     visited, steps = orders_for(name_of(pattern), x, x.shape[2], x.shape[3])
     x = x.flatten(2)
-    return torch.stack([permute(x, visited[k], steps[k], 2) for k in range(_ROUTES)], dim=1)
+    return torch.stack([permute(x, visited[k], steps[k], 2) for k in range(ROUTES)], dim=1)
 
 
 def cross_merge(ys: Tensor, size: tuple[int, int], pattern: Pattern = "cross") -> Tensor:

@@ -16,6 +16,9 @@ from vmamba.files import atomic_write, shown
 
 Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+# Okabe and Ito's colours, for lines: people with any colour vision can tell them apart.
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LUMA = (0.299, 0.587, 0.114)  # what red, green and blue are worth in grey
 INK, GREY, WHITE = (34, 34, 34), (118, 118, 118), (255, 255, 255)
 
 _TINT = 0.45  # share of an object's colour in the mixture with the picture
@@ -249,7 +252,7 @@ def _label(
     x, y = next(filter(free, inside), inside[0])
     taken.append((x, y, x + width, y + height))
     draw.rectangle((x, y, x + width, y + height), fill=colour)
-    light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
+    light = sum(share * value for share, value in zip(LUMA, colour, strict=True)) > 140
     draw.text((x + width / 2, y + height / 2), text, INK if light else WHITE, letters, anchor="mm")
 
 

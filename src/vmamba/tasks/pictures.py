@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vmamba.files import atomic_write, shown
+from vmamba.tasks.overlays import OKABE_ITO
 
 if TYPE_CHECKING:
     from vmamba.tasks.task import Score
 
-# Two colours of the Okabe-Ito palette, which people with any colour vision can tell apart, and greys.
-BLUE, ORANGE, INK, GREY, PALE = "#0072B2", "#D55E00", "#222222", "#767676", "#E4E4E4"
+BLUE, ORANGE, INK, GREY, PALE = *OKABE_ITO[:2], "#222222", "#767676", "#E4E4E4"
 
 _MOST_CLASSES_NAMED = 40
 _MISTAKES = 20  # listed beside a confusion matrix

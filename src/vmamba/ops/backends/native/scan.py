@@ -107,10 +107,8 @@ def _grid_scan(arguments: SS2DArguments) -> tuple[_Scan, list[Tensor]]:
 
 @functools.cache
 def route_bits(pattern: str) -> Tensor:
-    """A pattern's routes as the kernel knows them: 1 by columns, 2 backwards."""
-    return torch.tensor(
-        [route.columns + 2 * route.backwards for route in get_routes(pattern)], dtype=torch.int32, device="cpu"
-    )
+    """A pattern's routes as the kernel knows them."""
+    return torch.tensor([route.bits for route in get_routes(pattern)], dtype=torch.int32, device="cpu")
 
 
 # --- one sequence ----------------------------------------------------------------------------------------------------
