@@ -14,7 +14,7 @@ from vmamba.models.hub import save_folder
 from vmamba.models.model_card import CardFacts
 from vmamba.models.registry import load_model
 from vmamba.tasks.recipe import load_recipe
-from vmamba.tasks.runs import RunFolder
+from vmamba.tasks.runs import METRICS, RunFolder
 
 
 def share(
@@ -71,7 +71,7 @@ def _of_run(file: Path, metadata: dict[str, Any], remarks: list[str]) -> tuple[A
         if own is None or own != metadata.get("variant"):
             remarks.append(f"{shown(run.config)} is of another model ({own}): it was left out")
             recipe = None
-    found = file.parent / "metrics.json"
+    found = file.parent / METRICS
     if found.is_file():
         try:
             results = json.loads(found.read_bytes())

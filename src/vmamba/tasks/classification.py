@@ -22,7 +22,7 @@ from vmamba.errors import DataError
 from vmamba.tasks import pictures
 from vmamba.tasks.prediction import Classifier, Weights, class_names, preprocessing_of
 from vmamba.tasks.recipe import TrainConfig, ValidateConfig
-from vmamba.tasks.runs import report
+from vmamba.tasks.runs import MATRIX, PREDICTIONS, report
 from vmamba.tasks.task import Means, Score, Task, build_model, rounded
 from vmamba.tasks.training import is_first_process
 
@@ -183,8 +183,8 @@ class ClassificationTask(Task):
     @override
     def show(self, folder: Path) -> None:
         if self.detailed:
-            pictures.predictions(self.gallery.chosen, self.gallery.mistakes, folder / "predictions.png")
-            pictures.confusion_matrix(self.matrix, self.class_names, folder / "confusion_matrix.png")
+            pictures.predictions(self.gallery.chosen, self.gallery.mistakes, folder / PREDICTIONS)
+            pictures.confusion_matrix(self.matrix, self.class_names, folder / MATRIX)
 
     @property
     def class_names(self) -> list[str]:

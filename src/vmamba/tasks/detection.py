@@ -29,7 +29,7 @@ from vmamba.tasks.detection_recipe import DetectionDataConfig, DetectionTrainCon
 from vmamba.tasks.detector import Detector, drawn, fitted_sides
 from vmamba.tasks.inference import detect, padded
 from vmamba.tasks.prediction import Weights
-from vmamba.tasks.runs import report
+from vmamba.tasks.runs import BARS_OF, SAMPLES, report
 from vmamba.tasks.task import LOSS, Score, Task, build_model, class_table, rounded
 from vmamba.tasks.training import is_first_process
 
@@ -205,14 +205,14 @@ class DetectionTask(Task):
 
     @override
     def show(self, folder: Path) -> None:
-        overlays.save(self._sheet(), folder / "samples.png")
+        overlays.save(self._sheet(), folder / SAMPLES)
         colours, names = overlays.palette(len(self.val.class_names)), self.val.class_names
         for kind, found in self.measured.items():
             order = [i for i in np.argsort(-found.per_class, kind="stable") if found.per_class[i] >= 0]
             bars = [overlays.Entry(colours[i], names[i], f"{found.per_class[i]:.1%}") for i in order]
             title = f"{kind} AP of {len(order)} classes, mean {found.numbers[0]:.2%}"
             values = [float(found.per_class[i]) for i in order]
-            overlays.save(overlays.bars(bars, values, title), folder / f"per_class_{kind}.png")
+            overlays.save(overlays.bars(bars, values, title), folder / BARS_OF[kind])
 
     def _sheet(self) -> Image.Image:
         """Some pictures with their true objects and those found."""

@@ -17,8 +17,9 @@ from vmamba.files import atomic_write, shown
 from vmamba.tasks.recipe import differences, load_recipe
 
 LATEST = Path("runs/latest")
-_RESULTS = ("metrics.json", "predictions.png", "samples.png", "confusion_matrix.png",
-            "per_class.png", "per_class_box.png", "per_class_mask.png")  # fmt: skip
+# What `vmamba validate` and the tasks write of a model.
+METRICS, PREDICTIONS, SAMPLES, MATRIX = "metrics.json", "predictions.png", "samples.png", "confusion_matrix.png"
+BARS, BARS_OF = "per_class.png", {kind: f"per_class_{kind}.png" for kind in ("box", "mask")}
 
 
 def report(message: str) -> None:
@@ -43,7 +44,7 @@ class RunFolder:
         model: the trained weights, with all that `vmamba predict` needs beside them.
         metrics: the numbers of each epoch.
         curve: the same as a picture.
-        results: what `vmamba validate` and the tasks write of the model, of which a new run has none.
+        results: of any task's model, of which a new run has none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,7 +54,7 @@ class RunFolder:
         self.model = path / "model.safetensors"
         self.metrics = path / "metrics.csv"
         self.curve = path / "learning_curve.png"
-        self.results = [path / name for name in _RESULTS]
+        self.results = [path / name for name in (METRICS, PREDICTIONS, SAMPLES, MATRIX, BARS, *BARS_OF.values())]
 
     def decide(self, settings: dict[str, Any], resume: bool, overwrite: bool) -> Path | None:
         """The checkpoint to go on from, or None to start afresh. Changes nothing, so every process can ask.

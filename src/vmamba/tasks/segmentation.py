@@ -25,6 +25,7 @@ from vmamba.models.segmentation import UPerNet
 from vmamba.tasks import overlays, pictures
 from vmamba.tasks.inference import SEVERAL, segment
 from vmamba.tasks.prediction import Weights
+from vmamba.tasks.runs import BARS, MATRIX, SAMPLES
 from vmamba.tasks.segmentation_recipe import (
     SegmentationDataConfig,
     SegmentationTrainConfig,
@@ -197,13 +198,13 @@ class SegmentationTask(Task):
     @override
     def show(self, folder: Path) -> None:
         if self.samples:
-            overlays.save(self._sheet(), folder / "samples.png")
+            overlays.save(self._sheet(), folder / SAMPLES)
         iou, _, _ = class_scores(self.matrix)
         known = [place for place in np.argsort(-iou) if not np.isnan(iou[place])]  # NaN comes last
         bars = [overlays.Entry(self.colours[i], self.names[i], f"{iou[i]:.1%}") for i in known]
         title = f"IoU of {len(known)} classes, mean {np.nanmean(iou):.2%}"
-        overlays.save(overlays.bars(bars, [float(iou[i]) for i in known], title), folder / "per_class.png")
-        pictures.confusion_matrix(self.matrix, self.names, folder / "confusion_matrix.png", "pixels")
+        overlays.save(overlays.bars(bars, [float(iou[i]) for i in known], title), folder / BARS)
+        pictures.confusion_matrix(self.matrix, self.names, folder / MATRIX, "pixels")
 
     def _sheet(self) -> Image.Image:
         """Some pictures, what is true of them and what was found, side by side, and a legend of what is to be seen."""

@@ -22,7 +22,7 @@ from vmamba.tasks import parts_of
 from vmamba.tasks.memory import memory_kept
 from vmamba.tasks.prediction import load_weights
 from vmamba.tasks.recipe import BaseTrainConfig, BaseValidateConfig, TrainerConfig, load_recipe
-from vmamba.tasks.runs import LATEST, RunFolder, report
+from vmamba.tasks.runs import LATEST, METRICS, RunFolder, report
 
 with needing("train", "training and validation need more packages"):
     import lightning as L
@@ -119,7 +119,7 @@ def validate(config: BaseValidateConfig, given: Collection[str] = ()) -> dict[st
     results = {**task.found, "weights": weights.source, **task.details()}
     if trainer.is_global_zero:
         output.mkdir(parents=True, exist_ok=True)
-        with atomic_write(output / "metrics.json") as file:
+        with atomic_write(output / METRICS) as file:
             file.write(json_bytes(results))
         task.show(output)
     return {**results, "output": str(output), "summary": task.summary(results)}
