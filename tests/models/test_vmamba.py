@@ -21,7 +21,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 import vmamba
 from vmamba.models.variants import VARIANTS
 from vmamba.nn import ConvStem, LayerNorm
-from vmamba.nn.local import BatchNorm
+from vmamba.nn.norms import BatchNorm
 
 # One model for each way of building: conv stem and MLP; gates, patch stem and patch merging; a stem of stride 2.
 SMALL = {

@@ -8,7 +8,8 @@ from torch import nn
 
 import vmamba
 from vmamba.nn import SS2D, LayerNorm, VSSBlock
-from vmamba.nn.local import BatchNorm, LocalBlock, LocalMlp, ResidualDownsample
+from vmamba.nn.local import LocalBlock, LocalMlp, ResidualDownsample
+from vmamba.nn.norms import BatchNorm
 from vmamba.nn.stem import ConvStem, SmallStem
 
 LOCAL = {"mlp": "local", "norm": "batch", "mlp_ratio": 1.0}

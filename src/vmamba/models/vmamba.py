@@ -20,7 +20,8 @@ from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from vmamba.nn import SS2D, ConvDownsample, ConvStem, LayerNorm, PatchMerging, PatchStem, SmallStem, VSSBlock
-from vmamba.nn.local import BatchNorm, LocalBlock, LocalMlp, ResidualDownsample
+from vmamba.nn.local import LocalBlock, LocalMlp, ResidualDownsample
+from vmamba.nn.norms import BatchNorm
 from vmamba.ops.registration import is_tracing_for_export
 from vmamba.ops.routes import Pattern, check_pattern
 

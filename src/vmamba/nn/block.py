@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from vmamba.nn import cpu
 from vmamba.nn.layers import LayerNorm
-from vmamba.nn.local import LocalMlp, Norm, norm_layer
+from vmamba.nn.local import LocalMlp
 from vmamba.nn.mlp import Mlp
+from vmamba.nn.norms import Norm, norm_layer
 from vmamba.nn.ss2d import SS2D
 from vmamba.ops.backends.native.block import Affine, Scan, Told, describe
 from vmamba.ops.fused import vss_block

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.nn.layers import GridConv2d, LayerNorm, Linear
-from vmamba.nn.local import Norm, norm_layer
+from vmamba.nn.norms import Norm, norm_layer
 from vmamba.ops.registration import is_tracing_for_export
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from vmamba.nn import cpu
 from vmamba.nn.layers import ConvSiLU, LayerNorm, Linear
-from vmamba.nn.local import BatchNorm, ConvNormSiLU, Norm, check_norm
+from vmamba.nn.local import ConvNormSiLU
+from vmamba.nn.norms import BatchNorm, Norm, check_norm
 from vmamba.ops import ss2d_scan
 from vmamba.ops.backends.native.block import Scan
 from vmamba.ops.exporting import keeps_layers

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vmamba.nn import cpu
 from vmamba.nn.layers import GELU, GridConv2d, LayerNorm
-from vmamba.nn.local import Norm, norm_layer
+from vmamba.nn.norms import Norm, norm_layer
 from vmamba.ops.backends.native.block import Affine
 from vmamba.ops.fused import conv_stem
 from vmamba.ops.layers import applies, can_fuse, fuses_stem, product_dtype, stem
