@@ -8,7 +8,7 @@ import torch
 import vmamba
 from vmamba.cli import main
 from vmamba.deploy import detection, export_onnx
-from vmamba.deploy.export import preprocessing_for
+from vmamba.deploy.export import graph_preprocessing
 from vmamba.deploy.graphs import Images
 from vmamba.errors import ExportError
 from vmamba.models.checkpoints import save_checkpoint
@@ -82,7 +82,7 @@ def test_nothing_found(tmp_path, capsys):
 def test_what_pictures_are_fitted_into_is_what_predict_takes():
     published = vmamba.create_model("maskrcnn", backbone="vmamba_femto", num_classes=3, channels=8, hidden=8)
     for model in (published, _detector(img_size=(64, 100))):
-        told = preprocessing_for(model, Images.of(model, is_open=True), None)
+        told = graph_preprocessing(model, Images.of(model, is_open=True), None)
         assert told.img_size == Detector.from_weights(Weights(model, {}, "")).sides
 
 

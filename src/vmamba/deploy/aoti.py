@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import vmamba
 from vmamba.data.transforms import Preprocessing
-from vmamba.deploy.export import TOLERANCE, Exported, Network, checked, metadata_of, preprocessing_for, surrounded
+from vmamba.deploy.export import TOLERANCE, Exported, Network, checked, graph_preprocessing, metadata_of, surrounded
 from vmamba.deploy.graphs import Images, check_target, outputs_of, prepared, traced
 from vmamba.errors import ExportError, first_line
 from vmamba.files import replacing
@@ -125,7 +125,7 @@ def export_aoti(
     start, target = time.perf_counter(), check_target(path, ".pt2")
     compiler = _compiler()
     images = Images.of(model, is_open=sizes == "open")
-    told = preprocessing_for(model, images, preprocessing)
+    told = graph_preprocessing(model, images, preprocessing)
     network, inputs = surrounded(model, Network(prepared(model), torch.float32), told, embed)
     with operators_kept(layers=multiplies_fast(torch.float32)):
         program = traced(network, inputs(images.example()), images)

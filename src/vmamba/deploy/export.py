@@ -166,7 +166,7 @@ def export_onnx(
     limits = (_UNMATCHED, _UNMATCHED_HALF) if detects else (TOLERANCE, _TOLERANCE_HALF)
     limit = limits[half] if tolerance is None else tolerance
     images = Images.of(model, is_open=sizes == "open")
-    told, whole = preprocessing_for(model, images, preprocessing), prepared(model, detection=detects)
+    told, whole = graph_preprocessing(model, images, preprocessing), prepared(model, detection=detects)
     reference, inputs = surrounded(model, _Rows(whole) if detects else Network(whole, torch.float32), told, embed)
     dtype = torch.float16 if half else torch.float32
     copied = prepared(model, dtype, detection=detects) if half else whole
@@ -258,7 +258,7 @@ def export_torch(
     images = Images.of(model, is_open=sizes == "open")
     network = Network(prepared(model), torch.float32)
     program, trials = traced_from_one(network, images)
-    metadata = metadata_of(model, class_names, preprocessing_for(model, images, preprocessing))
+    metadata = metadata_of(model, class_names, graph_preprocessing(model, images, preprocessing))
     with replacing(target) as partial:
         programs.write(program, partial, metadata)
         with partial.open("rb") as file:
@@ -308,7 +308,7 @@ def gives_logits(model: nn.Module) -> bool:
     return bool(getattr(model, "num_classes", 0)) and not hasattr(getattr(model, "feature_info", None), "out_indices")
 
 
-def task_of(model: nn.Module) -> str:
+def graph_task(model: nn.Module) -> str:
     """What a model is for, and "features" if it gives no decisions."""
     return str(default_metadata(model).get("task") or "classification" if gives_logits(model) else "features")
 
@@ -317,7 +317,7 @@ def _numbered(count: int) -> list[str]:
     return ["features"] if count == 1 else [f"features_{i}" for i in range(count)]
 
 
-def preprocessing_for(model: nn.Module, images: Images, given: Preprocessing | None) -> Preprocessing | None:
+def graph_preprocessing(model: nn.Module, images: Images, given: Preprocessing | None) -> Preprocessing | None:
     """How pictures become the model's inputs; None where they are not pictures."""
     if given is not None or images.chans not in (1, 3):
         return given
@@ -340,7 +340,7 @@ def metadata_of(model: nn.Module, names: Sequence[str] | None, preprocessing: Pr
         raise ExportError(f"{len(names)} names of classes were given; the model has {classes} classes")
     found = {
         "model": str(told.get("variant") or type(model).__name__),
-        "task": task_of(model),
+        "task": graph_task(model),
         "vmamba_version": __version__,
     }
     if found["task"] != "features":

@@ -20,7 +20,7 @@ from vmamba.data.transforms import Preprocessing
 from vmamba.deploy import programs
 from vmamba.deploy.calibration import Calibration, Pictures, gather
 from vmamba.deploy.detection import drift
-from vmamba.deploy.export import export_onnx, metadata_of, preprocessing_for, task_of
+from vmamba.deploy.export import export_onnx, graph_preprocessing, graph_task, metadata_of
 from vmamba.deploy.graphs import Images, check_target, outputs_of, prepared, traced, traced_from_one
 from vmamba.errors import DataError, ExportError, needing
 from vmamba.files import replacing, shown
@@ -208,7 +208,7 @@ def _write_onnx(
             calibration = gathered(chans, only, pre, task, raw)
         else:
             images = Images.of(source, is_open=options["sizes"] == "open")
-            pre, task = preprocessing_for(source, images, options["preprocessing"]), task_of(source)
+            pre, task = graph_preprocessing(source, images, options["preprocessing"]), graph_task(source)
             calibration = gathered(images.chans, _only(images), pre, task, embed)
             exported = export_onnx(source, Path(folder) / "whole.onnx", embed=embed, **options)
             whole = int8_onnx.read(exported.path)
@@ -250,8 +250,8 @@ def _write_torch(
 ) -> tuple[_Damage, Calibration, int]:
     int8 = _int8_torch()
     images = Images.of(source, is_open=sizes == "open")
-    told = preprocessing_for(source, images, preprocessing)
-    network, task = prepared(source), task_of(source)
+    told = graph_preprocessing(source, images, preprocessing)
+    network, task = prepared(source), graph_task(source)
     calibration = gathered(images.chans, _only(images), told, task, False)
     with operators_kept():  # the scans, which inductor calls: written in torch's functions they take most time
         program = traced(network, images.example(), images)

@@ -430,14 +430,14 @@ def _is_traced() -> bool:
 
 
 @torch.fx.wrap
-def _checked(x: Tensor, in_chans: int | None, total_stride: int) -> Tensor:
+def _checked(x: Tensor, in_chans: int | None, least: int) -> Tensor:
     """A batch of images, checked."""
     if not _is_traced():
         if x.ndim != 4 or in_chans not in (None, x.shape[1]):
             raise ValueError(f"the model was given {tuple(x.shape)}; expected images of shape (B, {in_chans}, H, W)")
-        if min(x.shape[2:]) < total_stride:
+        if min(x.shape[2:]) < least:
             raise ValueError(
-                f"the images are {x.shape[2]}×{x.shape[3]} pixels; this model needs at least {total_stride} a side:"
+                f"the images are {x.shape[2]}×{x.shape[3]} pixels; this model needs at least {least} a side:"
                 " enlarge them, or choose a variant with a smaller stem stride"
             )
     return x
