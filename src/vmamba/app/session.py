@@ -6,7 +6,6 @@ import base64
 import binascii
 import io
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from vmamba.app.models import Loaded
 from vmamba.data.images import read_image
 from vmamba.errors import CheckpointError, ImageError, RecipeError
 from vmamba.explain.images import see
-from vmamba.explain.scans import Recording, record_scans
+from vmamba.explain.scans import Recording, place_of, record_scans
 
 MOST_PIXELS = 40_000_000  # of a picture that is sent in
 _KEPT_SIDE = 1600  # what its long side is brought down to
@@ -201,8 +200,7 @@ def _by_stage(blocks: Sequence[str]) -> tuple[tuple[str, ...], ...]:
 
 def _stage_of(block: str) -> int:
     """The number of a block's stage, from 0, as its name has it."""
-    found = re.search(r"stages[._](\d+)", block)
-    return int(found[1]) if found else 0
+    return place_of(block)[0] or 0
 
 
 def _index(value: Any, length: int) -> int:

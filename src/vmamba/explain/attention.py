@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.errors import RecipeError
-from vmamba.explain.images import AnyPictures, Seen, evaluating, in_pixels, see
+from vmamba.explain.images import AnyPictures, Seen, evaluating, in_pixels, see, token_grid
 from vmamba.explain.resolution import seeing
 from vmamba.explain.scans import Recording
 
@@ -146,11 +146,11 @@ def vit_attention(
             if name.endswith(".attn_drop"):
                 undo.callback(module.register_forward_hook(lambda _, __, y: matrices.append(y)).remove)
         model(seen.images)
-    patches: Any = getattr(getattr(model, "patch_embed", None), "dynamic_feat_size", None)
-    height, width = (0, 0) if patches is None else patches(seen.size)
+    grid = token_grid(model, seen.size)
+    height, width = grid or (0, 0)
     found = matrices[block] if -len(matrices) <= block < len(matrices) else torch.empty(0, 1)
     # Attention in windows has fewer rows than there are patches, that of a class's token alone has one.
-    if patches is None or not height * width <= found.shape[-2] == found.shape[-1]:
+    if grid is None or not height * width <= found.shape[-2] == found.shape[-1]:
         raise RecipeError(
             f"{type(model).__name__} has {len(matrices)} blocks of attention, of which number {block} was asked for;"
             " expected one that compares all patches of the picture, in a vision transformer such as timm's"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vmamba.errors import RecipeError, needing
-from vmamba.explain.images import AnyPictures, Seen, evaluating, in_patches, see
+from vmamba.explain.images import AnyPictures, Seen, evaluating, in_patches, see, token_grid
 from vmamba.explain.resolution import seeing
 from vmamba.models.detection import MaskRCNN
 from vmamba.models.feature_maps import DenseModel
@@ -332,7 +332,8 @@ def _tapped(model: nn.Module, size: tuple[int, int]) -> Iterator[list[nn.Module]
                 )
             taps = [_Tap() for _ in coarse]
             for tap, (stride, entry) in zip(taps, coarse.items(), strict=True):
-                through = _tapping(source, tap, entry.get("num_chs"), _grid(source, stride, size))
+                grid = token_grid(source, size) or (-(-size[0] // stride), -(-size[1] // stride))
+                through = _tapping(source, tap, entry.get("num_chs"), grid)
                 hooks.callback(named[entry["module"]].register_forward_hook(through).remove)
         yield taps
 
@@ -356,12 +357,6 @@ def _here(function: Callable[[Any], Any]) -> Callable[[nn.Module, Any, Any], Any
     """A forward hook that changes a module's output, of passes in this thread alone."""
     thread = threading.get_ident()
     return lambda _, __, output: function(output) if threading.get_ident() == thread else output
-
-
-def _grid(model: Any, stride: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a stage's tokens for images of this height and width."""
-    known = getattr(getattr(model, "patch_embed", None), "dynamic_feat_size", None)
-    return known(size) if known else (-(-size[0] // stride), -(-size[1] // stride))
 
 
 def _tapping(

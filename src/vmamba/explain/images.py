@@ -314,6 +314,12 @@ def in_patches(values: Tensor, cell: tuple[float, float], grid: tuple[int, int])
     return values
 
 
+def token_grid(model: nn.Module, size: tuple[int, int]) -> tuple[int, int] | None:
+    """Rows and columns of the tokens of one of timm's ViTs for images of this height and width; None of others."""
+    known: Any = getattr(getattr(model, "patch_embed", None), "dynamic_feat_size", None)
+    return known(size) if known else None
+
+
 def _patches(pixels: int, side: float, patches: int) -> Tensor:
     """Of each pixel of a row the patch that it belongs to."""
     return ((torch.arange(pixels) + 0.5) / side).long().clamp(max=patches - 1)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vmamba.data.images import find_images
 from vmamba.data.sources import tracked
 from vmamba.errors import ImageError, RecipeError
-from vmamba.explain.images import evaluating, name_of, see
+from vmamba.explain.images import evaluating, name_of, see, token_grid
 from vmamba.explain.resolution import at_size
 from vmamba.files import shown
 from vmamba.models.vmamba import VMamba
@@ -210,12 +210,11 @@ def _staged(model: nn.Module) -> tuple[nn.Module, list[str]] | None:
 def _as_map(network: nn.Module, output: Tensor, x: Tensor) -> Tensor:
     """Channels first, on the grid."""
     if output.ndim == 3:  # tokens, of which the first may belong to no place
-        embed: Any = getattr(network, "patch_embed", None)
-        if embed is None:
+        grid = token_grid(network, (x.shape[2], x.shape[3]))
+        if grid is None:
             raise ValueError(f"the stage puts out {tuple(output.shape)}; expected a map or the patches of a ViT")
-        rows, columns = embed.dynamic_feat_size(tuple(x.shape[2:]))
-        patches = output[:, output.shape[1] - rows * columns :]
-        return patches.transpose(1, 2).unflatten(2, (rows, columns))
+        patches = output[:, output.shape[1] - grid[0] * grid[1] :]
+        return patches.transpose(1, 2).unflatten(2, grid)
     return output.permute(0, 3, 1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else output
 
 

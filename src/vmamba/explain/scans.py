@@ -94,8 +94,10 @@ class Scan:
     @property
     def label(self) -> str:
         """The block in words."""
-        found = re.search(r"stages[._](\d+)\.blocks\.(\d+)$", self.block)
-        return f"stage {int(found[1]) + 1}, block {int(found[2]) + 1}" if found else self.block or "the block"
+        stage, number = place_of(self.block)
+        if stage is None or number is None:
+            return self.block or "the block"
+        return f"stage {stage + 1}, block {number + 1}"
 
     @property
     def route_names(self) -> tuple[str, ...]:
@@ -216,6 +218,13 @@ class Recording:
     def _read(self, reader: str, *arguments: Any) -> Any:
         """What one of the modules that are built on recordings makes of this one; named, since they import this one."""
         return resolve_name(f"vmamba.explain.{reader}")(self, *arguments)
+
+
+def place_of(block: str) -> tuple[int | None, int | None]:
+    """The numbers, from 0, of a block's stage and of the block in it, as its name has them; None where it has not."""
+    found = re.search(r"stages[._](\d+)(?:\.blocks\.(\d+)$)?", block)
+    stage, number = found.groups() if found else (None, None)
+    return None if stage is None else int(stage), None if number is None else int(number)
 
 
 def record_scans(model: nn.Module, pictures: AnyPictures, size: int | tuple[int, int] | None = None) -> Recording:
