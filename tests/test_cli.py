@@ -292,6 +292,15 @@ def test_published_recipes_are_as_published():
         assert str(recipe.folder) == f"runs/{name}"
 
 
+def test_batches_without_pyarrow_name_the_extra(tmp_path):
+    code = "import sys, vmamba.cli; sys.modules['pyarrow'] = None; sys.exit(vmamba.cli.main(sys.argv[1:]))"
+    command = ["batch", str(tmp_path), "--checkpoint", "model.safetensors", "--output", str(tmp_path / "out")]
+    result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "many images need more packages" in result.stderr
+    assert 'pip install "vmamba[scale]"' in result.stderr
+
+
 def test_only_training_needs_lightning():
     code = (
         "import sys, vmamba.cli; sys.modules['lightning'] = None\n"

@@ -407,8 +407,11 @@ def test_a_port_in_use_is_told_in_a_line(page, address, desk, capsys, monkeypatc
     assert f"nothing can listen on port {port} of 127.0.0.1" in capsys.readouterr().err
 
 
-def test_without_gradio_the_extra_is_named(capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
-    monkeypatch.delitem(__import__("sys").modules, "vmamba.app.page")
+@pytest.mark.parametrize("missing", ["gradio", "starlette.responses"])
+def test_without_gradio_the_extra_is_named(missing, capsys, monkeypatch):
+    modules = __import__("sys").modules
+    monkeypatch.setitem(modules, missing, None)
+    for name in ("page", "guard"):
+        monkeypatch.delitem(modules, f"vmamba.app.{name}", raising=False)
     assert main(["explore", "--no-open"]) == 1
     assert 'pip install "vmamba[explore]"' in capsys.readouterr().err

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from vmamba.app import drawing, views
-from vmamba.app.guard import Guard
 from vmamba.app.models import Catalogue
 from vmamba.app.session import RefusedError, Session, kept_picture, received_picture
 from vmamba.app.tabs import TABS, routes
@@ -23,6 +22,8 @@ from vmamba.tasks.runs import report
 with needing("explore", "the page needs one more package"):
     import gradio as gr
     from starlette.middleware import Middleware
+
+    from vmamba.app.guard import Guard
 
 _HERE = Path(__file__).parent
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans", "PingFang SC", "Noto Sans CJK SC", "sans-serif"]

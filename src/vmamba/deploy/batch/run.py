@@ -22,16 +22,18 @@ from filelock import FileLock, Timeout
 from vmamba.deploy.batch import places
 from vmamba.deploy.batch.cluster import cluster, usable_cores
 from vmamba.deploy.batch.config import BatchConfig
-from vmamba.deploy.batch.journal import Journal, part_size_for
 from vmamba.deploy.batch.progress import Progress
-from vmamba.deploy.batch.sources import Extent, find
-from vmamba.deploy.batch.work import Work, work_for
-from vmamba.deploy.batch.worker import Done, LostError, Worker
-from vmamba.errors import BatchError
+from vmamba.errors import BatchError, needing
 from vmamba.files import shown
 from vmamba.tasks.prediction import load_weights
 from vmamba.tasks.recipe import check_prediction
 from vmamba.tasks.runs import report
+
+with needing("scale", "many images need more packages"):
+    from vmamba.deploy.batch.journal import Journal, part_size_for
+    from vmamba.deploy.batch.sources import Extent, find
+    from vmamba.deploy.batch.work import Work, work_for
+    from vmamba.deploy.batch.worker import Done, LostError, Worker
 
 _MOST_DEATHS = 12  # of workers over one unit, or of one after another before they begin
 _PATIENCE = 30  # seconds without room in the cluster, after which the job says that it waits for it
