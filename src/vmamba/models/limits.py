@@ -49,26 +49,28 @@ def check_metadata(stored: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it is of another kind, or beyond reason.
     """
-    sound: dict[str, Callable[[Any], bool]] = {
-        "mean": lambda values: all(math.isfinite(value) for value in values),
-        "std": lambda values: all(math.isfinite(value) and value > 0 for value in values),
-        "interpolation": lambda name: name in INTERPOLATIONS,
-        "crop_mode": lambda name: name in CROP_MODES,
-        "crop_pct": lambda share: 0.01 <= share <= 1,
-        "img_size": _is_size,
-        "sides": _is_size,
-        "class_names": lambda names: (
-            names is None or (type(names) is list and all(isinstance(name, str) for name in names))
+    size = "a side or height and width, in pixels"
+    sound: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "mean": (lambda values: all(math.isfinite(value) for value in values), "numbers"),
+        "std": (lambda values: all(math.isfinite(value) and value > 0 for value in values), "numbers above 0"),
+        "interpolation": (lambda name: name in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
+        "crop_mode": (lambda name: name in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
+        "crop_pct": (lambda share: 0.01 <= share <= 1, "a share from 0.01 to 1"),
+        "img_size": (_is_size, size),
+        "sides": (_is_size, size),
+        "class_names": (
+            lambda names: names is None or (type(names) is list and all(isinstance(name, str) for name in names)),
+            "a list of names",
         ),
     }
-    for name, is_sound in sound.items():
+    for name, (is_sound, expected) in sound.items():
         value = stored.get(name)
         try:
             passes = name not in stored or is_sound(value)
         except (TypeError, ValueError):
             passes = False
         if not passes:
-            raise ValueError(f"its metadata has {name} {repr(value)[:100]}")
+            raise ValueError(f"its metadata has {name} {repr(value)[:100]}; expected {expected}")
 
 
 def _is_size(size: Any) -> bool:
