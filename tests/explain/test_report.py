@@ -16,7 +16,6 @@ from PIL import Image
 
 import vmamba
 from vmamba.cli import main
-from vmamba.explain.config import ExplainConfig
 from vmamba.explain.scans import Recording
 from vmamba.explain.selectivity import selectivity
 from vmamba.models.checkpoints import save_checkpoint
@@ -76,13 +75,9 @@ def test_figures_and_numbers_of_a_classifier(folder, capsys):
         assert sum(route["share"] for route in maps["routes"]) + maps["skip_share"] == pytest.approx(1, abs=1e-5)
     assert photo["class"]["target"] in ("“cat”", "“dog”")
     assert len(photo["stages"]["stages"]) == 2
-
-
-def test_the_same_counts_as_forgotten_from_python_and_by_the_command():
-    asked = [
-        inspect.signature(function).parameters["share"].default for function in (selectivity, Recording.selectivity)
-    ]
-    assert [*asked, ExplainConfig().share] == [math.exp(-1)] * 3
+    # The same counts as forgotten by the command and from Python.
+    asked = [inspect.signature(each).parameters["share"].default for each in (selectivity, Recording.selectivity)]
+    assert [*asked, *(memory["share"] for memory in photo["memory"])] == [math.exp(-1)] * 4
 
 
 def test_parts_blocks_and_several_photos(folder, capsys):

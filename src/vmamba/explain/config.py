@@ -28,8 +28,8 @@ class ExplainConfig:
     block: str | None = None
     """The block to look into, its name or its number in the order of computation, with commas between several; null for
     the last of each stage."""
-    share: float = FORGOTTEN
-    """For memory: a patch counts as forgotten once so much of it is left."""
+    share: float | None = None
+    """For memory: a patch counts as forgotten once so much of it is left; null for 1/e."""
     target: int | None = None
     """For class: the number of the class to explain, of a detector that of the object, 0 being the surest; null for
     what the model answers, or what it finds at the query."""

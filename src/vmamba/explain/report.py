@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from vmamba.errors import ImageError, RecipeError
-from vmamba.explain.config import ExplainConfig, listed
+from vmamba.explain.config import FORGOTTEN, ExplainConfig, listed
 from vmamba.explain.images import Seen
 from vmamba.explain.run import Explanation, Step
 from vmamba.explain.scans import Recording, record_scans
@@ -179,7 +179,8 @@ def activation(look: Look) -> list[dict[str, Any]]:
 
 def memory(look: Look) -> list[dict[str, Any]]:
     """How long each patch is remembered, in each of the blocks."""
-    found = [look.recording.selectivity(block, look.of.config.share) for block in look.blocks()]
+    share = FORGOTTEN if look.of.config.share is None else look.of.config.share
+    found = [look.recording.selectivity(block, share) for block in look.blocks()]
     return [{"figure": look.write(s.figure(), _file("memory", s.scan.label))} | s.numbers() for s in found]
 
 
