@@ -444,6 +444,12 @@ def test_metadata_is_not_trusted(change: dict[str, Any], words: str, tmp_path: P
         load_model(path)
 
 
+def test_one_name_is_no_list_of_classes(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="class_names is 'cat'; expected a list of names"):
+        save_checkpoint(small(), tmp_path / "model.safetensors", {"class_names": "cat"})
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("text", ["", "[1]", "null", '{"variant": "x"}', "[" * 100_000])
 def test_damaged_metadata(text: str, tmp_path: Path) -> None:
     safetensors.torch.save_file(small().state_dict(), path := tmp_path / "model.safetensors", {"vmamba": text})

@@ -160,11 +160,14 @@ def save_checkpoint(model: nn.Module, path: StrPath, metadata: Mapping[str, Any]
             (variant, num_classes, in_chans, img_size, model_kwargs, ...) is filled in.
 
     Raises:
-        TypeError: the metadata holds what JSON cannot, such as a scan pattern that was not registered by a name.
+        TypeError: the metadata holds what JSON cannot, such as a scan pattern that was not registered by a name, or
+            class_names is one text, not a list.
 
     Warns:
         UserWarning: parts of the model have been changed, which `load_model` would not know.
     """
+    if isinstance(names := (metadata or {}).get("class_names"), str):
+        raise TypeError(f"class_names is {names!r}; expected a list of names")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = metadata_text(model, metadata)
