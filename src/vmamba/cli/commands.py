@@ -143,8 +143,8 @@ def export(config: ExportConfig, name: str) -> int:
     if (config.half and config.format != "onnx") or (config.embed and config.format == "torch"):
         raise ExportError("--half is for --format onnx, --embed for onnx and aoti; a torch program is as the model is")
     model, told = open_model(name, config.pretrained)
-    options: dict[str, Any] = {"sizes": config.sizes, "tolerance": config.tolerance}
-    options["class_names"] = told.get("class_names")
+    names = told.get("class_names")
+    options: dict[str, Any] = {"sizes": config.sizes, "tolerance": config.tolerance, "class_names": names}
     if config.format == "onnx":
         written = export_onnx(model, config.output, half=config.half, embed=config.embed, **options)
     elif config.format == "aoti":

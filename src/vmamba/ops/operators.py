@@ -7,7 +7,7 @@ derivatives), forward mode and every transform of `torch.func` go through the ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 import torch
@@ -62,11 +62,13 @@ def call_operator(name: str, backend: Backend, arguments: ScanArguments | SS2DAr
     return getattr(torch.ops.vmamba, name)(*arguments, backend.name)
 
 
-def _register(name: str, kind: type[ScanArguments] | type[SS2DArguments], outputs: int) -> None:
+def _register(
+    name: str, kind: type[ScanArguments] | type[SS2DArguments], outputs: int, flops: Callable[..., int]
+) -> None:
     """Registers the functions `name` and `name`_backward of the backends.
 
     Both operators take a backend's name after the arguments. The backward operator takes the gradients of the `outputs`
-    before them.
+    before them, and is counted as twice the `flops`, as a product's backward is.
     """
     hints = get_type_hints(kind)
     inputs = ", ".join([*(f"{_SCHEMA[hint]} {field}" for field, hint in hints.items()), "str backend"])
@@ -99,43 +101,35 @@ def _register(name: str, kind: type[ScanArguments] | type[SS2DArguments], output
         plain=lambda *values: backward("eager", values[:-1]),
         fake=lambda *values: empty_gradients(kind._make(values[outputs:-1])),
     )
-
-
-_register("selective_scan", ScanArguments, outputs=2)
-_register("ss2d_scan", SS2DArguments, outputs=1)
+    operators = torch.ops.vmamba
+    register_flop_formula(getattr(operators, name))(lambda *shapes, **_: flops(*shapes))
+    register_flop_formula(getattr(operators, f"{name}_backward"))(lambda *shapes, **_: 2 * flops(*shapes[outputs:]))
 
 
 # --- what they cost, for torch.utils.flop_counter ---------------------------------------------------------------------
 
 
-def scan_flops(positions: int, channels: int, states: int, rank: int = 0, routes: int = 1) -> int:
-    """Multiply-accumulates of scans, in the convention of the published tables.
+def _scan_flops(positions: int, channels: int, states: int, rank: int = 0) -> int:
+    """Operations of a scan along one route, two a multiply-accumulate, in the convention of the published tables.
 
-    Per route: 9·L·D·N for the recurrence, L·D for the skip, and of SS2D L·D·R for dt_proj.
+    That is 9·L·D·N multiply-accumulates for the recurrence, L·D for the skip, and of SS2D L·D·R for dt_proj.
     """
-    return routes * positions * channels * (9 * states + 1 + rank)
+    return 2 * positions * channels * (9 * states + 1 + rank)
 
 
-def _flops(name: str, shapes: Sequence[Any]) -> int:
-    """Of an operator's inputs, of which it is given the shapes; a multiply-accumulate is two operations there."""
-    if name == "ss2d_scan":
-        (batch, height, width, channels), _, (routes, _, rank), _, (*_, states) = shapes[:5]
-        return 2 * scan_flops(batch * height * width, channels, states, rank, routes)
-    (batch, channels, length), _, (*_, states) = shapes[:3]
-    return 2 * scan_flops(batch * length, channels, states)
+def _flops_of_sequence(u: Sequence[int], delta: Sequence[int], A: Sequence[int], *_: Any) -> int:
+    """Of `selective_scan`, from the shapes of its inputs."""
+    batch, channels, length = u
+    return _scan_flops(batch * length, channels, A[1])
 
 
-def _register_flops(name: str, outputs: int) -> None:
-    """Of the operator, and twice as much of its backward, as of a product's."""
-
-    @register_flop_formula(getattr(torch.ops.vmamba, name))
-    def forward(*shapes: Any, **_: Any) -> int:
-        return _flops(name, shapes)
-
-    @register_flop_formula(getattr(torch.ops.vmamba, f"{name}_backward"))
-    def backward(*shapes: Any, **_: Any) -> int:
-        return 2 * _flops(name, shapes[outputs:])
+def _flops_of_grid(
+    u: Sequence[int], projected: Sequence[int], weight: Sequence[int], bias: Sequence[int], A: Sequence[int], *_: Any
+) -> int:
+    """Of `ss2d_scan`, likewise."""
+    batch, height, width, channels = u
+    return A[0] * _scan_flops(batch * height * width, channels, A[2], weight[2])
 
 
-_register_flops("selective_scan", outputs=2)
-_register_flops("ss2d_scan", outputs=1)
+_register("selective_scan", ScanArguments, 2, _flops_of_sequence)
+_register("ss2d_scan", SS2DArguments, 1, _flops_of_grid)
